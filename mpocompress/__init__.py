@@ -1,0 +1,77 @@
+"""mpocompress: turn trained dense networks into compact tensor networks.
+
+    import mpocompress as mpo
+    result = mpo.compress(model, bond_dim=16)
+    mpo.save(result, "out/")
+
+Names are resolved on first use, so that importing the package, or asking the command line for help,
+does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mpocompress._version import __version__
+
+if TYPE_CHECKING:
+    from mpocompress.api import (
+        CompressionResult,
+        compress,
+        densify,
+        load,
+        plan,
+        save,
+    )
+    from mpocompress.errors import MPOCompressError
+    from mpocompress.export import export_onnx, verify
+    from mpocompress.layers import MPOLinear
+    from mpocompress.mpo import MPO, Layout
+    from mpocompress.planning import Plan
+    from mpocompress.report import CompressionReport
+
+_HOME = {
+    "CompressionReport": "mpocompress.report",
+    "CompressionResult": "mpocompress.api",
+    "Layout": "mpocompress.mpo",
+    "MPO": "mpocompress.mpo",
+    "MPOCompressError": "mpocompress.errors",
+    "MPOLinear": "mpocompress.layers",
+    "Plan": "mpocompress.planning",
+    "compress": "mpocompress.api",
+    "densify": "mpocompress.api",
+    "export_onnx": "mpocompress.export",
+    "load": "mpocompress.api",
+    "plan": "mpocompress.api",
+    "save": "mpocompress.api",
+    "verify": "mpocompress.export",
+}
+
+__all__ = [
+    "MPO",
+    "CompressionReport",
+    "CompressionResult",
+    "Layout",
+    "MPOCompressError",
+    "MPOLinear",
+    "Plan",
+    "__version__",
+    "compress",
+    "densify",
+    "export_onnx",
+    "load",
+    "plan",
+    "save",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,5 @@
+"""`python -m mpocompress`: the command line."""
+
+from mpocompress.cli import main
+
+main()

@@ -1,0 +1,393 @@
+"""The Python API: thin functions that compose the rooms."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpocompress import saving
+from mpocompress.errors import MPOCompressError, NoLayerMatched, PlanError
+from mpocompress.loading import Batch, as_batches
+from mpocompress.mpo import MPO, sequential_svd
+from mpocompress.planning import LayoutChoice, Plan, Progress, plan_bond_dim
+from mpocompress.report import CompressionReport, Source
+from mpocompress.report.collect import Outcome, collect_report, measure
+from mpocompress.surgery import (
+    Inventory,
+    WeightSite,
+    check_finite,
+    copy_with_replacements,
+    find_weights,
+)
+from mpocompress.tuning import (
+    FitOptions,
+    FittedWeight,
+    SitePlan,
+    fit_in_sequence,
+    output_metrics,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class CompressionResult:
+    """What `compress` returns.
+
+    Attributes:
+        model: a new module with MPO layers inside; same call signature, trainable.
+        report: what was measured.
+        plan: what was executed.
+    """
+
+    model: nn.Module
+    report: CompressionReport
+    plan: Plan
+
+
+def plan(
+    model: nn.Module,
+    *,
+    bond_dim: int,
+    layout: LayoutChoice = "auto",
+    sites: int | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    if_smaller: bool = True,
+    progress: Progress | None = None,
+) -> Plan:
+    """Decide for every convertible weight whether, and with which layout, it becomes an MPO.
+
+    Args:
+        model: any module; it is only read.
+        bond_dim: largest bond dimension.
+        layout: "auto", "svd", "balanced", (out, in) pairs, text, a `Layout`, or a dict from layer
+            pattern to one of these. "auto" takes the layout with the least weight error that makes
+            the layer smaller.
+        sites: force balanced layouts of so many sites.
+        include: globs on qualified names, or regular expressions after "re:"; default: all.
+        exclude: likewise; they win.
+        if_smaller: keep layers dense that would not get smaller.
+        progress: called as `progress(layer, done, total)`.
+
+    Raises:
+        BondDimError: `bond_dim` below 1.
+        LayoutError: a forced layout that cannot be read, or fits no layer that it is for.
+        NoLayerMatched: a pattern that matches nothing, or nothing to convert.
+        ConversionError: NaN or Inf in a selected weight.
+    """
+    return plan_bond_dim(
+        find_weights(model),
+        bond_dim,
+        layout=layout,
+        sites=sites,
+        include=include,
+        exclude=exclude,
+        if_smaller=if_smaller,
+        progress=progress,
+    )
+
+
+def compress(
+    model: nn.Module,
+    plan: Plan | None = None,
+    *,
+    bond_dim: int | None = None,
+    layout: LayoutChoice = "auto",
+    sites: int | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    if_smaller: bool = True,
+    data: Any = None,
+    sweeps: int = 16,
+    seed: int = 0,
+    source: Source | None = None,
+    progress: Progress | None = None,
+) -> CompressionResult:
+    """Replace the planned weights of a model by MPOs. The model itself is untouched.
+
+    The dense weights that are replaced are never copied, so the result needs little more memory
+    than what is kept and the cores.
+
+    Args:
+        model: any module.
+        plan: from `plan`, perhaps edited; or None, and the options that make one.
+        bond_dim: see `plan`, as for `layout`, `sites`, `include`, `exclude` and `if_smaller`.
+        layout: see `plan`.
+        sites: see `plan`.
+        include: see `plan`.
+        exclude: see `plan`.
+        if_smaller: see `plan`.
+        data: batches of forward arguments (a tensor, a tuple or a dict each); labels are not
+            needed. With data every layer is fitted to the outputs that the dense model has on it,
+            in the order of the forward pass, instead of to its weights.
+        sweeps: at most so many passes over the sites in the fit of a layer; the layout
+            ((out, 1), (1, in)) needs none.
+        seed: of random directions and of the randomized range finder for large matrices.
+        source: name and hash of where the model came from, for the report.
+        progress: called as `progress(layer, done, total)`.
+
+    Raises:
+        PlanError: neither plan nor bond_dim, both, or a plan of another model.
+        NoLayerMatched: the plan compresses nothing.
+        DataError: data that does not fit the model, or batches that take different paths.
+        MPOCompressError: see `plan`.
+    """
+    clock = Clock()
+    with clock("inventory"):
+        inventory = find_weights(model)
+    if (plan is None) == (bond_dim is None):
+        raise PlanError("compress needs either a plan or a bond_dim. Try bond_dim=16.")
+    if plan is None:
+        with clock("planning"):
+            plan = plan_bond_dim(
+                inventory,
+                bond_dim if bond_dim is not None else 1,
+                layout=layout,
+                sites=sites,
+                include=include,
+                exclude=exclude,
+                if_smaller=if_smaller,
+                progress=progress,
+            )
+    _check_belongs(plan, inventory)
+    if not plan.compressed:
+        reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in plan.layers[:3])
+        raise NoLayerMatched(f"nothing to compress: every layer stays dense ({reasons}).")
+    by_name = {site.name: site for site in inventory.sites}
+    planned = [
+        SitePlan(
+            site=by_name[layer.name],
+            layout=layer.sites(),
+            bond_dims=layer.sites().clip(layer.bond_dims or ()),
+        )
+        for layer in plan.compressed
+    ]
+    for entry in planned:
+        check_finite(entry.site)
+    settings: dict[str, Any] = {**plan.settings, "seed": seed}
+    fitted: dict[WeightSite, FittedWeight] = {}
+    if data is not None:
+        calls = _calls(data, model)
+        settings |= {"sweeps": sweeps, "rows_of_data": sum(call.num_rows for call in calls)}
+        with clock("fitting"):
+            fitted = _fit_to_data(model, planned, calls, sweeps, seed, progress)
+    mpos: dict[WeightSite, MPO] = {}
+    outcomes: dict[str, Outcome] = {}
+    with clock("factorization"):
+        for done, entry in enumerate(planned):
+            if progress is not None:
+                progress(entry.site.name, done, len(planned))
+            mpos[entry.site], outcomes[entry.site.name] = _factorize(entry, fitted, seed)
+    with clock("surgery"):
+        compressed = copy_with_replacements(model, mpos)
+        for site, weight in fitted.items():
+            if weight.bias is not None:
+                bias = compressed.get_submodule(site.name).get_parameter("bias")
+                bias.data.copy_(weight.bias)
+    report = collect_report(
+        inventory,
+        plan,
+        outcomes,
+        source=source or Source(name=type(model).__name__),
+        seconds=clock.total(),
+        settings=settings,
+    )
+    return CompressionResult(model=compressed, report=report, plan=plan)
+
+
+def _calls(data: Any, model: nn.Module) -> list[Batch]:
+    """The batches of the user's data in the model's dtype and on its device."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    batches = as_batches(data)
+    if parameter is None:
+        return list(batches)
+    return [batch.to(parameter.device) for batch in batches.cast(parameter.dtype)]
+
+
+def _fit_to_data(
+    model: nn.Module,
+    planned: Sequence[SitePlan],
+    calls: Sequence[Batch],
+    sweeps: int,
+    seed: int,
+    progress: Progress | None,
+) -> dict[WeightSite, FittedWeight]:
+    """Gradients say what matters at each output, then the layers are fitted in forward order."""
+    modules = [module for entry in planned for module in entry.site.modules]
+    if progress is not None:
+        progress("gradients at the layers' outputs", 0, len(planned))
+    metrics = output_metrics(model, modules, calls, seed=seed)
+    return fit_in_sequence(
+        model,
+        planned,
+        calls,
+        output_metrics=metrics,
+        options=FitOptions(sweeps=sweeps),
+        progress=progress,
+    )
+
+
+def _factorize(
+    entry: SitePlan, fitted: Mapping[WeightSite, FittedWeight], seed: int
+) -> tuple[MPO, Outcome]:
+    """The fitted MPO or, without data or where data did not come by, the sequential SVD."""
+    site = entry.site
+    with _naming(site):
+        if site in fitted:
+            found = fitted[site]
+            error = found.relative_output_error
+            return found.mpo, measure(site, found.mpo, relative_output_error=error)
+        factorization = sequential_svd(
+            site.matrix(),
+            entry.layout,
+            bond_dim=entry.bond_dims,
+            generator=torch.Generator(device=site.device).manual_seed(seed),
+        )
+        mpo = MPO(factorization.cores, shape=site.shape).to(dtype=site.dtype)
+        bound = factorization.relative_error
+        return mpo, measure(site, mpo, discarded_weight_bound=bound)
+
+
+def save(
+    result: CompressionResult | nn.Module, directory: str | Path, *, force: bool = False
+) -> Path:
+    """Write `model.mpo.safetensors` and, for a result, the plan's report; never a pickle.
+
+    Args:
+        result: from `compress`, or a module with MPO layers.
+        directory: made if missing. All files appear together, or none does.
+        force: replace our files in a directory that exists.
+
+    Returns:
+        The directory.
+
+    Raises:
+        OutputExistsError: the directory exists and is not empty, without `force`.
+        SaveError: it cannot be written.
+    """
+    with saving.staged_output(directory, force=force) as scratch:
+        path = scratch / saving.CORES_FILE
+        if isinstance(result, CompressionResult):
+            saving.save_model(result.model, path)
+            write_report(with_files(result.report, scratch), scratch)
+        else:
+            saving.save_model(result, path)
+    return Path(directory)
+
+
+def load(directory: str | Path, *, model: nn.Module) -> nn.Module:
+    """Load a saved result into a copy of its dense architecture; it stays compressed.
+
+    Args:
+        directory: that `save` or the command line wrote.
+        model: a skeleton: the dense architecture with any weights; untouched.
+
+    Returns:
+        The compressed model, with bit-identical outputs, in the mode of the skeleton.
+
+    Raises:
+        LoadError: missing or foreign file, or another architecture.
+    """
+    return saving.load_model(directory, model)
+
+
+def densify(directory: str | Path) -> dict[str, Tensor]:
+    """The state dict of the ordinary dense model that a saved result stands for.
+
+    Raises:
+        LoadError: missing or foreign file.
+    """
+    return saving.densify_state(directory)
+
+
+def save_dense(directory: str | Path, path: str | Path) -> None:
+    """Write `densify(directory)` to a file: `.safetensors`, or a state dict as `.pt` or `.pth`.
+
+    Raises:
+        LoadError: missing or foreign result.
+        SaveError: another suffix, or the file cannot be written.
+    """
+    saving.save_state(saving.densify_state(directory), Path(path))
+
+
+def write_report(report: CompressionReport, directory: Path) -> None:
+    """Write report.html, report.md and report.json, each atomically.
+
+    Raises:
+        SaveError: the directory cannot be written.
+    """
+    for suffix, text in (
+        ("html", report.to_html()),
+        ("md", report.to_markdown()),
+        ("json", report.to_json()),
+    ):
+        with saving.replacing(directory / f"report.{suffix}") as scratch:
+            scratch.write_text(text, encoding="utf-8")
+
+
+def with_files(report: CompressionReport, directory: Path) -> CompressionReport:
+    """The report with the bytes of the model files that lie in `directory`."""
+    names = (saving.CORES_FILE, saving.ONNX_FILE, saving.ONNX_DATA_FILE)
+    sizes = {
+        name: (directory / name).stat().st_size for name in names if (directory / name).exists()
+    }
+    return report.model_copy(update={"files": sizes})
+
+
+def _check_belongs(plan: Plan, inventory: Inventory) -> None:
+    """Refuse a plan that was made for another model, by name and shape."""
+    shapes = {site.name: site.shape for site in inventory.sites}
+    for layer in plan.layers:
+        if layer.name not in shapes:
+            raise PlanError(
+                f"the plan names layer {layer.name!r}, which this model does not have or cannot "
+                f"convert. Its layers: {', '.join(list(shapes)[:5]) or 'none'}."
+            )
+        if layer.shape != shapes[layer.name]:
+            raise PlanError(
+                f"layer {layer.name!r} is {layer.shape[0]}x{layer.shape[1]} in the plan, but "
+                f"{shapes[layer.name][0]}x{shapes[layer.name][1]} in this model. Plan it again."
+            )
+    missing = [name for name in shapes if name not in {layer.name for layer in plan.layers}]
+    if missing:
+        raise PlanError(
+            f"the plan says nothing of layer {missing[0]!r} ({len(missing)} such layers). Add an "
+            'entry with action "keep", or plan again.'
+        )
+
+
+@contextmanager
+def _naming(site: WeightSite) -> Iterator[None]:
+    """Put the layer's name before what goes wrong inside."""
+    try:
+        yield
+    except MPOCompressError as error:
+        raise type(error)(f"layer {site.label}: {error}") from error
+
+
+class Clock:
+    """Wall time by stage, in seconds."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time the block as part of `stage`."""
+        start = time.perf_counter()
+        yield
+        self.add({stage: time.perf_counter() - start})
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Add times that were taken elsewhere, but for their total."""
+        for stage, taken in seconds.items():
+            if stage != "total":
+                self._seconds[stage] = self._seconds.get(stage, 0.0) + taken
+
+    def total(self) -> dict[str, float]:
+        """All stages, and "total"."""
+        return {**self._seconds, "total": sum(self._seconds.values())}

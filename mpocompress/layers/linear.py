@@ -1,0 +1,209 @@
+"""`MPOLinear`: an `nn.Linear` whose weight is a matrix product operator."""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from mpocompress.errors import ContractionError
+from mpocompress.mpo import MPO, Layout, LayoutLike, apply_cores
+from mpocompress.mpo.contract import ContractionPlans, plan_contractions
+from mpocompress.mpo.dense import to_dense
+from mpocompress.mpo.factors import resolve_layout
+
+
+class MPOLinear(nn.Module):
+    """y = x W^T + b with W stored as cores; made from scratch or from trained weights.
+
+    Same call signature, leading dimensions and state as `nn.Linear`, except that the parameters
+    are `cores.0`, `cores.1`, ... instead of `weight`. Every forward takes the contraction order
+    with the fewest multiply-adds for its number of rows, or rebuilds W where that is cheaper.
+
+    Args:
+        in_features: size of the last dimension of the input.
+        out_features: size of the last dimension of the output.
+        bias: whether there is a bias, as in `nn.Linear`.
+        layout: "balanced" (two sites), "svd", (out, in) pairs, text or a `Layout`.
+        bond_dim: bond dimension, for all bonds or one for each; clipped to the maximal one, which
+            None stands for.
+        device: where the parameters live.
+        dtype: of the parameters.
+
+    Raises:
+        LayoutError: the layout does not fit (out_features, in_features).
+        BondDimError: a bond dimension below 1.
+
+    Weights start with the variance that `nn.Linear` gives them, 1 / (3 in_features), whatever the
+    number of sites and the bond dimension; so activations start at the same scale.
+    """
+
+    in_features: int
+    out_features: int
+    cores: nn.ParameterList
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        layout: LayoutLike = "balanced",
+        bond_dim: int | Sequence[int] | None = 16,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        sites = resolve_layout(layout, out_features, in_features)
+        mpo = MPO.random(
+            sites,
+            bond_dim,
+            variance=1 / (3 * in_features),
+            device=torch.device(device) if device is not None else None,
+            dtype=dtype,
+        )
+        mpo = MPO(mpo.cores, shape=(out_features, in_features))
+        offset = None
+        if bias:
+            bound = in_features**-0.5
+            offset = torch.empty(out_features, device=device, dtype=dtype).uniform_(-bound, bound)
+        self._set_up(mpo, offset)
+
+    def _set_up(self, mpo: MPO, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = mpo.shape
+        self.cores = nn.ParameterList(
+            core if isinstance(core, nn.Parameter) else nn.Parameter(core.detach())
+            for core in mpo.cores
+        )
+        if bias is None or isinstance(bias, nn.Parameter):
+            self.register_parameter("bias", bias)
+        else:
+            self.register_parameter("bias", nn.Parameter(bias.detach()))
+        layout = mpo.layout
+        self._layout = layout
+        # Planned once: looking it up again in every forward would cost more than small layers do.
+        self._plans: ContractionPlans = plan_contractions(
+            layout.out_dims, layout.in_dims, mpo.bond_dims
+        )
+
+    @classmethod
+    def from_mpo(cls, mpo: MPO, bias: Tensor | None = None) -> "MPOLinear":
+        """A layer with these cores and this bias.
+
+        Args:
+            mpo: its cores become the parameters: not copied; a core that already is an
+                `nn.Parameter` is taken as it is, so that layers can share their cores.
+            bias: (out,), treated likewise; None for no bias.
+
+        Raises:
+            ContractionError: the bias has another shape.
+        """
+        if bias is not None and tuple(bias.shape) != (mpo.shape[0],):
+            raise ContractionError(
+                f"bias has shape {tuple(bias.shape)}, but the MPO has {mpo.shape[0]} outputs."
+            )
+        layer = cls.__new__(cls)
+        layer._set_up(mpo, bias)
+        return layer
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        layout: LayoutLike = "balanced",
+        bond_dim: int | Sequence[int] | None = None,
+        cutoff: float = 0.0,
+    ) -> "MPOLinear":
+        """Factorize a trained `nn.Linear` by sequential SVD; nothing is shared with it.
+
+        Args:
+            linear: the layer; its dtype, device, mode, `requires_grad` and lack of bias are kept.
+            layout: as in the constructor.
+            bond_dim: largest bond dimension; None for no limit.
+            cutoff: largest truncation error at each bond (relative discarded weight, squared).
+
+        Raises:
+            LayoutError: the layout does not fit.
+            BondDimError: a bond dimension below 1.
+            DecompositionError: NaN or Inf weights.
+        """
+        weight_OI = linear.weight.detach()
+        sites = resolve_layout(layout, weight_OI.shape[0], weight_OI.shape[1])
+        mpo = MPO.from_matrix(weight_OI, sites, bond_dim=bond_dim, cutoff=cutoff)
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        layer = cls.from_mpo(mpo, bias)
+        layer.cores.requires_grad_(linear.weight.requires_grad)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(linear.bias.requires_grad)
+        return layer.train(linear.training)
+
+    @property
+    def layout(self) -> Layout:
+        """Out and in dims of the sites."""
+        return self._layout
+
+    @property
+    def bond_dims(self) -> tuple[int, ...]:
+        """Dimensions of the inner bonds."""
+        return tuple(int(core.shape[3]) for core in list(self.cores)[:-1])
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (out, in), rebuilt at each access and differentiable in the cores.
+
+        For code that reads `.weight` of a layer; it cannot be assigned to.
+        """
+        return to_dense(list(self.cores), (self.out_features, self.in_features))
+
+    def to_dense(self) -> Tensor:
+        """The dense weight (out, in), detached."""
+        return self.weight.detach()
+
+    def to_mpo(self) -> MPO:
+        """The weight as an MPO of detached cores; the storage is shared."""
+        return MPO(
+            (core.detach() for core in self.cores), shape=(self.out_features, self.in_features)
+        )
+
+    def to_linear(self) -> nn.Linear:
+        """An ordinary `nn.Linear` with the dense weight; nothing is shared."""
+        weight_OI = self.to_dense().clone(memory_format=torch.contiguous_format)
+        linear = nn.Linear(
+            self.in_features,
+            self.out_features,
+            bias=self.bias is not None,
+            device="meta",
+        )
+        linear.weight = nn.Parameter(weight_OI, requires_grad=self.cores[0].requires_grad)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+        return linear.train(self.training)
+
+    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear uses
+        """Apply the layer: (..., in_features) to (..., out_features).
+
+        Raises:
+            ContractionError: the last dimension of the input is not `in_features`.
+        """
+        # An exported graph must not depend on the batch that it was traced with.
+        exporting = torch.compiler.is_exporting()
+        plan = self._plans.chain if exporting else self._plans.best(prod(input.shape[:-1]))
+        output = apply_cores(
+            list(self.cores), input, shape=(self.out_features, self.in_features), plan=plan
+        )
+        if self.bias is None:
+            return output
+        if self.bias.dtype != output.dtype:
+            # Under autocast the product is of half width, and so is what nn.Linear returns.
+            return output + self.bias.to(output.dtype)
+        return output + self.bias
+
+    def extra_repr(self) -> str:
+        """Sizes, layout and bond dimensions, for `print(model)`."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, layout={self._layout}, "
+            f"bond_dims={list(self.bond_dims)}"
+        )

@@ -1,0 +1,345 @@
+"""Inputs to run a model on once: to trace it for ONNX, and to compare outputs."""
+
+import inspect
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpocompress.errors import DataError
+from mpocompress.layers import MPOLinear
+from mpocompress.loading.batches import Batches
+from mpocompress.loading.huggingface import import_transformers, quiet_transformers
+from mpocompress.loading.source import Source
+
+_DTYPES = {
+    **{str(t).removeprefix("torch."): t for t in (torch.float64, torch.float32, torch.float16)},
+    **{str(t).removeprefix("torch."): t for t in (torch.bfloat16, torch.int64, torch.int32)},
+    **{str(t).removeprefix("torch."): t for t in (torch.int16, torch.int8, torch.uint8)},
+    "bool": torch.bool,
+}
+_SPEC = re.compile(r"(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?", re.IGNORECASE)
+_RIGHT_SPEC = "Right is, for example, 1x784 or 1x128:int64"
+
+# Layers that may stand before the first Linear without changing what shape the input has.
+_NORMS = (nn.BatchNorm1d, nn.LayerNorm, nn.RMSNorm)
+
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+_TOKENIZER_NAMES = ("input_ids", "attention_mask", "token_type_ids")
+_SENTENCES = [
+    "The old lighthouse keeper wrote down the weather every evening.",
+    "Rain again.",
+    "Nobody had told the engineers that the bridge would have to carry trains as well.",
+]
+
+_WAY_OUT = "Give the inputs as --data, or their shapes as --input (one for each argument)."
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """Shape of one forward argument.
+
+    Attributes:
+        shape: all dimensions, the batch dimension included.
+        dtype: None stands for the floating dtype of the model.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        return shape if self.dtype is None else f"{shape}:{str(self.dtype).removeprefix('torch.')}"
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleInputs:
+    """Arguments with which the model was called once, successfully.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: arguments by name.
+        origin: where they come from, for the report.
+    """
+
+    args: tuple[Tensor, ...] = ()
+    kwargs: dict[str, Tensor] = field(default_factory=dict)
+    origin: str = ""
+
+
+def parse_input_spec(text: str) -> InputSpec:
+    """Read `1x784` or `1x784:float32`.
+
+    Raises:
+        DataError: another form, a dimension of zero, or an unknown dtype.
+    """
+    match = _SPEC.fullmatch(text.strip())
+    if match is None:
+        raise DataError(
+            f"--input {text!r} is not a shape: dimensions are positive integers with an x between "
+            f"them. {_RIGHT_SPEC}."
+        )
+    shape = tuple(int(size) for size in match["shape"].lower().split("x"))
+    if 0 in shape:
+        raise DataError(f"--input {text!r} has a dimension of zero. {_RIGHT_SPEC}.")
+    name = match["dtype"]
+    if name is not None and name.lower() not in _DTYPES:
+        raise DataError(
+            f"--input {text!r}: unknown dtype {name!r}; known are {', '.join(_DTYPES)}. "
+            f"{_RIGHT_SPEC}."
+        )
+    return InputSpec(shape, None if name is None else _DTYPES[name.lower()])
+
+
+def example_inputs(
+    source: Source | nn.Module,
+    *,
+    specs: Sequence[str | InputSpec] = (),
+    batches: Batches | None = None,
+) -> ExampleInputs | None:
+    """Find inputs that the model accepts.
+
+    The first of: a batch of the data; random numbers of the given shapes; sentences through the
+    tokenizer of a Hugging Face folder; a matrix for a model that starts with a Linear layer. They
+    are tried on the model (in evaluation mode, without gradients) before they are returned.
+
+    Args:
+        source: what `load_source` gave, or a module.
+        specs: shapes of the positional arguments, in order.
+        batches: data for the model.
+
+    Returns:
+        The inputs, or None if nothing was given and nothing can be inferred for certain.
+
+    Raises:
+        DataError: inputs that were given, or that the tokenizer made, do not fit the model.
+    """
+    module = source.module if isinstance(source, Source) else source
+    if module is None:
+        return None
+    if batches is not None:
+        return _from_data(module, batches)
+    if specs:
+        return _from_specs(
+            module, [parse_input_spec(s) if isinstance(s, str) else s for s in specs]
+        )
+    folder = source.tokenizer_folder if isinstance(source, Source) else None
+    if folder is not None and any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return _from_tokenizer(module, folder)
+    return _infer(module)
+
+
+@contextmanager
+def _evaluation(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients and warnings; afterwards every part is as it was."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _verified(
+    module: nn.Module,
+    args: tuple[Tensor, ...],
+    kwargs: dict[str, Tensor],
+    *,
+    origin: str,
+    hint: str,
+) -> ExampleInputs:
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    args = tuple(tensor.to(device) for tensor in args)
+    kwargs = {name: tensor.to(device) for name, tensor in kwargs.items()}
+    try:
+        with _evaluation(module):
+            module(*args, **kwargs)
+    except Exception as error:
+        given = [_describe(tensor) for tensor in args]
+        given += [f"{name}={_describe(tensor)}" for name, tensor in kwargs.items()]
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        raise DataError(
+            f"{origin}: the model does not accept {', '.join(given)}: {type(error).__name__}: "
+            f"{reason}. Its forward takes ({', '.join(_forward_names(module))}). {hint}"
+        ) from error
+    return ExampleInputs(args, kwargs, origin)
+
+
+def _describe(tensor: Tensor) -> str:
+    return str(InputSpec(tuple(tensor.shape), tensor.dtype))
+
+
+def _forward_names(module: nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
+
+
+def _main_dtype(module: nn.Module) -> torch.dtype:
+    """The floating dtype that most of the parameters have."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+
+
+def _from_data(module: nn.Module, batches: Batches) -> ExampleInputs:
+    batch = next(iter(batches)).cast(_main_dtype(module))
+    return _verified(
+        module,
+        batch.args,
+        batch.kwargs,
+        origin=f"the first batch of {batches.place}",
+        hint="Arrays go to forward by name; arr_0, arr_1, ... go by position.",
+    )
+
+
+def _from_specs(module: nn.Module, specs: list[InputSpec]) -> ExampleInputs:
+    generator = torch.Generator().manual_seed(0)
+    tables = [m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)]
+    origin = f"--input {' '.join(map(str, specs))}"
+    args: list[Tensor] = []
+    for spec in specs:
+        dtype = spec.dtype or _main_dtype(module)
+        first_integer = not any(not t.is_floating_point() for t in args)
+        try:
+            if dtype.is_floating_point:
+                tensor = torch.randn(spec.shape, generator=generator).to(dtype)
+            elif first_integer and tables and dtype is not torch.bool:
+                # Indices into the smallest table are valid for each of them.
+                high = min(*tables, torch.iinfo(dtype).max)
+                tensor = torch.randint(high, spec.shape, generator=generator).to(dtype)
+            else:
+                tensor = torch.ones(spec.shape, dtype=dtype)  # a mask that hides nothing
+        except RuntimeError as error:
+            raise DataError(f"{origin}: no tensor of {spec} can be made: {error}") from error
+        args.append(tensor)
+    return _verified(module, tuple(args), {}, origin=origin, hint=f"{_RIGHT_SPEC}.")
+
+
+def _from_tokenizer(module: nn.Module, folder: Path) -> ExampleInputs:
+    transformers = import_transformers()
+    origin = f"the tokenizer of {folder.name}"
+    try:
+        with quiet_transformers():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            if tokenizer.pad_token is None:  # decoders often have none; the mask hides the padding
+                tokenizer.pad_token = tokenizer.eos_token
+            encoded = tokenizer(_SENTENCES, padding=True, return_tensors="pt")
+    except Exception as error:
+        raise DataError(
+            f"{origin} cannot be used: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}. {_WAY_OUT}"
+        ) from error
+    accepted = _forward_names(module)
+    kwargs = {name: encoded[name] for name in _TOKENIZER_NAMES if name in encoded.keys() & accepted}
+    return _verified(module, (), kwargs, origin=origin, hint=_WAY_OUT)
+
+
+def _infer(module: nn.Module) -> ExampleInputs | None:
+    """A matrix of random rows, if the model certainly maps rows to rows.
+
+    That is so if its first layer with weights is the first Linear (norms may precede it), that
+    layer gets a matrix of the same shape, and each row's output is the same without the other rows;
+    an attention or recurrent layer that takes the rows for a sequence fails the last test.
+    """
+    named = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear | MPOLinear)]
+    if not named or not _takes_one_argument(module):
+        return None
+    name, linear = named[0]
+    dtype = next(linear.parameters()).dtype
+    if not dtype.is_floating_point:
+        return None
+    rows = torch.randn(3, linear.in_features, generator=torch.Generator().manual_seed(0))
+    rows = rows.to(dtype).to(next(linear.parameters()).device)
+    try:
+        with _evaluation(module), _record_calls(module) as calls:
+            together = module(rows)
+        with _evaluation(module):
+            apart = [module(rows[i : i + 1]) for i in range(len(rows))]
+    except Exception:
+        return None  # the model takes something else: the answer to the question asked here
+    before = [part for part, _ in calls]
+    weighted = [
+        (part, shape) for part, shape in calls if not isinstance(part, (nn.Flatten, *_NORMS))
+    ]
+    if not weighted or weighted[0] != (linear, rows.shape) or not _rowwise(together, apart):
+        return None
+    origin = f"inferred from the first layer{f' {name}' if name else ''} ({rows.shape[1]} inputs)"
+    if any(isinstance(part, nn.Flatten) for part in before[: before.index(linear)]):
+        origin += "; the model flattens its input, so another shape can be given as --input"
+    return ExampleInputs((rows[:2].clone(),), {}, origin)
+
+
+def _takes_one_argument(module: nn.Module) -> bool:
+    parameters = inspect.signature(module.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds and p.default is p.empty for p in parameters) == 1 and not any(
+        p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters
+    )
+
+
+@contextmanager
+def _record_calls(module: nn.Module) -> Iterator[list[tuple[nn.Module, Any]]]:
+    """Parts with weights of their own (and Flatten) in the order of calls, with input shapes."""
+    calls: list[tuple[nn.Module, Any]] = []
+
+    def record(part: nn.Module, args: tuple[Any, ...]) -> None:
+        calls.append((part, args[0].shape if args and isinstance(args[0], Tensor) else None))
+
+    kinds = (nn.Linear, MPOLinear, nn.Flatten)
+    handles = [
+        part.register_forward_pre_hook(record)
+        for part in module.modules()
+        if isinstance(part, kinds) or next(part.parameters(recurse=False), None) is not None
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _leaves(output: Any) -> list[Any]:
+    """The values in nested tuples, lists and mappings, in order."""
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, list | tuple):
+        return [leaf for part in output for leaf in _leaves(part)]
+    return [output]
+
+
+def _rowwise(together: Any, apart: list[Any]) -> bool:
+    """Whether the outputs for a batch are those of its rows, one under the other."""
+    outputs = _leaves(together)
+    singles = [_leaves(output) for output in apart]
+    if not outputs or any(len(single) != len(outputs) for single in singles):
+        return False
+    for position, output in enumerate(outputs):
+        parts = [single[position] for single in singles]
+        if not all(isinstance(t, Tensor) and t.ndim for t in (output, *parts)):
+            return False
+        stacked = torch.cat(parts)
+        if stacked.shape != output.shape:
+            return False
+        # Half of the digits: sums are taken in another order.
+        close = math.sqrt(torch.finfo(output.dtype).eps) if output.is_floating_point() else 0.0
+        scale = float(output.abs().max()) if output.numel() else 0.0
+        scale = scale if math.isfinite(scale) else 1.0  # NaN weights are refused later, by name
+        if not torch.allclose(output, stacked, rtol=close, atol=close * scale, equal_nan=True):
+            return False
+    return True

@@ -1,0 +1,109 @@
+"""Gauge: left and right canonical cores, moving the orthogonality center, rounding.
+
+A core is left canonical if its (left*out*in, right) matrix has orthonormal columns, right canonical
+if its (left, out*in*right) matrix has orthonormal rows. The *orthogonality center* is a range of
+sites (first, last): cores before it are left canonical, cores after it right canonical. A chain of
+which nothing is known has the range (0, L - 1).
+"""
+
+# Shape suffixes: L left bond, O out, I in, R right bond, X = L*O*I, Y = O*I*R, K new bond.
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mpocompress.errors import ContractionError
+from mpocompress.mpo import linalg
+from mpocompress.mpo.cores import Cores, expand_bond_dims, layout_of
+from mpocompress.mpo.truncate import Cut, Truncation, choose_bond_dim
+
+Center = tuple[int, int]
+
+
+def move_center(
+    cores: Sequence[Tensor], center: Center, first: int, last: int
+) -> tuple[Cores, Center]:
+    """Shrink or shift the orthogonality center to the sites `first` to `last` by QR steps.
+
+    Neither the matrix nor any spectrum changes. Only the cores between the old and the new range
+    are touched. The new center, returned too, may be smaller than the range asked for.
+
+    Raises:
+        ContractionError: the range is empty or outside the chain.
+    """
+    sites = len(cores)
+    if not 0 <= first <= last < sites:
+        raise ContractionError(
+            f"orthogonality center {(first, last)}: the sites of this MPO are 0 to {sites - 1}."
+        )
+    moved = list(cores)
+    for site in range(center[0], first):
+        left, out, in_, right = moved[site].shape
+        q_XK, r_KR = linalg.qr(moved[site].reshape(left * out * in_, right))
+        moved[site] = q_XK.reshape(left, out, in_, -1)
+        moved[site + 1] = torch.tensordot(r_KR, moved[site + 1], dims=1)
+    for site in range(center[1], last, -1):
+        left, out, in_, right = moved[site].shape
+        q_YK, r_KL = linalg.qr(moved[site].reshape(left, out * in_ * right).mT)
+        moved[site] = q_YK.mT.reshape(-1, out, in_, right)
+        moved[site - 1] = torch.tensordot(moved[site - 1], r_KL.mT, dims=1)
+    return tuple(moved), (min(max(center[0], first), last), max(min(center[1], last), first))
+
+
+def canonical_defects(cores: Sequence[Tensor], center: Center) -> list[float]:
+    """Measure the gauge: per site, the largest deviation from an isometry (0 at the center)."""
+    defects = []
+    for site, core in enumerate(cores):
+        if center[0] <= site <= center[1]:
+            defects.append(0.0)
+            continue
+        left, _, _, right = core.shape
+        matrix = core.reshape(-1, right) if site < center[0] else core.reshape(left, -1).mT
+        gram = matrix.mT @ matrix
+        unit = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+        defects.append(float((gram - unit).abs().max()))
+    return defects
+
+
+def round_cores(
+    cores: Sequence[Tensor],
+    center: Center,
+    *,
+    bond_dim: int | Sequence[int] | None = None,
+    cutoff: float = 0.0,
+) -> tuple[Cores, tuple[Cut, ...]]:
+    """Recompress a chain: center to the right end, then SVD truncation from right to left.
+
+    Returns:
+        The cores, right canonical with the center at site 0, and the cuts, bond by bond from the
+        left. As for the sequential SVD, the squared error equals the summed discarded weights.
+
+    Raises:
+        BondDimError: a bond dimension below 1, or the wrong number of them.
+
+    Source: Oseledets, SIAM J. Sci. Comput. 33 (2011) 2295, algorithm 2.
+    """
+    sites = len(cores)
+    limits = [
+        Truncation(bond_dim=bond, cutoff=cutoff) for bond in expand_bond_dims(bond_dim, sites - 1)
+    ]
+    moved = list(move_center(cores, center, sites - 1, sites - 1)[0])
+    cuts: list[Cut] = []
+    layout = layout_of(cores)
+    tolerance = linalg.rank_tolerance((layout.out_features, layout.in_features), cores[0].dtype)
+    for site in range(sites - 1, 0, -1):
+        left, out, in_, right = moved[site].shape
+        found = linalg.leading_svd(moved[site].reshape(left, -1), limits[site - 1].bond_dim)
+        cut = choose_bond_dim(
+            found.values_R,
+            limits[site - 1],
+            rank_tolerance=tolerance,
+            total_weight=found.total_weight,
+        )
+        bond = cut.bond_dim
+        moved[site] = found.right_RN[:bond].reshape(bond, out, in_, right)
+        carry_LK = found.left_MR[:, :bond] * found.values_R[:bond]
+        moved[site - 1] = torch.tensordot(moved[site - 1], carry_LK, dims=1)
+        cuts.append(cut)
+    return tuple(moved), tuple(reversed(cuts))

@@ -1,0 +1,262 @@
+"""SVD and QR as the rest of the package uses them; the one caller of torch.linalg decompositions.
+
+Work is done in float32 or wider. Signs are fixed, so that equal matrices give equal factors.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpocompress.errors import DecompositionError
+
+# A range finder pays when the bond is much smaller than the matrix: below these sizes a full SVD
+# takes under a second on one core, and it is exact.
+_RANDOMIZED_FROM = 768
+# Entries up to which a decomposition in float64 costs at most seconds more than in float32.
+_DOUBLE_UP_TO = 1 << 21
+_RANDOMIZED_FRACTION = 0.2
+_OVERSAMPLING = 0.25  # of the rank, at least 16: flat spectra converge slowly without it
+_MAX_ITERATIONS = 12
+# Stop once another power iteration lowers the squared error by less than this share of itself.
+_CONVERGED = 1e-3
+
+
+class LeadingSVD(NamedTuple):
+    """Leading part of an SVD: `matrix_MN` is about `left_MR * values_R @ right_RN`.
+
+    `residual_weight` is the squared Frobenius norm of what none of the R triplets covers (0 for a
+    full SVD); `total_weight` is it and the squares of all R values.
+    """
+
+    left_MR: Tensor
+    values_R: Tensor
+    right_RN: Tensor
+    total_weight: float
+    residual_weight: float
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for every other real floating dtype.
+
+    Raises:
+        DecompositionError: the dtype is not real and floating.
+    """
+    if not dtype.is_floating_point:
+        raise DecompositionError(
+            f"dtype {dtype} cannot be decomposed: cores are real and floating. "
+            "Convert the matrix with .float() first."
+        )
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def weight_of(tensor: Tensor) -> float:
+    """Squared Frobenius norm, accumulated in float64 without a float64 copy of the tensor."""
+    flat = tensor.detach().reshape(-1)
+    return sum(float(torch.sum(part.to(torch.float64) ** 2)) for part in flat.split(1 << 22))
+
+
+def decomposition_dtype(matrix_MN: Tensor) -> torch.dtype:
+    """Dtype that a matrix is decomposed in: float64, or float32 for large ones of 32 bits or less.
+
+    float64 costs twice the time, and buys bond dimensions that are the true ranks: in float32 the
+    rounding noise of an SVD cannot be told from small Schmidt values.
+    """
+    wide = working_dtype(matrix_MN.dtype)
+    return torch.float64 if matrix_MN.numel() <= _DOUBLE_UP_TO else wide
+
+
+def rank_tolerance(
+    shape: tuple[int, ...], dtype: torch.dtype, *, work: torch.dtype | None = None
+) -> float:
+    """Relative size below which a singular value of a matrix of `shape` is rounding noise.
+
+    Measured on matrices of rank 1 and 2 in long chains: the noise stays below 3 n eps. In float32
+    that bound would cut visible weight away (2e-3 of the norm at 4096), so it is taken lower there.
+    A float32 matrix that is decomposed in float64 (`work`) carries no noise but the rounding of its
+    entries: 0.12 eps at most, measured on low-rank matrices of 64 to 1024 rows.
+    """
+    if dtype == torch.float32 and work == torch.float64:
+        return float(2 * torch.finfo(dtype).eps)
+    size = max(shape)
+    factor = size if dtype == torch.float64 else size**0.5
+    return float(4 * factor * torch.finfo(dtype).eps)
+
+
+def check_finite(matrix: Tensor) -> None:
+    """Raise DecompositionError if an entry is NaN or Inf, naming how many and the first one."""
+    finite = torch.isfinite(matrix)
+    if bool(finite.all()):
+        return
+    bad = torch.nonzero(~finite)
+    first = tuple(int(i) for i in bad[0])
+    raise DecompositionError(
+        f"{len(bad)} of {matrix.numel()} entries are NaN or Inf, the first at {list(first)} "
+        f"({float(matrix[first])}). Repair the checkpoint or exclude the layer."
+    )
+
+
+def qr(matrix_MN: Tensor) -> tuple[Tensor, Tensor]:
+    """Reduced QR with a non-negative diagonal of R: (M, K), (K, N), K = min(M, N)."""
+    q_MK, r_KN = torch.linalg.qr(matrix_MN)
+    signs_K = torch.where(torch.diagonal(r_KN) < 0, -1.0, 1.0).to(matrix_MN.dtype)
+    return q_MK * signs_K, r_KN * signs_K[:, None]
+
+
+def svd(matrix_MN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Reduced SVD (M, K), (K,), (K, N), descending, signs fixed.
+
+    If the default driver fails to converge, others follow: gesvd where it can be chosen (CUDA),
+    float64, and float64 after a QR decomposition, which presents LAPACK with another matrix.
+
+    Raises:
+        DecompositionError: no driver converged.
+    """
+    attempts = [lambda: torch.linalg.svd(matrix_MN, full_matrices=False)]
+    if matrix_MN.is_cuda:
+        attempts.append(lambda: torch.linalg.svd(matrix_MN, full_matrices=False, driver="gesvd"))
+    attempts.append(lambda: torch.linalg.svd(matrix_MN.double(), full_matrices=False))
+    attempts.append(lambda: _svd_after_qr(matrix_MN.double()))
+    for attempt in attempts:
+        try:
+            left_MK, values_K, right_KN = attempt()
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            continue
+        if bool(torch.isfinite(values_K).all()):
+            dtype = matrix_MN.dtype
+            return fix_signs(left_MK.to(dtype), values_K.to(dtype), right_KN.to(dtype))
+    raise DecompositionError(
+        f"no SVD driver converged on a matrix of shape {tuple(matrix_MN.shape)} and dtype "
+        f"{matrix_MN.dtype}. Check it for NaN, Inf and entries near the largest float."
+    )
+
+
+def _svd_after_qr(matrix_MN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if matrix_MN.shape[0] < matrix_MN.shape[1]:
+        left_NK, values_K, right_KM = _svd_after_qr(matrix_MN.mT)
+        return right_KM.mT, values_K, left_NK.mT
+    q_MK, r_KN = torch.linalg.qr(matrix_MN)
+    left_KK, values_K, right_KN = torch.linalg.svd(r_KN, full_matrices=False)
+    return q_MK @ left_KK, values_K, right_KN
+
+
+def fix_signs(left_MK: Tensor, values_K: Tensor, right_KN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Make the largest entry of every left singular vector positive."""
+    if left_MK.numel() == 0:
+        return left_MK, values_K, right_KN
+    pivots_1K = left_MK.abs().argmax(dim=0, keepdim=True)
+    signs_K = torch.where(left_MK.gather(0, pivots_1K)[0] < 0, -1.0, 1.0).to(left_MK.dtype)
+    return left_MK * signs_K, values_K, right_KN * signs_K[:, None]
+
+
+def leading_svd(
+    matrix_MN: Tensor, rank: int | None, generator: torch.Generator | None = None
+) -> LeadingSVD:
+    """At least the `rank` leading singular triplets, by whichever way is cheaper.
+
+    A full SVD for small matrices and large ranks; otherwise a randomized range finder whose error
+    is checked afterwards, with the full SVD as the last resort.
+
+    Args:
+        matrix_MN: float32 or float64.
+        rank: triplets needed; None for all.
+        generator: source of the test matrix; default: a generator with a fixed seed, so that equal
+            matrices give equal results.
+    """
+    if rank is not None and _pays(matrix_MN, rank):
+        found = _randomized_svd(matrix_MN, rank, generator)
+        if found is not None:
+            return found
+    left_MK, values_K, right_KN = svd(matrix_MN)
+    return LeadingSVD(left_MK, values_K, right_KN, weight_of(values_K), 0.0)
+
+
+def _pays(matrix_MN: Tensor, rank: int) -> bool:
+    small_side = min(matrix_MN.shape)
+    return small_side >= _RANDOMIZED_FROM and rank <= _RANDOMIZED_FRACTION * small_side
+
+
+def _randomized_svd(
+    matrix_MN: Tensor, rank: int, generator: torch.Generator | None
+) -> LeadingSVD | None:
+    """Randomized subspace iteration with a Rayleigh-Ritz step and an a-posteriori check.
+
+    With Q orthonormal and B = Q^T A, the error of the best rank-R part of QB is exactly
+    ||A||^2 - sum_{i <= R} s_i(B)^2: it is measured, not estimated. What cannot be known without the
+    full spectrum is how far the optimum is; the Ritz values s_i(B) rise monotonically with every
+    iteration, so the check is that another one no longer lowers the error. None if it still does.
+
+    Source: Halko, Martinsson, Tropp, SIAM Review 53 (2011) 217, algorithms 4.4 and 5.1.
+    """
+    if matrix_MN.shape[0] < matrix_MN.shape[1]:
+        found = _randomized_svd(matrix_MN.mT, rank, generator)
+        if found is None:
+            return None
+        left_NR, values_R, right_RM, total, residual = found
+        return LeadingSVD(*fix_signs(right_RM.mT, values_R, left_NR.mT), total, residual)
+    if generator is None:
+        generator = torch.Generator(device=matrix_MN.device).manual_seed(0)
+    width = min(rank + max(16, int(_OVERSAMPLING * rank)), *matrix_MN.shape)
+    test_NK = torch.randn(
+        (matrix_MN.shape[1], width),
+        generator=generator,
+        device=matrix_MN.device,
+        dtype=matrix_MN.dtype,
+    )
+    total = weight_of(matrix_MN)
+    # Below this share of the total weight, rounding hides a change of the error.
+    noise = total * 10 * torch.finfo(matrix_MN.dtype).eps
+    q_MK = torch.linalg.qr(matrix_MN @ test_NK).Q
+    previous = float("inf")
+    for _ in range(_MAX_ITERATIONS):
+        # One application of A A^T; the QR in between keeps small singular values from drowning.
+        q_NK = torch.linalg.qr(matrix_MN.mT @ q_MK).Q
+        q_MK, r_KK = torch.linalg.qr(matrix_MN @ q_NK)
+        # A q_NK = q_MK r_KK: the singular values of r are Ritz values at no further product with A.
+        if not bool(torch.isfinite(r_KK).all()):
+            raise DecompositionError(
+                f"products of a matrix of shape {tuple(matrix_MN.shape)} are not finite. Check it "
+                "for NaN, Inf and entries near the largest float."
+            )
+        ritz_K = svd_values(r_KK).double()
+        error = total - float((ritz_K[:rank] ** 2).sum())
+        if previous - error <= _CONVERGED * max(error, 0.0) + noise:
+            break
+        previous = error
+    else:
+        return None
+    small_KN = q_MK.mT @ matrix_MN
+    left_KK, values_K, right_KN = svd(small_KN)
+    residual = total - weight_of(values_K)
+    if residual < 1e-2 * total:  # the difference of two large numbers: measure it directly instead
+        residual = weight_of(torch.addmm(matrix_MN, q_MK, small_KN, alpha=-1))
+    left_MK, values_K, right_KN = fix_signs(q_MK @ left_KK, values_K, right_KN)
+    residual = max(residual, 0.0)
+    return LeadingSVD(left_MK, values_K, right_KN, weight_of(values_K) + residual, residual)
+
+
+def leading_weight(matrix_MN: Tensor, rank: int) -> tuple[float, float]:
+    """Squared norm of the best rank-`rank` part of a matrix, and of the whole; no vectors kept.
+
+    Raises:
+        DecompositionError: NaN or Inf entries, or no driver converged.
+    """
+    check_finite(matrix_MN)
+    if _pays(matrix_MN, rank):
+        found = _randomized_svd(matrix_MN, rank, None)
+        if found is not None:
+            return weight_of(found.values_R[:rank]), found.total_weight
+    values_K = svd_values(matrix_MN)
+    return weight_of(values_K[:rank]), weight_of(values_K)
+
+
+def svd_values(matrix_MN: Tensor) -> Tensor:
+    """All singular values, descending; cheaper than `svd`.
+
+    Raises:
+        DecompositionError: no driver converged.
+    """
+    try:
+        return torch.linalg.svdvals(matrix_MN)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return svd(matrix_MN)[1]

@@ -1,0 +1,287 @@
+"""The metric of a fit: what a change of the weights does to a layer's outputs on real data.
+
+With C = E[x xᵀ], the second moment of a layer's inputs, and optionally G, a metric on its outputs
+(such as the covariance of the loss gradient there), replacing the matrix T by W costs
+
+    distance(T, W)² = tr(G (T − W) C (T − W)ᵀ).
+
+C is estimated from samples, often fewer than there are inputs. A *ridge*, a multiple of the
+identity relative to the mean diagonal, is added to it: it stands for inputs that the sample did not
+show, and makes the metric definite. With `ridge=0` the metric may be singular: what the data never
+excites then costs nothing, and nothing determines it.
+"""
+
+# Shape suffixes: O rows (outputs), I columns (inputs), N side of a square metric, R its rank.
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite, sqrt
+
+import torch
+from torch import Tensor
+
+from mpocompress.errors import ContractionError, DecompositionError
+from mpocompress.mpo import linalg
+
+# Entries of C and its transpose may differ by this share of the largest one: the rounding of an
+# accumulation over many batches, far below what a wrong (say, rectangular) product gives.
+_ASYMMETRY = {torch.float64: 1e-8, torch.float32: 1e-4}
+# So far below zero, relative to the largest, an eigenvalue may lie by accumulation in float32.
+_NEGATIVE = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A factor F of a positive semidefinite matrix F Fᵀ, and solves with it.
+
+    Attributes:
+        factor_NR: lower triangular (Cholesky), or the eigenvectors to non-zero eigenvalues, scaled.
+        values_R: their eigenvalues; None if triangular.
+    """
+
+    factor_NR: Tensor
+    values_R: Tensor | None
+
+    @property
+    def rank(self) -> int:
+        """Columns of F: the numerical rank of the matrix."""
+        return int(self.factor_NR.shape[1])
+
+    def apply(self, matrix_MN: Tensor) -> Tensor:
+        """X F, whitened rows: (M, N) to (M, R)."""
+        return matrix_MN @ self.factor_NR
+
+    def solve(self, matrix_MR: Tensor) -> Tensor:
+        """The X with X F = Y, (M, R) to (M, N); of smallest norm where F is singular."""
+        if self.values_R is None:
+            return torch.linalg.solve_triangular(self.factor_NR, matrix_MR, upper=False, left=False)
+        return (matrix_MR / self.values_R) @ self.factor_NR.mT
+
+
+def factorize_metric(matrix_NN: Tensor, name: str) -> Factor:
+    """Factorize a positive semidefinite matrix: Cholesky, or eigenvalues where it is singular.
+
+    Raises:
+        DecompositionError: an eigenvalue is negative beyond rounding, or all are zero.
+    """
+    size = matrix_NN.shape[0]
+    diagonal = matrix_NN.diagonal()
+    noise = linalg.rank_tolerance((size,), matrix_NN.dtype)
+    factor_NN, failed = torch.linalg.cholesky_ex(matrix_NN)
+    # A singular matrix may pass by the luck of rounding; its small pivots are then noise.
+    if int(failed) == 0 and bool(factor_NN.diagonal().min() ** 2 > noise * diagonal.max()):
+        return Factor(factor_NN, None)
+    values_N, vectors_NN = torch.linalg.eigh(matrix_NN)
+    smallest, largest = float(values_N[0]), float(values_N[-1])
+    if smallest < -_NEGATIVE * max(largest, 0.0) or largest <= 0.0:
+        raise DecompositionError(
+            f"{name} has eigenvalues from {smallest:.3g} to {largest:.3g}; a second "
+            "moment has none below 0 and at least one above. Accumulate it as a sum of x xᵀ in "
+            "float64, over at least one sample that is not zero, or raise the ridge."
+        )
+    # Negative eigenvalues are rounding of the accumulation: they show how large it was.
+    kept = values_N > max(noise * largest, -10 * smallest)
+    values_R = values_N[kept]
+    return Factor(vectors_NN[:, kept] * values_R.sqrt(), values_R)
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """Second moments that say which change of a matrix (out, in) matters.
+
+    Args:
+        input_II: C, (in, in), symmetric positive semidefinite, of any rank; any scale. float32 or
+            float64 (half types are converted to float32). Not copied.
+        output_OO: G, (out, out), likewise; None is the identity.
+        ridge: added to the diagonal of C, relative to the mean of the diagonal.
+        output_ridge: the same for G.
+
+    Raises:
+        ContractionError: not square matrices.
+        DecompositionError: NaN or Inf entries, not symmetric, a negative diagonal, all zeros, or a
+            negative or non-finite ridge.
+
+    Dtype and device of the moments are those of the work done with them; factorizations are made
+    when first needed, and kept.
+    """
+
+    input_II: Tensor
+    output_OO: Tensor | None = None
+    ridge: float = 1e-3
+    output_ridge: float = 1e-2
+
+    def __post_init__(self) -> None:
+        for name in ("ridge", "output_ridge"):
+            value = getattr(self, name)
+            if not (isfinite(value) and value >= 0):
+                raise DecompositionError(
+                    f"{name} {value!r}: it is relative to the mean diagonal and not negative. "
+                    "Try 1e-3."
+                )
+        object.__setattr__(self, "input_II", _checked(self.input_II, "the input second moment"))
+        if self.output_OO is not None:
+            checked_OO = _checked(self.output_OO, "the output metric")
+            if checked_OO.device != self.input_II.device:
+                raise ContractionError(
+                    f"the output metric is on {checked_OO.device}, the input second moment on "
+                    f"{self.input_II.device}. Move them together with .to(...)."
+                )
+            object.__setattr__(self, "output_OO", checked_OO.to(self.input_II.dtype))
+
+    @classmethod
+    def identity(
+        cls,
+        in_features: int,
+        *,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | None = None,
+    ) -> "Metric":
+        """The Frobenius metric: every entry of the matrix counts the same."""
+        return cls(torch.eye(in_features, dtype=dtype, device=device), ridge=0.0)
+
+    def to(
+        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> "Metric":
+        """The same moments in another dtype or on another device; itself if nothing changes."""
+        moved_II = self.input_II.to(dtype=dtype, device=device)
+        if moved_II is self.input_II:
+            return self
+        moved_OO = None if self.output_OO is None else self.output_OO.to(dtype=dtype, device=device)
+        return Metric(moved_II, moved_OO, self.ridge, self.output_ridge)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the moments."""
+        return self.input_II.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the moments."""
+        return self.input_II.device
+
+    @cached_property
+    def ridged_input_II(self) -> Tensor:  # noqa: N802  # shape suffix
+        """C with its ridge, exactly symmetric: what distances are measured with."""
+        return _ridged(self.input_II, self.ridge)
+
+    @cached_property
+    def ridged_output_OO(self) -> Tensor | None:  # noqa: N802  # shape suffix
+        """G with its ridge, exactly symmetric; None is the identity."""
+        return None if self.output_OO is None else _ridged(self.output_OO, self.output_ridge)
+
+    @cached_property
+    def input_factor(self) -> Factor:
+        """Factor of C with its ridge.
+
+        Raises:
+            DecompositionError: C has a negative eigenvalue.
+        """
+        return factorize_metric(self.ridged_input_II, "the input second moment")
+
+    @cached_property
+    def output_factor(self) -> Factor | None:
+        """Factor of G with its ridge; None is the identity.
+
+        Raises:
+            DecompositionError: G has a negative eigenvalue.
+        """
+        if self.ridged_output_OO is None:
+            return None
+        return factorize_metric(self.ridged_output_OO, "the output metric")
+
+    def weigh(self, matrix_OI: Tensor) -> Tensor:
+        """G X C: the linear map of which distance² is the quadratic form."""
+        weighed_OI = matrix_OI @ self.ridged_input_II
+        if self.ridged_output_OO is not None:
+            weighed_OI = self.ridged_output_OO @ weighed_OI
+        return weighed_OI
+
+    def norm(self, matrix_OI: Tensor) -> float:
+        """sqrt(tr(G X C Xᵀ))."""
+        self.check(matrix_OI)
+        matrix_OI = matrix_OI.to(self.dtype)
+        return sqrt(max(float((matrix_OI * self.weigh(matrix_OI)).sum()), 0.0))
+
+    def distance(self, target_OI: Tensor, matrix_OI: Tensor) -> float:
+        """Root of the objective of a fit, sqrt(tr(G (T - W) C (T - W)ᵀ)).
+
+        Raises:
+            ContractionError: the shapes do not fit.
+        """
+        self.check(target_OI)
+        self.check(matrix_OI)
+        return self.norm(target_OI.to(self.dtype) - matrix_OI.to(self.dtype))
+
+    def relative_error(self, target_OI: Tensor, matrix_OI: Tensor) -> float:
+        """`distance` relative to the norm of the target (0 if both are zero).
+
+        Raises:
+            ContractionError: the shapes do not fit.
+        """
+        distance, norm = self.distance(target_OI, matrix_OI), self.norm(target_OI)
+        return _ratio(distance, norm)
+
+    def relative_output_error(self, target_OI: Tensor, matrix_OI: Tensor) -> float:
+        """Relative change of the layer's outputs on the data: no ridge, and G the identity.
+
+        Raises:
+            ContractionError: the shapes do not fit.
+        """
+        bare = Metric(self.input_II, ridge=0.0)
+        return bare.relative_error(target_OI, matrix_OI)
+
+    def check(self, matrix_OI: Tensor) -> None:
+        """Raise ContractionError unless this metric can measure the matrix (out, in)."""
+        expected_in = self.input_II.shape[0]
+        expected_out = None if self.output_OO is None else self.output_OO.shape[0]
+        shape = tuple(matrix_OI.shape)
+        if len(shape) != 2 or shape[1] != expected_in or expected_out not in (None, shape[0]):
+            raise ContractionError(
+                f"a matrix of shape {shape} does not fit a metric of {expected_in} inputs"
+                + ("" if expected_out is None else f" and {expected_out} outputs")
+                + ". The matrix is (out, in), as a Linear's weight; transpose it, or accumulate "
+                "the moments at this layer."
+            )
+        if matrix_OI.device != self.device:
+            raise ContractionError(
+                f"the matrix is on {matrix_OI.device}, the metric on {self.device}. "
+                "Move one of them with .to(device=...)."
+            )
+
+
+def _ratio(distance: float, norm: float) -> float:
+    if norm > 0:
+        return distance / norm
+    return 0.0 if distance == 0 else float("inf")
+
+
+def _checked(matrix_NN: Tensor, name: str) -> Tensor:
+    shape = tuple(matrix_NN.shape)
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+        raise ContractionError(
+            f"{name} has shape {shape}; it is a square matrix, one row for each feature. "
+            "Sum x xᵀ over the samples."
+        )
+    matrix_NN = matrix_NN.detach().to(linalg.working_dtype(matrix_NN.dtype))
+    linalg.check_finite(matrix_NN)
+    largest = float(matrix_NN.abs().max())
+    asymmetry = float((matrix_NN - matrix_NN.mT).abs().max())
+    if asymmetry > _ASYMMETRY[matrix_NN.dtype] * largest:
+        raise DecompositionError(
+            f"{name} is not symmetric: an entry and its mirror image differ by {asymmetry:.3g}, "
+            f"the largest entry is {largest:.3g}. Sum x xᵀ over the samples."
+        )
+    smallest = float(matrix_NN.diagonal().min())
+    if smallest < 0 or largest == 0:
+        raise DecompositionError(
+            f"{name} has a diagonal from {smallest:.3g} to "
+            f"{float(matrix_NN.diagonal().max()):.3g}; it holds mean squares, not negative and not "
+            "all zero. Check that data reached this layer, or fit without data."
+        )
+    return matrix_NN
+
+
+def _ridged(matrix_NN: Tensor, ridge: float) -> Tensor:
+    symmetric_NN = (matrix_NN + matrix_NN.mT) / 2
+    symmetric_NN.diagonal().add_(ridge * float(matrix_NN.diagonal().mean()))
+    return symmetric_NN

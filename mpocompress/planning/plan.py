@@ -1,0 +1,170 @@
+"""The plan: what becomes of every weight, to read, edit, save as JSON and run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from mpocompress.errors import PlanError
+from mpocompress.mpo import Layout
+from mpocompress.planning.layouts import Candidate
+
+FORMAT_VERSION = 1
+
+Pairs = tuple[tuple[PositiveInt, PositiveInt], ...]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CandidateFigures(_Frozen):
+    """What a layout costs and loses: a row of the table of alternatives."""
+
+    layout: Pairs
+    bond_dims: tuple[PositiveInt, ...]
+    parameters: int
+    macs: int
+    relative_weight_error: float | None = None
+    chosen: bool = False
+
+    @classmethod
+    def of(cls, candidate: Candidate, *, chosen: bool) -> "CandidateFigures":
+        """From a candidate."""
+        return cls(
+            layout=candidate.layout.pairs,
+            bond_dims=candidate.bond_dims,
+            parameters=candidate.parameters,
+            macs=candidate.macs,
+            relative_weight_error=candidate.relative_weight_error,
+            chosen=chosen,
+        )
+
+
+class LayerPlan(_Frozen):
+    """What becomes of one convertible weight.
+
+    Attributes:
+        name: first qualified name of the layer.
+        also_known_as: its other names, if it is shared or tied.
+        kind: of weight, such as "linear".
+        shape: (out, in).
+        action: "compress" or "keep".
+        reason: one sentence.
+        layout: (out, in) of each site; None if kept.
+        bond_dims: largest bond dimension at each bond; None if kept.
+        candidates: what other layouts would have given.
+    """
+
+    name: str
+    also_known_as: tuple[str, ...] = ()
+    kind: str = "linear"
+    shape: tuple[PositiveInt, PositiveInt]
+    action: Literal["compress", "keep"]
+    reason: str = ""
+    layout: Pairs | None = None
+    bond_dims: tuple[PositiveInt, ...] | None = None
+    candidates: tuple[CandidateFigures, ...] = ()
+
+    def sites(self) -> Layout:
+        """The layout of a layer that is to be compressed; padded if it is larger than the shape.
+
+        Raises:
+            PlanError: the layer is kept, or its entry is incomplete or does not fit its shape.
+        """
+        if self.layout is None or self.bond_dims is None:
+            raise PlanError(
+                f"layer {self.name!r}: action {self.action!r} needs a layout and bond_dims."
+            )
+        layout = Layout.from_pairs(self.layout)
+        padded = (layout.out_features, layout.in_features) != self.shape
+        if len(self.bond_dims) != layout.num_sites - 1:
+            raise PlanError(
+                f"layer {self.name!r}: layout {layout} has {layout.num_sites - 1} bonds, but "
+                f"bond_dims {list(self.bond_dims)} has {len(self.bond_dims)} entries."
+            )
+        return Layout.from_pairs(self.layout, pad=padded)
+
+
+class Plan(_Frozen):
+    """The whole plan, one entry for each convertible weight, in model order.
+
+    Attributes:
+        format_version: of this file.
+        settings: what was asked for.
+        layers: one entry a weight.
+    """
+
+    format_version: int = FORMAT_VERSION
+    settings: dict[str, Any] = Field(default_factory=dict)
+    layers: tuple[LayerPlan, ...]
+
+    def __iter__(self) -> Iterator[LayerPlan]:  # type: ignore[override]  # rows, not fields
+        return iter(self.layers)
+
+    @property
+    def compressed(self) -> tuple[LayerPlan, ...]:
+        """The entries with action "compress"."""
+        return tuple(layer for layer in self.layers if layer.action == "compress")
+
+    def to_json(self) -> str:
+        """JSON text that `from_json` reads again."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Read a plan, perhaps edited by hand.
+
+        Raises:
+            PlanError: not a plan, of another format version, or with an impossible entry; the
+                first problem is named.
+        """
+        try:
+            plan = cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise PlanError(
+                f"this is not a plan: {place}: {first['msg']}. Write one with plan(...).to_json() "
+                "and edit layouts, bond_dims and actions."
+            ) from None
+        if plan.format_version != FORMAT_VERSION:
+            raise PlanError(
+                f"plan format version {plan.format_version}; this release reads version "
+                f"{FORMAT_VERSION}. Make the plan again."
+            )
+        for layer in plan.compressed:
+            layer.sites()
+        return plan
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON to a file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read a plan from a file.
+
+        Raises:
+            PlanError: the file cannot be read or is not a plan.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read the plan {str(path)!r}: {error}.") from None
+        return cls.from_json(text)
+
+    def __str__(self) -> str:
+        lines = []
+        for layer in self.layers:
+            size = f"{layer.shape[0]}x{layer.shape[1]}"
+            what = "keep"
+            if layer.action == "compress":
+                layout = layer.sites()
+                bonds = layout.clip(layer.bond_dims or ())
+                after = layout.num_parameters(bonds)
+                ratio = layer.shape[0] * layer.shape[1] / after
+                what = f"{layout} bond_dims {list(bonds)}: {after} parameters, ratio {ratio:.2f}"
+            lines.append(f"{layer.name}  {size}  {what}  ({layer.reason})")
+        return "\n".join(lines)

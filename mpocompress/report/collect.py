@@ -1,0 +1,196 @@
+"""From what a run did to its report: every figure is measured on the compressed weights."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mpocompress._version import __version__
+from mpocompress.mpo import MPO, Layout
+from mpocompress.mpo.linalg import weight_of, working_dtype
+from mpocompress.mpo.spectra import entropy_nats
+from mpocompress.planning import LayerPlan, Plan, chain_macs
+from mpocompress.report.schema import (
+    Candidate,
+    CompressionReport,
+    LayerReport,
+    Scope,
+    Size,
+    Source,
+    Total,
+    Totals,
+)
+from mpocompress.surgery import Inventory, KeptEntry, WeightSite
+
+# Kinds whose tensors are matrices that meet every row of an input once. Lookups cost nothing, and
+# what a convolution costs depends on the size of its input.
+_MULTIPLIED = frozenset({"linear", "matrix", "attention", "recurrent", "mpo"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What became of one weight.
+
+    Attributes:
+        layout: the sites.
+        bond_dims: that were kept.
+        parameters: entries of the cores.
+        bytes: of the cores as stored.
+        macs: multiply-adds for one input row along the chain.
+        relative_weight_error: norm(W - W_mpo) / norm(W) with the cores in their final dtype.
+        discarded_weight_bound: the same from the discarded weights, before rounding to the dtype;
+            None for a weight that was fitted to data.
+        relative_output_error: of the layer's outputs on the data; None without data.
+        schmidt_values: of the compressed matrix at every bond.
+        entropies_nats: from the Schmidt values.
+    """
+
+    layout: Layout
+    bond_dims: tuple[int, ...]
+    parameters: int
+    bytes: int
+    macs: int
+    relative_weight_error: float
+    discarded_weight_bound: float | None
+    relative_output_error: float | None
+    schmidt_values: tuple[tuple[float, ...], ...]
+    entropies_nats: tuple[float, ...]
+
+
+def measure(
+    site: WeightSite,
+    mpo: MPO,
+    *,
+    discarded_weight_bound: float | None = None,
+    relative_output_error: float | None = None,
+) -> Outcome:
+    """Measure one compressed weight against the dense one; the errors given are passed on."""
+    wide = working_dtype(mpo.dtype)
+    weight_OI = site.matrix().to(wide)
+    weight = weight_of(weight_OI)
+    difference = mpo.to(dtype=wide).to_dense() - weight_OI
+    spectra = mpo.schmidt_spectra()
+    return Outcome(
+        layout=mpo.layout,
+        bond_dims=mpo.bond_dims,
+        parameters=mpo.num_parameters,
+        bytes=mpo.num_parameters * mpo.dtype.itemsize,
+        macs=chain_macs(mpo.layout, mpo.bond_dims),
+        relative_weight_error=(weight_of(difference) / weight) ** 0.5 if weight > 0 else 0.0,
+        discarded_weight_bound=discarded_weight_bound,
+        relative_output_error=relative_output_error,
+        schmidt_values=tuple(tuple(float(s) for s in spectrum) for spectrum in spectra),
+        entropies_nats=tuple(entropy_nats(spectrum) for spectrum in spectra),
+    )
+
+
+def collect_report(
+    inventory: Inventory,
+    plan: Plan,
+    outcomes: Mapping[str, Outcome],
+    *,
+    source: Source,
+    seconds: Mapping[str, float],
+    settings: Mapping[str, Any],
+    kind: str | None = None,
+) -> CompressionReport:
+    """Account for every parameter and buffer of the model.
+
+    Args:
+        inventory: of the dense model.
+        plan: what was decided for each convertible weight, and why.
+        outcomes: by name of the weight, for those that were compressed.
+        source: where the model came from.
+        seconds: wall time by stage.
+        settings: what was asked for.
+        kind: of the convertible weights if their modules are not known, such as "matrix".
+    """
+    plans = {layer.name: layer for layer in plan.layers}
+    layers: list[LayerReport] = []
+    sizes: list[tuple[bool, Size]] = []  # compressed?, bytes
+    for entry in inventory.entries:
+        if isinstance(entry, WeightSite):
+            outcome = outcomes.get(entry.name)
+            layers.append(_weight(entry, plans[entry.name], outcome, kind or entry.kind))
+            after = entry.bytes if outcome is None else outcome.bytes
+            sizes.append((outcome is not None, Size(dense=entry.bytes, compressed=after)))
+        else:
+            layers.append(_kept(entry))
+            sizes.append((False, Size(dense=entry.bytes, compressed=entry.bytes)))
+    changed = [layer.status == "compressed" for layer in layers]
+    return CompressionReport(
+        tool_version=__version__,
+        source=source,
+        settings=dict(settings),
+        totals=Totals(
+            parameters=_scope([layer.parameters for layer in layers], changed),
+            bytes=_scope([size for _, size in sizes], changed),
+            macs=_scope([layer.macs for layer in layers], changed),
+        ),
+        layers=layers,
+        seconds=dict(seconds),
+    )
+
+
+def _scope(sizes: Sequence[Size], changed: Sequence[bool]) -> Scope:
+    of_layers = [size for size, flag in zip(sizes, changed, strict=True) if flag]
+    return Scope(model=_total(sizes), layers=_total(of_layers))
+
+
+def _total(sizes: Sequence[Size]) -> Total:
+    return Total.of(sum(size.dense for size in sizes), sum(size.compressed for size in sizes))
+
+
+def _weight(site: WeightSite, plan: LayerPlan, outcome: Outcome | None, kind: str) -> LayerReport:
+    dense = site.shape[0] * site.shape[1]
+    common: dict[str, Any] = {
+        "name": site.name or "(model)",
+        "also_known_as": list(site.names[1:]),
+        "kind": kind,
+        "reason": plan.reason,
+        "shape": list(site.shape),
+    }
+    if outcome is None:
+        return LayerReport(
+            status="kept",
+            parameters=Size(dense=dense, compressed=dense),
+            macs=Size(dense=dense, compressed=dense),
+            **common,
+        )
+    return LayerReport(
+        status="compressed",
+        layout=[list(pair) for pair in outcome.layout.pairs],
+        bond_dims=list(outcome.bond_dims),
+        parameters=Size(dense=dense, compressed=outcome.parameters),
+        macs=Size(dense=dense, compressed=outcome.macs),
+        relative_weight_error=outcome.relative_weight_error,
+        relative_output_error=outcome.relative_output_error,
+        discarded_weight_bound=outcome.discarded_weight_bound,
+        entropies_nats=list(outcome.entropies_nats),
+        schmidt_values=[list(values) for values in outcome.schmidt_values],
+        candidates=[
+            Candidate(
+                layout=[list(pair) for pair in figures.layout],
+                bond_dims=list(figures.bond_dims),
+                parameters=figures.parameters,
+                macs=figures.macs,
+                relative_weight_error=figures.relative_weight_error,
+                chosen=figures.chosen,
+            )
+            for figures in plan.candidates
+        ],
+        **common,
+    )
+
+
+def _kept(entry: KeptEntry) -> LayerReport:
+    macs = entry.parameters if entry.kind in _MULTIPLIED and len(entry.shape) == 2 else 0
+    return LayerReport(
+        name=entry.name,
+        also_known_as=list(entry.also_known_as),
+        kind=entry.kind,
+        status="kept",
+        reason=entry.reason,
+        shape=list(entry.shape),
+        parameters=Size(dense=entry.parameters, compressed=entry.parameters),
+        macs=Size(dense=macs, compressed=macs),
+    )

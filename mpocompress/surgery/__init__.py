@@ -1,0 +1,24 @@
+"""Find, match and replace weights in a model."""
+
+from mpocompress.surgery import adapt_linear  # noqa: F401  # registers its adapter
+from mpocompress.surgery.adapter import WeightAdapter, adapter_for, register
+from mpocompress.surgery.find import check_finite, find_weights, tied_names
+from mpocompress.surgery.inventory import Inventory, KeptEntry, WeightSite
+from mpocompress.surgery.match import select, select_sites
+from mpocompress.surgery.replace import Replacement, copy_with_replacements
+
+__all__ = [
+    "Inventory",
+    "KeptEntry",
+    "Replacement",
+    "WeightAdapter",
+    "WeightSite",
+    "adapter_for",
+    "check_finite",
+    "copy_with_replacements",
+    "find_weights",
+    "register",
+    "select",
+    "select_sites",
+    "tied_names",
+]

@@ -1,0 +1,444 @@
+"""Fit layer after layer, in forward order, each on the inputs that the compressed prefix produces.
+
+The layer at hand sees x^ from the compressed prefix where the dense model sees x, and is fitted to
+the dense layer's outputs: min E |y - W^ x^ - b^|^2. With second moments that is again a matrix and
+a metric: the target T = E[y x^T] E[x^ x^T]^-1 in the metric C = E[x^ x^T]. Where the output is
+added to a residual stream h, y also contains h - h^: each block repairs what those before it broke.
+"""
+
+# Shape suffixes: O out features, I in features, N rows.
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mpocompress.errors import DataError, MPOCompressError
+from mpocompress.mpo import MPO, Layout
+from mpocompress.mpo.contract import apply_cores
+from mpocompress.mpo.fit import fit
+from mpocompress.mpo.metric import Metric
+from mpocompress.surgery import WeightSite
+from mpocompress.tuning.lockstep import Call, OperationRecorder, Runner, stopping_layers
+from mpocompress.tuning.moments import CrossMoment, keep_mask, real_rows
+from mpocompress.tuning.residual import StreamWatcher
+
+# Ridges tried for the correction of upstream errors, relative to the mean diagonal.
+_RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitOptions:
+    """How layers are fitted.
+
+    Attributes:
+        ridge: shrinks the input moment, relative to its mean diagonal. Without it directions that
+            the data hardly shows would be free, and other data would show them.
+        sweeps: at most so many passes over the sites of a layer, for layouts without a closed
+            form; 0 keeps the start of the fit.
+        repair_streams: let a layer that feeds a residual stream correct the stream's error.
+    """
+
+    ridge: float = 1e-3
+    sweeps: int = 16
+    repair_streams: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 0:
+            raise DataError(f"sweeps {self.sweeps!r}: a number of sweeps is 0 or more. Try 16.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FittedWeight:
+    """A fitted layer.
+
+    Attributes:
+        mpo: in the weight's dtype.
+        bias: (out,) in the bias's dtype, with the mean of the error taken out; None to keep the
+            layer's own bias, or none.
+        relative_output_error: of the MPO against its target, on the inputs that it was fitted on.
+        rows: of activations that were seen.
+    """
+
+    mpo: MPO
+    bias: Tensor | None
+    relative_output_error: float
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SitePlan:
+    """A weight, its sites and the bond dimensions to fit it with."""
+
+    site: WeightSite
+    layout: Layout
+    bond_dims: tuple[int, ...]
+
+
+def fit_in_sequence(
+    model: nn.Module,
+    plans: Sequence[SitePlan],
+    calls: Sequence[Call],
+    *,
+    output_metrics: Mapping[nn.Module, Tensor] | None = None,
+    options: FitOptions | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[WeightSite, FittedWeight]:
+    """Fit all planned weights in one simultaneous pass of the dense and the compressed model.
+
+    The activations of all batches at one layer are alive at the same time, as are those that the
+    rest of their forward passes still needs.
+
+    Args:
+        model: dense; it is not changed.
+        plans: weights to fit.
+        calls: batches.
+        output_metrics: for a module, the covariance (out, out) of the loss gradient at its outputs.
+        options: ridge and round trips.
+        progress: called with the layer, how many are done, and of how many.
+
+    Returns:
+        The fitted weights; those that the data does not reach are missing.
+
+    Raises:
+        DataError: no data, batches that take different paths through the model, or NaN activations.
+    """
+    if not calls:
+        raise DataError("there are no batches to fit on.")
+    options = options or FitOptions()
+    by_module = {module: plan for plan in plans for module in plan.site.modules}
+    fitted: dict[WeightSite, FittedWeight] = {}
+    pairs = [
+        (Runner(model, call, StreamWatcher()), Runner(model, call, OperationRecorder()))
+        for call in calls
+    ]
+    dense_runners = {id(dense) for dense, _ in pairs}
+
+    def compute(layer: nn.Module, runner: Runner, value: Tensor) -> Tensor:
+        done = fitted.get(by_module[layer].site)
+        if done is None:
+            return runner.stop_at(layer, value)
+        # Used again: a shared layer, or one tied to a layer that has been fitted.
+        is_dense = id(runner) in dense_runners
+        forward = _dense_forward(layer) if is_dense else _compressed_forward(layer, done)
+        return runner.call_layer(layer, forward, value)
+
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    shared = {parameter for parameter, count in uses.items() if count > 1}
+    collector = _Collector([keep_mask(call.kwargs) for call in calls])
+    with _evaluation(model), stopping_layers(list(by_module), compute), _abandoning(pairs):
+        for pair in pairs:
+            for runner in pair:
+                runner.start()
+        while (layer := _common_layer(pairs)) is not None:
+            plan = by_module[layer]
+            if progress is not None:
+                progress(plan.site.name, len(fitted), len(plans))
+            places = [_place(layer, pair, options.repair_streams) for pair in pairs]
+            try:
+                done = _fit_layer(
+                    layer,
+                    plan,
+                    collector.collect(places),
+                    (output_metrics or {}).get(layer),
+                    options,
+                    shared,
+                )
+            except MPOCompressError as error:
+                raise type(error)(f"layer {plan.site.label}: {error}") from error
+            fitted[plan.site] = done
+            del places
+            for dense, compressed in pairs:
+                compressed.resume(_compressed_forward(layer, done))
+                # Being one layer ahead, it may wait at one that is tied to what was just fitted.
+                while dense.arrival and by_module[dense.arrival.layer].site in fitted:
+                    dense.resume(_dense_forward(dense.arrival.layer))
+    return fitted
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """One batch at one layer, in both models.
+
+    Attributes:
+        dense: input of the layer in the dense model.
+        ours: input of the layer after the compressed prefix.
+        streams: residual stream that the layer feeds, dense and ours, if there is one.
+    """
+
+    dense: Tensor
+    ours: Tensor
+    streams: tuple[Tensor, Tensor] | None
+
+
+def _place(layer: nn.Module, pair: tuple[Runner, Runner], repair_streams: bool) -> _Place:
+    """Read where a pair waits, and let the dense runner go on to the next layer.
+
+    It runs one layer ahead: only what follows the layer tells which stream its output goes into.
+    """
+    dense, ours = pair
+    if dense.arrival is None or ours.arrival is None:
+        raise DataError("a batch ended before it reached the layer that others wait at.")
+    dense_input, our_input = dense.arrival.input, ours.arrival.input
+    dense.resume(_dense_forward(layer))
+    streams = None
+    watcher = dense.recorder
+    if repair_streams and isinstance(watcher, StreamWatcher):
+        found = watcher.take_stream(layer)
+        our_stream = None if found is None else ours.recorder.output(found[0])
+        if found is not None and our_stream is not None and found[1].shape == our_stream.shape:
+            streams = (found[1], our_stream)
+    return _Place(dense_input, our_input, streams)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Moments:
+    """What the fit of one layer needs: of x^ with itself, x with x^, and h - h^ with x^."""
+
+    inputs: CrossMoment
+    cross: CrossMoment
+    stream: CrossMoment | None
+
+
+class _Collector:
+    """Moments of all batches at a layer, in two folds; layers with the same inputs share them."""
+
+    def __init__(self, masks: Sequence[Tensor | None]) -> None:
+        self._masks = masks
+        self._inputs: list[Tensor] = []  # kept alive, so that identity means identity
+        self._shared: list[tuple[CrossMoment, CrossMoment]] = []
+
+    def collect(self, places: Sequence[_Place]) -> list[_Moments]:
+        """One entry for the even and one for the odd batches; a single entry for one batch."""
+        inputs = [value for place in places for value in (place.dense, place.ours)]
+        same = len(inputs) == len(self._inputs) and all(
+            a is b for a, b in zip(inputs, self._inputs, strict=True)
+        )
+        folds = [
+            list(zip(places[fold::2], self._masks[fold::2], strict=True))
+            for fold in range(min(2, len(places)))
+        ]
+        if not same:
+            unchanged = all(torch.equal(place.dense, place.ours) for place in places)
+            self._shared = [_input_moments(fold, unchanged) for fold in folds]
+            self._inputs = inputs
+        return [
+            _Moments(inputs=inputs, cross=cross, stream=_stream_moments(fold))
+            for fold, (inputs, cross) in zip(folds, self._shared, strict=True)
+        ]
+
+
+_Fold = Sequence[tuple[_Place, Tensor | None]]
+
+
+def _input_moments(fold: _Fold, unchanged: bool) -> tuple[CrossMoment, CrossMoment]:
+    inputs, cross = CrossMoment(), CrossMoment()
+    for place, mask in fold:
+        rows_NI = real_rows(place.ours, mask)
+        inputs.add(rows_NI, rows_NI)
+        if not unchanged:
+            cross.add(real_rows(place.dense, mask), rows_NI)
+    return inputs, inputs if unchanged else cross
+
+
+def _stream_moments(fold: _Fold) -> CrossMoment | None:
+    """None unless every batch of the fold has a stream whose rows are those of the input."""
+    moment = CrossMoment()
+    for place, mask in fold:
+        if place.streams is None or place.streams[0].shape[:-1] != place.ours.shape[:-1]:
+            return None
+        wrong = place.streams[0] - place.streams[1]
+        moment.add(real_rows(wrong, mask), real_rows(place.ours, mask))
+    return moment
+
+
+@dataclass(frozen=True, slots=True)
+class _Regression:
+    """What is left to explain, e = W (x - x^) + (h - h^), against x^.
+
+    Attributes:
+        inputs_II: E[x^ x^T].
+        residual_OI: E[e x^T].
+        mean_I: E[x^].
+        residual_mean_O: E[e].
+        rows: that were seen.
+    """
+
+    inputs_II: Tensor
+    residual_OI: Tensor
+    mean_I: Tensor
+    residual_mean_O: Tensor
+    rows: int
+
+    def correction(self, ridge: float) -> Tensor:
+        """K (out, in) that minimizes E|e - K x^|^2 with a ridge relative to the mean diagonal."""
+        shifted_II = self.inputs_II.clone()
+        shifted_II.diagonal().add_(ridge * float(shifted_II.diagonal().mean()))
+        return _solve_right(self.residual_OI, shifted_II)
+
+    def gain(self, correction_OI: Tensor) -> float:
+        """How much of E|e|^2 a correction explains here; negative if it does harm."""
+        cross = torch.sum(correction_OI * self.residual_OI)
+        return float(2 * cross - torch.sum(correction_OI @ self.inputs_II * correction_OI))
+
+
+def _regression(weight_OI: Tensor, moments: _Moments, *, centered: bool) -> _Regression:
+    inputs_II, _, mean_ours_I = moments.inputs.mean(centered=centered)
+    cross_II, mean_dense_I, _ = moments.cross.mean(centered=centered)
+    weight_OI = weight_OI.to(inputs_II)
+    residual_OI = weight_OI @ (cross_II - inputs_II)
+    residual_mean_O = weight_OI @ (mean_dense_I - mean_ours_I)
+    if moments.stream is not None:
+        stream_OI, mean_stream_O, _ = moments.stream.mean(centered=centered)
+        residual_OI = residual_OI + stream_OI
+        residual_mean_O = residual_mean_O + mean_stream_O
+    return _Regression(inputs_II, residual_OI, mean_ours_I, residual_mean_O, moments.inputs.rows)
+
+
+def _cross_validated_correction(
+    weight_OI: Tensor, folds: Sequence[_Moments], whole: _Regression, *, centered: bool
+) -> Tensor:
+    """The correction K of T = W + K, with the ridge that carries over to the other fold best.
+
+    A regression on a few thousand rows explains a good deal of these very rows and little of
+    others; without a check it would spend the bond dimension on noise. No correction at all is
+    among the choices.
+    """
+    none = torch.zeros_like(whole.residual_OI)
+    if not bool(whole.residual_OI.any()):
+        return none
+    if len(folds) < 2:
+        return whole.correction(_RIDGES[0])
+    parts = [_regression(weight_OI, fold, centered=centered) for fold in folds]
+    best: tuple[float, float | None] = (0.0, None)
+    for ridge in _RIDGES:
+        gain = parts[1].gain(parts[0].correction(ridge))
+        gain += parts[0].gain(parts[1].correction(ridge))
+        if gain > best[0]:
+            best = (gain, ridge)
+    return none if best[1] is None else whole.correction(best[1])
+
+
+def _merged(folds: Sequence[_Moments]) -> _Moments:
+    def sum_of(moments: Sequence[CrossMoment]) -> CrossMoment:
+        total = CrossMoment()
+        for moment in moments:
+            total.merge(moment)
+        return total
+
+    streams = [fold.stream for fold in folds if fold.stream is not None]
+    return _Moments(
+        inputs=sum_of([fold.inputs for fold in folds]),
+        cross=sum_of([fold.cross for fold in folds]),
+        stream=sum_of(streams) if len(streams) == len(folds) else None,
+    )
+
+
+def _fit_layer(
+    layer: nn.Module,
+    plan: SitePlan,
+    folds: Sequence[_Moments],
+    output_metric_OO: Tensor | None,
+    options: FitOptions,
+    shared: Collection[int],
+) -> FittedWeight:
+    site = plan.site
+    bias = getattr(layer, "bias", None)
+    # The mean is the bias's business, unless others use the weight or the bias, too.
+    centered = bias is not None and len(site.modules) == 1 and id(bias) not in shared
+    weight_OI = site.matrix()
+    whole = _regression(weight_OI, _merged(folds), centered=centered)
+    weight_OI = weight_OI.to(whole.inputs_II)
+    target_OI = weight_OI + _cross_validated_correction(weight_OI, folds, whole, centered=centered)
+    metric = None
+    if bool(whole.inputs_II.any()):  # else nothing but zeros came in: fit the weights themselves
+        useful = output_metric_OO is not None and bool(output_metric_OO.any())
+        metric = Metric(whole.inputs_II, output_metric_OO if useful else None, ridge=options.ridge)
+    result = fit(
+        target_OI,
+        metric,
+        plan.layout,
+        plan.bond_dims,
+        round_trips=(options.sweeps + 1) // 2,
+    )
+    mpo = MPO(result.cores, shape=site.shape).to(dtype=site.dtype)
+    new_bias: Tensor | None = None
+    if bias is not None and centered:
+        lost_OI = weight_OI - mpo.to(dtype=torch.float64).to_dense().to(weight_OI)
+        shift_O = lost_OI @ whole.mean_I + whole.residual_mean_O
+        new_bias = (bias.detach().double() + shift_O).to(bias.dtype)
+    return FittedWeight(
+        mpo=mpo,
+        bias=new_bias,
+        relative_output_error=result.relative_error,
+        rows=whole.rows,
+    )
+
+
+def _solve_right(right_OI: Tensor, symmetric_II: Tensor) -> Tensor:
+    """X with X A = B for positive definite A."""
+    factor_II = torch.linalg.cholesky(symmetric_II)
+    return torch.cholesky_solve(right_OI.mT, factor_II).mT
+
+
+def _dense_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The layer's own forward, whatever has been put in front of it."""
+
+    def forward(value: Tensor) -> Tensor:
+        output: Tensor = type(layer).forward(layer, value)
+        return output
+
+    return forward
+
+
+def _compressed_forward(layer: nn.Module, fitted: FittedWeight) -> Callable[[Tensor], Tensor]:
+    mpo = fitted.mpo
+    bias = getattr(layer, "bias", None) if fitted.bias is None else fitted.bias
+
+    def forward(value: Tensor) -> Tensor:
+        output = apply_cores(mpo.cores, value, shape=mpo.shape)
+        return output if bias is None else output + bias
+
+    return forward
+
+
+Pair = tuple[Runner, Runner]
+
+
+def _common_layer(pairs: Sequence[Pair]) -> nn.Module | None:
+    """The layer at which all runners wait; None once all have finished."""
+    layers = {
+        None if runner.arrival is None else runner.arrival.layer
+        for pair in pairs
+        for runner in pair
+    }
+    if len(layers) > 1:
+        raise DataError(
+            "batches take different paths through the model, so its layers cannot be fitted in "
+            "sequence. Fit the layers of one path at a time (include)."
+        )
+    return layers.pop()
+
+
+@contextmanager
+def _abandoning(pairs: Sequence[Pair]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for pair in pairs:
+            for runner in pair:
+                runner.abandon()
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,123 @@
+"""The benchmarks run, say how they were run, and judge their claims by the numbers."""
+
+import importlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tensorly
+import torch
+
+from tests.tolerances import TOL
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def decomposition(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("decomposition")
+
+
+def run_decomposition(*arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "decomposition.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.minilm
+def test_a_real_weight_is_measured_and_written_with_how(tmp_path):
+    out = tmp_path / "decomposition.json"
+    arguments = ("--quick", "--only", "query/svd", "--threads", "1", "--seed", "3", "--out", out)
+    finished = run_decomposition(*arguments)
+    assert finished.returncode == 0, finished.stderr
+    assert "the claim was not checked" in finished.stdout
+    written = json.loads(out.read_text())
+    assert "50x faster than TensorLy" in written["claim"]
+    facts = written["environment"]
+    assert facts["seed"] == 3
+    assert facts["threads"] == 1
+    assert facts["versions"]["tensorly"]
+    assert facts["command"].startswith("python benchmarks/decomposition.py --quick --only")
+    rows = {row["method"]: row for row in written["rows"]}
+    assert list(rows) == [
+        "ours",
+        "tensorly",
+        "tensorly randomized",
+        "torch.linalg.svd",
+        "torch.svd_lowrank",
+    ]
+    for row in rows.values():
+        assert row["seconds"]["repeats"] == 5
+        assert 0 < row["seconds"]["min"] <= row["seconds"]["median"] <= row["seconds"]["max"]
+        assert row["peak_memory_bytes"] > 0
+    # No method is better than the least error; full SVDs reach it.
+    tolerance = TOL[torch.float32]["dense"]["rtol"]
+    assert all(row["error_over_least"] >= 1 - tolerance for row in rows.values())
+    for method in ("ours", "tensorly", "torch.linalg.svd"):
+        assert math.isclose(rows[method]["error_over_least"], 1, rel_tol=tolerance)
+
+
+def test_a_name_that_matches_no_case_is_refused():
+    finished = run_decomposition("--only", "resnet")
+    assert finished.returncode == 2
+    assert "--only 'resnet' matches no case; there are: query/svd" in finished.stderr
+
+
+@pytest.mark.parametrize("spectrum", ["flat", "polynomial", "exponential"])
+@pytest.mark.parametrize("layout", ["64x1,1x64", "8x8,8x8"])
+def test_the_least_error_is_that_of_the_full_svd(decomposition, spectrum, layout):
+    case = decomposition.Case("64/any", layout, 6, spectrum)
+    matrix, least_error = decomposition.build(case, seed=0)
+    tolerance = TOL[torch.float32]["dense"]
+    for method in ("ours", "tensorly", "torch.linalg.svd"):
+        cores = decomposition.METHODS[method](matrix, case.sites, case.bond_dim, 0)
+        dense = decomposition.MPO(cores).to_dense()
+        error = float((dense - matrix).norm() / matrix.norm())
+        assert math.isclose(error, least_error, rel_tol=tolerance["rtol"]), method
+    if spectrum != "flat":
+        values = torch.tensor([decomposition.SPECTRA[spectrum](k) for k in range(1, 65)])
+        unfolding = case.sites.split(matrix)
+        torch.testing.assert_close(torch.linalg.svdvals(unfolding), values, **tolerance)
+
+
+def test_tensorly_keeps_the_backend_that_it_had(decomposition):
+    case = decomposition.Case("16/any", "4x4,4x4", 3, "flat")
+    matrix, _ = decomposition.build(case, seed=0)
+    with tensorly.backend_context("numpy"):
+        decomposition.METHODS["tensorly"](matrix, case.sites, case.bond_dim, 0)
+        assert tensorly.get_backend() == "numpy"
+
+
+@pytest.mark.parametrize(
+    ("seconds_of_tensorly", "error", "held"),
+    [(60.0, 1.005, (True, True)), (40.0, 1.005, (False, True)), (60.0, 1.02, (True, False))],
+)
+def test_claims_are_judged_by_the_numbers(decomposition, capsys, seconds_of_tensorly, error, held):
+    def measured(method, seconds):
+        return decomposition.Measured(
+            case="4096-flat/svd",
+            layout="4096x1,1x4096",
+            bond_dim=64,
+            method=method,
+            relative_error=0.9 * error,
+            least_error=0.9,
+            least_error_is="exact",
+            peak_memory_bytes=1,
+            first_seconds=seconds,
+            seconds=[seconds],
+        )
+
+    results = [measured("ours", 1.0), measured("tensorly", seconds_of_tensorly)]
+    (claim,) = decomposition.claims(decomposition.as_rows(results))
+    assert (claim["speedup_held"], claim["error_held"]) == held
+    decomposition.print_claims([claim])
+    assert ("DID NOT HOLD" in capsys.readouterr().out) == (held != (True, True))

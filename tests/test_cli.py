@@ -1,0 +1,358 @@
+"""The command line as a stranger uses it: exit codes, messages, files, and nothing left behind."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import mpocompress as mpo
+from mpocompress.cli import main
+
+FACTORY = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(48, 64), nn.Linear(64, 40)
+
+    def forward(self, x):
+        return self.fc2(self.fc1(x).relu())
+
+def make():
+    return Net()
+"""
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 40)).eval()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    torch.save(network(), tmp_path / "model.pt")
+    return tmp_path
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command."""
+    code = 0
+    try:
+        main(list(arguments))
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    streams = capsys.readouterr()
+    return code, streams.out, streams.err
+
+
+@pytest.mark.onnx
+def test_one_command_from_checkpoint_to_verified_onnx(here, capsys):
+    import onnxruntime
+
+    code, out, err = run(capsys, "model.pt", "--bond-dim", "8")
+    assert (code, err) == (0, "")
+    made = here / "model-mpo"
+    assert {path.name for path in made.iterdir()} == {
+        "model.mpo.safetensors",
+        "model.onnx",
+        "report.html",
+        "report.json",
+        "report.md",
+    }
+    assert "2 layers compressed" in out
+    report = json.loads((made / "report.json").read_text())
+    assert report["parity"]["passed"] is True
+    assert report["files"]["model.onnx"] == (made / "model.onnx").stat().st_size
+    assert report["source"]["name"] == "model.pt"
+    assert len(report["source"]["sha256"]) == 64
+    assert report["totals"]["parameters"]["model"]["dense"] == 48 * 64 + 64 + 64 * 40 + 40
+    assert [layer["status"] for layer in report["layers"] if layer["kind"] == "linear"] == [
+        "compressed"
+    ] * 2
+    loaded = mpo.load(made, model=network())
+    x = np.random.default_rng(0).standard_normal((5, 48)).astype(np.float32)
+    session = onnxruntime.InferenceSession(made / "model.onnx")
+    found = session.run(None, {session.get_inputs()[0].name: x})[0]
+    expected = loaded(torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.onnx
+def test_json_prints_one_object(here, capsys):
+    code, out, _ = run(capsys, "compress", "model.pt", "--bond-dim", "8", "--json", "-o", "out")
+    assert code == 0
+    assert json.loads(out)["format_version"] == 1
+    code, out, err = run(capsys, "missing.pt", "--bond-dim", "8", "--json")
+    assert code == 2
+    assert json.loads(out)["error"]["exit_code"] == 2
+    assert "missing.pt" in err
+
+
+def test_dry_run_writes_nothing(here, capsys):
+    code, out, _ = run(capsys, "model.pt", "--bond-dim", "8", "--dry-run")
+    assert code == 0
+    assert "nothing was written" in out
+    code, out, _ = run(capsys, "model.pt", "--bond-dim", "8", "--dry-run", "--json")
+    assert mpo.Plan.from_json(out).compressed
+    assert [path.name for path in here.iterdir()] == ["model.pt"]
+
+
+@pytest.mark.onnx
+def test_equal_runs_give_equal_files(here, capsys):
+    for name in ("a", "b"):
+        assert run(capsys, "model.pt", "--bond-dim", "8", "-o", name)[0] == 0
+    for name in ("model.onnx", "model.mpo.safetensors"):
+        assert (here / "a" / name).read_bytes() == (here / "b" / name).read_bytes(), name
+
+
+@pytest.mark.onnx
+def test_force_replaces_and_report_redraws(here, capsys):
+    assert run(capsys, "model.pt", "--bond-dim", "8")[0] == 0
+    code, _, err = run(capsys, "model.pt", "--bond-dim", "4")
+    assert code == 2
+    assert "'model-mpo' exists. Use --force" in err
+    assert run(capsys, "model.pt", "--bond-dim", "4", "--force")[0] == 0
+    page = (here / "model-mpo" / "report.html").read_bytes()
+    (here / "model-mpo" / "report.html").unlink()
+    assert run(capsys, "report", "model-mpo")[0] == 0
+    assert (here / "model-mpo" / "report.html").read_bytes() == page
+
+
+@pytest.mark.onnx
+def test_densify_gives_an_ordinary_checkpoint(here, capsys):
+    assert run(capsys, "model.pt", "--bond-dim", "8")[0] == 0
+    assert run(capsys, "densify", "model-mpo", "-o", "dense.pt")[0] == 0
+    dense = network()
+    dense.load_state_dict(torch.load("dense.pt", weights_only=True))
+    x = torch.randn(3, 48)
+    compressed = mpo.load("model-mpo", model=network())
+    torch.testing.assert_close(dense(x), compressed(x), rtol=1e-4, atol=1e-5)
+    code, _, err = run(capsys, "densify", "model-mpo", "-o", "dense.pt")
+    assert code == 2
+    assert "Use --force" in err
+
+
+def test_inspect_lists_every_parameter(here, capsys):
+    code, out, _ = run(capsys, "inspect", "model.pt", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert sum(entry["parameters"] for entry in found["entries"]) == found["parameters"]
+    first = found["entries"][0]
+    assert first["convertible"]
+    assert len(first["bonds"][0]["schmidt_values"]) == 48
+    code, out, _ = run(capsys, "inspect", "model.pt", "--error", "0.5")
+    assert code == 0
+    assert "ratio at error 0.5" in out
+
+
+@pytest.mark.onnx
+def test_bare_state_dict(here, capsys):
+    state = network().state_dict()
+    state["embed_tokens.weight"] = torch.randn(30, 16)
+    save_file(state, here / "bare.safetensors")
+    code, _, err = run(capsys, "bare.safetensors", "--bond-dim", "8")
+    assert code == 0
+    assert "--model MODULE:FACTORY" in err
+    report = mpo.CompressionReport.load(here / "bare-mpo")
+    assert "--model MODULE:FACTORY" in report.onnx_note
+    assert report.parity is None
+    kinds = {layer.name: (layer.kind, layer.status) for layer in report.layers}
+    assert kinds["0"] == ("matrix", "compressed")
+    assert kinds["embed_tokens.weight"] == ("embedding", "kept")
+    assert not (here / "bare-mpo" / "model.onnx").exists()
+    dense = mpo.densify(here / "bare-mpo")
+    assert set(dense) == set(state)
+    assert torch.equal(dense["embed_tokens.weight"], state["embed_tokens.weight"])
+    loaded = mpo.load(here / "bare-mpo", model=_with_table())
+    assert loaded[0](torch.randn(2, 48)).shape == (2, 64)
+
+
+def _with_table() -> nn.Module:
+    model = network()
+    model.add_module("embed_tokens", nn.Embedding(30, 16))
+    return model
+
+
+@pytest.mark.onnx
+def test_factory_and_input(here, capsys, monkeypatch):
+    (here / "mynet_for_cli.py").write_text(FACTORY)
+    monkeypatch.syspath_prepend(str(here))
+    from mynet_for_cli import make
+
+    torch.manual_seed(1)
+    torch.save(make().state_dict(), here / "net.pt")
+    given = ("net.pt", "--bond-dim", "8", "--model", "mynet_for_cli:make")
+    code, _, err = run(capsys, *given, "-o", "named", "--input", "1x48")
+    assert (code, err) == (0, "")
+    assert (here / "named" / "model.onnx").exists()
+    code, _, err = run(capsys, *given, "-o", "wrong", "--input", "1x47")
+    assert code == 2
+    assert "1x47" in err
+    code, _, err = run(capsys, *given, "-o", "wrong", "--input", "1xfoo")
+    assert code == 2
+    assert "1xfoo" in err
+    assert not (here / "wrong").exists()
+
+
+@pytest.mark.onnx
+def test_data_is_used_for_the_example_and_the_check(here, capsys):
+    rows = np.random.default_rng(0).standard_normal((40, 48)).astype(np.float32)
+    np.savez(here / "data.npz", input=rows, labels=np.zeros(40, dtype=np.int64))
+    code, _, err = run(capsys, "model.pt", "--bond-dim", "8", "--data", "data.npz")
+    assert (code, err) == (0, "")
+    report = mpo.CompressionReport.load(here / "model-mpo")
+    assert report.parity is not None
+    assert report.parity.passed
+    np.savez(here / "wrong.npz", input=rows[:, :40])
+    code, _, err = run(capsys, "model.pt", "--bond-dim", "8", "--data", "wrong.npz", "-o", "w")
+    assert code == 2
+    assert not (here / "w").exists()
+
+
+class Foreign:
+    def __reduce__(self):
+        return (Path.write_text, (Path("owned.txt"), "code ran"))
+
+
+def _bad_weight(value: float) -> nn.Module:
+    model = network()
+    with torch.no_grad():
+        model[0].weight[1, 2] = value
+    return model
+
+
+BAD = {
+    "missing file": (lambda: "nothing.pt", (), "nothing.pt does not exist"),
+    "empty file": (lambda: _write("empty.pt", b""), (), r"empty.pt is empty \(0 bytes\)"),
+    "truncated pt": (
+        lambda: _write("cut.pt", Path("model.pt").read_bytes()[:900]),
+        (),
+        "cut.pt",
+    ),
+    "truncated safetensors": (
+        lambda: _truncated_safetensors(),
+        (),
+        "cut.safetensors",
+    ),
+    "foreign class": (
+        lambda: _save("foreign.pt", Foreign()),
+        (),
+        "foreign.pt.*--trust-pickle",
+    ),
+    "NaN weights": (lambda: _save("nan.pt", _bad_weight(float("nan"))), (), "NaN or Inf"),
+    "Inf weights": (lambda: _save("inf.pt", _bad_weight(float("inf"))), (), "NaN or Inf"),
+    "bond dim 0": (lambda: "model.pt", ("--bond-dim", "0"), "bond_dim 0.*at least 1"),
+    "bond dim -3": (lambda: "model.pt", ("--bond-dim", "-3"), "bond_dim -3.*at least 1"),
+    "layout": (
+        lambda: "model.pt",
+        ("--layout", "3x5,7x11"),
+        "multiply to 21, but the matrix of shape 64x48",
+    ),
+    "unreadable layout": (lambda: "model.pt", ("--layout", "big"), "cannot read 'big'"),
+    "unmatched pattern": (lambda: "model.pt", ("--include", "encoder.*"), r"encoder\.\*"),
+    "nothing to compress": (lambda: _save("relu.pt", nn.Sequential(nn.ReLU())), (), "no layer"),
+    "nothing gets smaller": (
+        lambda: _save("tiny.pt", nn.Sequential(nn.Linear(4, 4))),
+        (),
+        "nothing to compress",
+    ),
+    "unwritable output": (lambda: "model.pt", ("-o", "model.pt/out"), "cannot write to"),
+    "output is a file": (lambda: "model.pt", ("-o", "model.pt"), "is a file"),
+    "wrong input": (lambda: "model.pt", ("--input", "1x47"), "1x47"),
+    "missing data": (lambda: "model.pt", ("--data", "no.npz"), "no.npz does not exist"),
+}
+
+
+def _write(name: str, content: bytes) -> str:
+    Path(name).write_bytes(content)
+    return name
+
+
+def _save(name: str, model: nn.Module) -> str:
+    torch.save(model, name)
+    return name
+
+
+def _truncated_safetensors() -> str:
+    save_file(network().state_dict(), "whole.safetensors")
+    return _write("cut.safetensors", Path("whole.safetensors").read_bytes()[:200])
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_exits_2_with_a_useful_line_and_leaves_nothing(here, capsys, case):
+    prepare, options, message = BAD[case]
+    model = prepare()
+    before = {path.name: path.stat().st_mtime_ns for path in here.iterdir()}
+    if "--bond-dim" not in options:
+        options = ("--bond-dim", "8", *options)
+    code, out, err = run(capsys, model, *options)
+    assert code == 2, err
+    assert out == ""
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) <= 3
+    assert re.search(message, err, re.DOTALL), err
+    assert {path.name: path.stat().st_mtime_ns for path in here.iterdir()} == before
+
+
+def test_usage_errors(here, capsys):
+    assert run(capsys, "model.pt")[0] == 2
+    assert run(capsys, "model.pt", "--bond-dim", "many")[0] == 2
+    assert run(capsys, "model.pt", "--no-such-option")[0] == 2
+    assert run(capsys, "densify")[0] == 2
+    code, _, err = run(capsys, "report", "nowhere")
+    assert code == 2
+    assert "report.json" in err
+
+
+def test_parity_failure_exits_3_and_publishes_nothing(here, capsys, monkeypatch):
+    from mpocompress import pipeline
+
+    verify = pipeline.verify
+    monkeypatch.setattr(
+        pipeline, "verify", lambda *args, **kwargs: verify(*args, **kwargs, tolerance=0.0)
+    )
+    code, _, err = run(capsys, "model.pt", "--bond-dim", "8")
+    assert code == 3
+    assert "tolerance" in err
+    assert [path.name for path in here.iterdir()] == ["model.pt"]
+
+
+def test_unexpected_errors_have_no_traceback(here, capsys, monkeypatch):
+    from mpocompress import pipeline
+
+    def explode(*_args, **_kwargs):
+        raise ZeroDivisionError("surprise")
+
+    monkeypatch.setattr(pipeline, "convert", explode)
+    monkeypatch.delenv("MPOCOMPRESS_TRACEBACK", raising=False)
+    code, _, err = run(capsys, "model.pt", "--bond-dim", "8")
+    assert code == 1
+    assert "unexpected ZeroDivisionError: surprise" in err
+    monkeypatch.setenv("MPOCOMPRESS_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["model.pt", "--bond-dim", "8"])
+
+
+def test_version_and_help(capsys):
+    assert run(capsys, "--version")[1].strip() == f"mpocompress {mpo.__version__}"
+    for command in ("compress", "inspect", "report", "densify"):
+        code, out, _ = run(capsys, command, "--help")
+        assert code == 0
+        assert "Usage" in out
+    assert "0 done; 1 the run failed; 2 usage" in run(capsys, "--help")[1]
+
+
+def test_module_form_runs(here):
+    done = subprocess.run(
+        [sys.executable, "-m", "mpocompress", "--version"], capture_output=True, text=True
+    )
+    assert done.stdout.startswith("mpocompress ")

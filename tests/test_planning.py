@@ -1,0 +1,236 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import mpocompress as mpo
+from mpocompress.errors import (
+    BondDimError,
+    ConversionError,
+    LayoutError,
+    NoLayerMatched,
+    PlanError,
+)
+from mpocompress.mpo import Layout, sequential_svd
+from mpocompress.mpo.factors import balanced_factors, balanced_layout, divisors
+from mpocompress.planning.layouts import (
+    candidate_layouts,
+    candidates_within,
+    choose,
+    make_candidate,
+    with_error,
+)
+from tests.tolerances import TOL
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "parts", "expected"),
+    [
+        (1024, 2, (32, 32)),
+        (784, 2, (28, 28)),
+        (1536, 2, (48, 32)),
+        (13, 3, (13, 1, 1)),
+        (1, 2, (1, 1)),
+        (30, 1, (30,)),
+        (64, 4, (4, 4, 2, 2)),
+        (30522, 2, (5087, 6)),
+    ],
+)
+def test_balanced_factors(number, parts, expected):
+    assert balanced_factors(number, parts) == expected
+
+
+def test_divisors():
+    assert divisors(36) == (1, 2, 3, 4, 6, 9, 12, 18, 36)
+
+
+@pytest.mark.parametrize("shape", [(1024, 784), (384, 1536), (7, 13), (30522, 384), (1, 6)])
+@pytest.mark.parametrize("sites", [1, 2, 3, 4])
+def test_balanced_layout_multiplies_to_the_shape(shape, sites):
+    layout = balanced_layout(*shape, sites)
+    assert (layout.out_features, layout.in_features) == shape
+    assert layout.num_sites == sites
+
+
+@pytest.mark.parametrize("sites", [0, -1, 2.0, True])
+def test_balanced_layout_refuses_odd_numbers_of_sites(sites):
+    with pytest.raises(LayoutError, match="at least 1 site"):
+        balanced_layout(4, 4, sites)
+
+
+@pytest.mark.parametrize("shape", [(96, 60), (384, 1536), (64, 64), (13, 17)])
+@pytest.mark.parametrize("bond_dim", [1, 4, 24])
+def test_candidates_keep_to_the_budget_of_the_svd(shape, bond_dim):
+    budget = bond_dim * sum(shape)
+    found = candidates_within(shape, bond_dim)
+    assert bool(found) == (min(budget, min(shape) * sum(shape)) < shape[0] * shape[1])
+    for candidate in found:
+        assert candidate.parameters <= budget
+        assert candidate.parameters < shape[0] * shape[1]
+        assert candidate.parameters == candidate.layout.num_parameters(candidate.bond_dims)
+
+
+def test_candidates_cover_all_families():
+    layouts = candidate_layouts(96, 60)
+    sites = {layout.num_sites for layout in layouts}
+    assert sites == {2, 3, 4}
+    assert Layout.svd(96, 60) in layouts
+    assert balanced_layout(96, 60) in layouts
+    two_sites = {layout for layout in layouts if layout.num_sites == 2}
+    assert two_sites - {Layout.svd(96, 60), balanced_layout(96, 60)}, "no skewed layout"
+
+
+def test_a_prime_shape_has_only_the_svd():
+    assert candidate_layouts(13, 17) == [Layout.svd(13, 17)]
+
+
+@pytest.mark.parametrize("text", ["24x1,1x36", "4x6,6x6", "2x3,3x3,4x4"])
+def test_candidate_error_is_that_of_the_sequential_svd(text):
+    weight = torch.randn(24, 36, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    candidate = with_error(make_candidate(Layout.parse(text), 5), weight)
+    expected = sequential_svd(weight, Layout.parse(text), bond_dim=5).relative_error
+    torch.testing.assert_close(
+        candidate.relative_weight_error, expected, **TOL[torch.float64]["spectrum"]
+    )
+
+
+def test_choose_least_error_and_breaks_near_ties_by_size():
+    layout = Layout.svd(8, 8)
+    small = make_candidate(layout, 1, 0.501)
+    large = make_candidate(layout, 2, 0.500)
+    assert choose([large, small]) is small
+    assert choose([large, make_candidate(layout, 1, 0.52)]) is large
+
+
+def test_kronecker_weight_is_found():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.kron(
+        torch.randn(8, 6, generator=generator), torch.randn(8, 8, generator=generator)
+    )
+    layer = nn.Linear(48, 64, bias=False)
+    layer.weight = nn.Parameter(weight)
+    plan = mpo.plan(layer, bond_dim=2, layout={"*": [(8, 6), (8, 8)]})
+    result = mpo.compress(layer, plan)
+    assert result.report.compressed_layers[0].relative_weight_error < 1e-6
+    assert result.report.compressed_layers[0].bond_dims == [1]
+
+
+def test_auto_prefers_the_svd_on_low_rank_weights_and_reports_the_others():
+    layer = nn.Linear(48, 64, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(64, 3) @ torch.randn(3, 48))
+    plan = mpo.plan(layer, bond_dim=4)
+    (entry,) = plan.layers
+    assert entry.sites() == Layout.svd(64, 48)
+    assert len(entry.candidates) > 3
+    assert sum(candidate.chosen for candidate in entry.candidates) == 1
+
+
+def test_a_layer_within_the_bond_dimension_stays_dense():
+    plan = mpo.plan(model(), bond_dim=8)
+    actions = {layer.name: layer.action for layer in plan}
+    assert actions == {"0": "compress", "2": "compress", "4": "keep"}
+    assert "within bond dimension 8" in plan.layers[2].reason
+
+
+def test_if_smaller_false_replaces_it_anyway():
+    network = model()
+    result = mpo.compress(network, bond_dim=64, if_smaller=False)
+    assert len(result.report.compressed_layers) == 3
+    x = torch.randn(4, 48)
+    torch.testing.assert_close(result.model(x), network(x), **TOL[torch.float32]["apply"])
+
+
+def test_forced_layouts():
+    network = model()
+    assert mpo.plan(network, bond_dim=4, layout="svd").layers[0].layout == ((64, 1), (1, 48))
+    assert mpo.plan(network, bond_dim=4, layout="balanced").layers[1].layout == ((8, 8), (8, 8))
+    three = mpo.plan(network, bond_dim=4, sites=3, exclude=["4"])
+    assert len(three.layers[0].layout) == 3
+    explicit = mpo.plan(network, bond_dim=4, layout="8x6,8x8")
+    assert [layer.action for layer in explicit] == ["compress", "keep", "keep"]
+    assert "does not fit" in explicit.layers[1].reason
+    by_pattern = mpo.plan(network, bond_dim=4, layout={"0": "svd", "2": [(8, 8), (8, 8)]})
+    assert by_pattern.layers[0].layout == ((64, 1), (1, 48))
+    assert by_pattern.layers[1].layout == ((8, 8), (8, 8))
+
+
+def test_refusals():
+    network = model()
+    with pytest.raises(BondDimError, match="bond_dim 0.*at least 1"):
+        mpo.plan(network, bond_dim=0)
+    with pytest.raises(BondDimError, match="bond_dim -3"):
+        mpo.compress(network, bond_dim=-3)
+    with pytest.raises(LayoutError, match="multiply to 21, but the matrix of shape 64x48"):
+        mpo.plan(network, bond_dim=4, layout="3x5,7x11")
+    with pytest.raises(LayoutError, match="cannot read 'oops'"):
+        mpo.plan(network, bond_dim=4, layout="oops")
+    with pytest.raises(LayoutError, match="both force a layout"):
+        mpo.plan(network, bond_dim=4, layout="svd", sites=3)
+    with pytest.raises(NoLayerMatched, match="layout by pattern.*'nope'"):
+        mpo.plan(network, bond_dim=4, layout={"nope": "svd"})
+    with pytest.raises(NoLayerMatched, match="only layers that are not selected"):
+        mpo.plan(network, bond_dim=4, include=["0"], layout={"2": "svd"})
+    with pytest.raises(NoLayerMatched):
+        mpo.plan(nn.ReLU(), bond_dim=4)
+    with pytest.raises(NoLayerMatched, match="every layer stays dense"):
+        mpo.compress(nn.Linear(4, 4), bond_dim=16)
+    broken = model()
+    with torch.no_grad():
+        broken[2].weight[3, 5] = float("nan")
+    with pytest.raises(ConversionError, match="'2'.*1 of 4096 weights are NaN or Inf"):
+        mpo.compress(broken, bond_dim=4)
+    # What is not selected is not looked at.
+    mpo.compress(broken, bond_dim=4, include=["0"])
+
+
+def test_plan_round_trip_and_edit(tmp_path):
+    network = model()
+    plan = mpo.plan(network, bond_dim=4)
+    plan.save(tmp_path / "plan.json")
+    assert mpo.Plan.load(tmp_path / "plan.json") == plan
+    edited = json.loads(plan.to_json())
+    edited["layers"][0].update(layout=[[8, 6], [8, 8]], bond_dims=[3])
+    edited["layers"][1].update(action="keep")
+    edited["layers"][2].update(action="keep")
+    result = mpo.compress(network, mpo.Plan.from_json(json.dumps(edited)))
+    (layer,) = result.report.compressed_layers
+    assert layer.layout == [[8, 6], [8, 8]]
+    assert layer.bond_dims == [3]
+    assert "layout" in str(plan) or "ratio" in str(plan)
+
+
+def test_plans_that_do_not_belong(tmp_path):
+    plan = mpo.plan(model(), bond_dim=4)
+    with pytest.raises(PlanError, match="names layer '0'"):
+        mpo.compress(nn.Sequential(nn.Flatten(), nn.Linear(48, 64)), plan)
+    with pytest.raises(PlanError, match="'0' is 64x48 in the plan, but 64x40"):
+        mpo.compress(
+            nn.Sequential(
+                nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)
+            ),
+            plan,
+        )
+    smaller = plan.model_copy(update={"layers": plan.layers[:1]})
+    with pytest.raises(PlanError, match="says nothing of layer '2'"):
+        mpo.compress(model(), smaller)
+    with pytest.raises(PlanError, match="either a plan or a bond_dim"):
+        mpo.compress(model())
+    with pytest.raises(PlanError, match="this is not a plan"):
+        mpo.Plan.from_json("{}")
+    with pytest.raises(PlanError, match="format version 99"):
+        mpo.Plan.from_json(plan.model_copy(update={"format_version": 99}).to_json())
+    with pytest.raises(PlanError, match="cannot read the plan"):
+        mpo.Plan.load(tmp_path / "missing.json")
+    bad = json.loads(plan.to_json())
+    bad["layers"][0]["bond_dims"] = [2, 2]
+    with pytest.raises(PlanError, match="1 bonds, but bond_dims"):
+        mpo.Plan.from_json(json.dumps(bad))

@@ -1,0 +1,104 @@
+"""What users may rely on: names, command-line flags and exit codes. A change here is a decision."""
+
+import inspect
+
+import pytest
+import typer
+from typer.main import get_command
+
+import mpocompress
+from mpocompress import errors
+from mpocompress.cli import app
+
+PUBLIC = frozenset(
+    {
+        "MPO",
+        "CompressionReport",
+        "CompressionResult",
+        "Layout",
+        "MPOCompressError",
+        "MPOLinear",
+        "Plan",
+        "__version__",
+        "compress",
+        "densify",
+        "export_onnx",
+        "load",
+        "plan",
+        "save",
+        "verify",
+    }
+)
+
+OPTIONS = {
+    "compress": frozenset(
+        {
+            "--bond-dim",
+            "--data",
+            "--dry-run",
+            "--exclude",
+            "--force",
+            "--include",
+            "--input",
+            "--json",
+            "--layout",
+            "--model",
+            "--output",
+            "--seed",
+            "--sites",
+            "--sweeps",
+            "--trust-pickle",
+            "-o",
+        }
+    ),
+    "inspect": frozenset(
+        {"--error", "--exclude", "--include", "--json", "--model", "--trust-pickle"}
+    ),
+    "report": frozenset({"--json"}),
+    "densify": frozenset({"--force", "--output", "-o"}),
+}
+
+
+def test_public_names():
+    assert set(mpocompress.__all__) == PUBLIC
+    for name in PUBLIC:
+        assert getattr(mpocompress, name) is not None
+    assert set(dir(mpocompress)) >= PUBLIC
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'compres'"):
+        _ = mpocompress.compres
+
+
+def test_command_line_options():
+    commands = get_command(app).commands
+    found = {
+        name: frozenset(
+            option
+            for parameter in command.params
+            if not isinstance(parameter, typer.core.TyperArgument)
+            for option in parameter.opts
+        )
+        for name, command in commands.items()
+    }
+    assert {name: options - {"--help"} for name, options in found.items()} == OPTIONS
+
+
+def test_every_error_is_ours_and_a_builtin():
+    found = [
+        cls
+        for _, cls in inspect.getmembers(errors, inspect.isclass)
+        if cls is not errors.MPOCompressError
+    ]
+    assert found
+    for cls in found:
+        assert issubclass(cls, errors.MPOCompressError)
+        assert len([base for base in cls.__mro__ if base.__module__ == "builtins"]) > 3, cls
+        assert cls.exit_code in (1, 2, 3)
+
+
+def test_exit_codes():
+    assert errors.LoadError.exit_code == 2
+    assert errors.ExportError.exit_code == 1
+    assert errors.ParityError.exit_code == 3

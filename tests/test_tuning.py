@@ -1,0 +1,332 @@
+"""Fitting to data: moments, lockstep, streams, gradients, and what the fit is worth."""
+
+import threading
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mpocompress as mpo
+from mpocompress.errors import DataError
+from mpocompress.loading import Batch
+from mpocompress.mpo import Layout
+from mpocompress.surgery import copy_with_replacements, find_weights
+from mpocompress.tuning import FitOptions, SitePlan, fit_in_sequence, output_metrics
+from mpocompress.tuning.lockstep import OperationRecorder, Runner, stopping_layers
+from mpocompress.tuning.moments import CrossMoment, keep_mask, real_rows
+from mpocompress.tuning.residual import StreamWatcher
+from tests.tolerances import TOL
+
+F32, F64 = TOL[torch.float32], TOL[torch.float64]
+
+
+def inputs(rows: int, features: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows that excite few directions much, as activations do."""
+    generator = torch.Generator().manual_seed(7)
+    mix = torch.randn(features, features, generator=generator) * torch.exp(
+        -torch.arange(features) / (features / 6)
+    )
+    rows_NI = torch.randn(rows, features, generator=torch.Generator().manual_seed(seed))
+    return (rows_NI @ mix.T).to(dtype)
+
+
+def mlp(*sizes: int, bias: bool = True) -> nn.Sequential:
+    torch.manual_seed(1)
+    layers: list[nn.Module] = []
+    for left, right in pairwise(sizes):
+        layers += [nn.Linear(left, right, bias=bias), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Block(nn.Module):
+    """Two residual blocks after a norm, as in a transformer."""
+
+    def __init__(self, width: int = 24, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.embed = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+        self.drop = nn.Dropout(dropout)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        h = self.norm(self.embed(x))
+        if attention_mask is not None and not bool(attention_mask.all()):
+            h = h * attention_mask[..., None]  # an operation that only some batches have
+        h = h + self.drop(self.down(torch.relu(self.up(h))))
+        return h + self.out(torch.tanh(h))
+
+
+def error(model: nn.Module, reference: nn.Module, *args: Tensor) -> float:
+    with torch.no_grad():
+        expected = reference.eval()(*args)
+        return float((model.eval()(*args) - expected).norm() / expected.norm())
+
+
+# -- moments
+
+
+def test_moments_are_additive_and_exact():
+    x, y = inputs(9000, 6, dtype=torch.float64), inputs(9000, 4, seed=1, dtype=torch.float64)
+    whole, parts = CrossMoment(), CrossMoment()
+    whole.add(x, y)
+    for left, right in zip(x.split(1000), y.split(1000), strict=True):
+        part = CrossMoment()
+        part.add(left, right)
+        parts.merge(part)
+    assert whole.rows == parts.rows == 9000
+    for moment in (whole, parts):
+        product, left, right = moment.mean(centered=True)
+        centered = (x - x.mean(0)).T @ (y - y.mean(0)) / 9000
+        torch.testing.assert_close(product, centered, **F64["dense"])
+        torch.testing.assert_close(left, x.mean(0), **F64["dense"])
+        torch.testing.assert_close(right, y.mean(0), **F64["dense"])
+
+
+def test_moments_without_rows_or_with_nan_are_refused():
+    with pytest.raises(DataError, match="marks everything as padding"):
+        CrossMoment().mean(centered=False)
+    with pytest.raises(DataError, match="NaN or Inf"):
+        CrossMoment().add(torch.full((2, 2), float("nan")), torch.ones(2, 2))
+
+
+def test_padding_does_not_count():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    keep = keep_mask({"attention_mask": mask})
+    x = torch.arange(18.0).reshape(2, 3, 3)
+    assert torch.equal(real_rows(x, keep), x.reshape(6, 3)[[0, 1, 3]])
+    assert torch.equal(keep_mask({"key_padding_mask": mask == 0}), mask.bool())
+    assert keep_mask({"attention_mask": mask.float()}) is None
+    assert real_rows(x[:, 0], keep).shape == (2, 3)
+
+
+# -- lockstep
+
+
+def test_runners_stop_at_every_layer_in_turn_and_change_nothing():
+    model = mlp(6, 8, 5, 4)
+    x = inputs(3, 6)
+    layers = [module for module in model if isinstance(module, nn.Linear)]
+    runner = Runner(model, Batch(args=(x,)), OperationRecorder())
+    seen = []
+    with stopping_layers(layers, lambda layer, own, value: own.stop_at(layer, value)):
+        runner.start()
+        while runner.arrival is not None:
+            layer = runner.arrival.layer
+            seen.append((layer, runner.arrival.input.shape))
+            runner.resume(
+                lambda value, layer=layer: nn.functional.linear(value, layer.weight, layer.bias)
+            )
+    assert [layer for layer, _ in seen] == layers
+    torch.testing.assert_close(runner.output, model(x), **F32["apply"])
+    assert all("forward" not in vars(layer) for layer in layers)
+
+
+def test_errors_of_the_model_surface_in_the_caller_and_threads_end():
+    model = mlp(6, 8, 4)
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        mpo.compress(model, bond_dim=2, data=[torch.randn(3, 7)])
+    assert threading.active_count() == before
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_batches_that_take_different_paths_are_refused():
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) if bool(x[0, 0] > 0) else self.b(x)
+
+    data = [torch.ones(2, 16), -torch.ones(2, 16)]
+    with pytest.raises(DataError, match="different paths"):
+        mpo.compress(Fork(), bond_dim=2, data=data)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_residual_streams_are_found(masked):
+    model = Block().eval()
+    x = inputs(8, 24).reshape(2, 4, 24)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1 - masked]])
+    watcher = StreamWatcher()
+    layers = {
+        module: name for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+
+    def compute(layer: nn.Module, runner: Runner, value: Tensor) -> Tensor:
+        return runner.call_layer(layer, lambda v: type(layer).forward(layer, v), value)
+
+    runner = Runner(model, Batch(args=(x,), kwargs={"attention_mask": mask}), watcher)
+    with stopping_layers(list(layers), compute):
+        runner.start()
+    found = {name: watcher.take_stream(layer) for layer, name in layers.items()}
+    assert {name for name, stream in found.items() if stream is not None} == {"down", "out"}
+    with torch.no_grad():
+        h = model.norm(model.embed(x)) * mask[..., None]
+    torch.testing.assert_close(found["down"][1], h, **F32["apply"])
+
+
+# -- gradients
+
+
+def test_output_metric_of_the_last_layer_is_the_identity_and_earlier_ones_are_jacobians():
+    model = mlp(6, 8, 4, bias=False).double()
+    linears = [module for module in model if isinstance(module, nn.Linear)]
+    x = inputs(4000, 6, dtype=torch.float64)
+    found = output_metrics(model, linears, [Batch(args=(part,)) for part in x.split(500)])
+    last = found[linears[1]]
+    torch.testing.assert_close(last, torch.eye(4, dtype=torch.float64), rtol=0.2, atol=0.1)
+    with torch.no_grad():
+        slope = 1 - torch.tanh(linears[0](x)) ** 2
+    jacobian = linears[1].weight.detach()[None] * slope[:, None, :]
+    expected = (jacobian.mT @ jacobian).mean(0)
+    torch.testing.assert_close(found[linears[0]], expected, rtol=0.2, atol=0.1)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+# -- the fit
+
+
+def test_full_bond_dimension_reproduces_the_model():
+    model = Block().eval()
+    data = [inputs(40, 24, seed=s).reshape(4, 10, 24) for s in range(3)]
+    result = mpo.compress(model, bond_dim=24, layout="svd", if_smaller=False, data=data)
+    assert error(result.model, model, data[0]) < 1e-4
+    assert all(e < 1e-4 for e in _output_errors(result))
+
+
+def _output_errors(result: mpo.CompressionResult) -> list[float]:
+    return [layer.relative_output_error for layer in result.report.compressed_layers]
+
+
+@pytest.mark.parametrize("layout", ["svd", "balanced"])
+def test_data_beats_weights_on_other_data(layout):
+    model = mlp(32, 48, 48, 32).eval()
+    data = [inputs(100, 32, seed=s) for s in range(10)]
+    held_out = inputs(500, 32, seed=99)
+    plain = mpo.compress(model, bond_dim=6, layout=layout)
+    fitted = mpo.compress(model, bond_dim=6, layout=layout, data=data)
+    assert error(fitted.model, model, held_out) < 0.8 * error(plain.model, model, held_out)
+    assert [layer.bond_dims for layer in fitted.report.compressed_layers] == [
+        layer.bond_dims for layer in plain.report.compressed_layers
+    ]
+    assert fitted.report.totals.parameters == plain.report.totals.parameters
+
+
+def test_streams_are_repaired():
+    model = Block(dropout=0.0).eval()
+    calls = [Batch(args=(inputs(60, 24, seed=s),)) for s in range(20)]
+    held_out = inputs(400, 24, seed=99)
+    sites = {site.name: site for site in find_weights(model).sites}
+    plans = [
+        SitePlan(site=sites["embed"], layout=Layout.svd(24, 24), bond_dims=(3,)),
+        SitePlan(site=sites["out"], layout=Layout.svd(24, 24), bond_dims=(24,)),
+    ]
+    errors = []
+    for repair in (False, True):
+        found = fit_in_sequence(model, plans, calls, options=FitOptions(repair_streams=repair))
+        ours = copy_with_replacements(model, {site: w.mpo for site, w in found.items()})
+        for site, weight in found.items():
+            ours.get_submodule(site.name).bias.data.copy_(weight.bias)
+        errors.append(error(ours, model, held_out))
+    assert errors[1] < errors[0]
+
+
+def test_bias_takes_up_the_mean_of_the_error():
+    model = nn.Sequential(nn.Linear(32, 32)).eval()
+    data = inputs(400, 32) + 5.0
+    result = mpo.compress(model, bond_dim=2, layout="svd", data=[data])
+    with torch.no_grad():
+        lost = (result.model(data) - model(data)).mean(0)
+    assert float(lost.abs().max()) < 1e-3
+
+
+def test_padding_is_not_fitted():
+    model = Block().eval()
+    x = inputs(80, 24).reshape(8, 10, 24)
+    mask = (torch.arange(10) < 5).expand(8, 10).long()
+    noisy = x.clone()
+    noisy[:, 5:] = 100 * torch.randn(8, 5, 24, generator=torch.Generator().manual_seed(5))
+    results = [
+        mpo.compress(model, bond_dim=4, layout="svd", data=[{"x": v, "attention_mask": mask}])
+        for v in (x, noisy)
+    ]
+    clean, other = (result.model.state_dict() for result in results)
+    for name in clean:
+        torch.testing.assert_close(clean[name], other[name], **F32["gradient"])
+
+
+def test_model_is_untouched_and_results_repeat():
+    model = Block().train()
+    model.up.weight.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    data = [inputs(40, 24, seed=s) for s in range(3)]
+    first = mpo.compress(model, bond_dim=4, data=data, seed=3)
+    second = mpo.compress(model, bond_dim=4, data=data, seed=3)
+    assert model.training
+    assert not model.up.weight.requires_grad
+    assert model.down.weight.requires_grad
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    one, two = first.model.state_dict(), second.model.state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert first.report.settings["rows_of_data"] == 120
+
+
+def test_few_samples_dead_inputs_and_constant_inputs_work():
+    model = mlp(32, 48, 32).eval()
+    few = inputs(5, 32)
+    few[:, :10] = 0
+    for data in (few, torch.zeros(4, 32), torch.ones(1, 32)):
+        result = mpo.compress(model, bond_dim=6, data=[data])
+        assert all(bool(p.isfinite().all()) for p in result.model.parameters())
+        assert error(result.model, model, data) < 0.2
+
+
+def test_shared_and_tied_layers_are_fitted_once():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 24)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.tanh(self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))))
+
+    torch.manual_seed(0)
+    model = Shared().eval()
+    result = mpo.compress(model, bond_dim=6, layout="svd", data=[inputs(300, 24)])
+    assert result.model.a.cores[0] is result.model.b.cores[0]
+    assert torch.equal(result.model.a.bias, model.a.bias)
+    assert torch.equal(result.model.b.bias, model.b.bias)
+    assert len(result.report.compressed_layers) == 2
+
+
+def test_layers_that_the_data_does_not_reach_are_truncated_and_say_so():
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    result = mpo.compress(Wrapper(), bond_dim=4, data=[inputs(50, 32)])
+    by_name = {layer.name: layer for layer in result.report.compressed_layers}
+    assert by_name["used"].relative_output_error is not None
+    assert by_name["unused"].relative_output_error is None
+    assert by_name["unused"].discarded_weight_bound is not None
+
+
+@pytest.mark.parametrize("sweeps", [-1, True, 2.5])
+def test_impossible_numbers_of_sweeps_are_refused(sweeps):
+    with pytest.raises(DataError, match="0 or more"):
+        mpo.compress(mlp(16, 16), bond_dim=2, data=[inputs(9, 16)], sweeps=sweeps)
+
+
+def test_no_data_is_refused():
+    with pytest.raises(DataError):
+        mpo.compress(mlp(16, 16), bond_dim=2, data=[])
