@@ -14,6 +14,7 @@ from mpocompress import saving
 from mpocompress.errors import MPOCompressError, NoLayerMatched, PlanError
 from mpocompress.loading import Batch, as_batches
 from mpocompress.mpo import MPO, sequential_svd
+from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge, fix_identity_gauge
 from mpocompress.planning import LayoutChoice, Plan, Progress, plan_bond_dim
 from mpocompress.report import CompressionReport, Source
 from mpocompress.report.collect import Outcome, collect_report, measure
@@ -57,6 +58,7 @@ def plan(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     if_smaller: bool = True,
+    gauge: Gauge = "none",
     progress: Progress | None = None,
 ) -> Plan:
     """Decide for every convertible weight whether, and with which layout, it becomes an MPO.
@@ -71,6 +73,9 @@ def plan(
         include: globs on qualified names, or regular expressions after "re:"; default: all.
         exclude: likewise; they win.
         if_smaller: keep layers dense that would not get smaller.
+        gauge: "identity" stores every layer with as many numbers as it has degrees of freedom:
+            nothing is lost, and more layers get smaller. "none" stores all entries of the cores,
+            which train better.
         progress: called as `progress(layer, done, total)`.
 
     Raises:
@@ -87,6 +92,7 @@ def plan(
         include=include,
         exclude=exclude,
         if_smaller=if_smaller,
+        gauge=gauge,
         progress=progress,
     )
 
@@ -101,6 +107,7 @@ def compress(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     if_smaller: bool = True,
+    gauge: Gauge = "none",
     data: Any = None,
     sweeps: int = 16,
     seed: int = 0,
@@ -121,6 +128,7 @@ def compress(
         include: see `plan`.
         exclude: see `plan`.
         if_smaller: see `plan`.
+        gauge: see `plan`; layers are fitted first and brought into their gauge at the end.
         data: batches of forward arguments (a tensor, a tuple or a dict each); labels are not
             needed. With data every layer is fitted to the outputs that the dense model has on it,
             in the order of the forward pass, instead of to its weights.
@@ -151,6 +159,7 @@ def compress(
                 include=include,
                 exclude=exclude,
                 if_smaller=if_smaller,
+                gauge=gauge,
                 progress=progress,
             )
     _check_belongs(plan, inventory)
@@ -168,20 +177,26 @@ def compress(
     ]
     for entry in planned:
         check_finite(entry.site)
-    settings: dict[str, Any] = {**plan.settings, "seed": seed}
+    gauges: dict[str, Gauge] = {layer.name: layer.gauge for layer in plan.compressed}
+    # As executed: a plan that was edited may give each layer its own.
+    used = set(gauges.values())
+    gauge_setting = used.pop() if len(used) == 1 else gauges
+    settings: dict[str, Any] = {**plan.settings, "gauge": gauge_setting, "seed": seed}
     fitted: dict[WeightSite, FittedWeight] = {}
     if data is not None:
         calls = _calls(data, model)
         settings |= {"sweeps": sweeps, "rows_of_data": sum(call.num_rows for call in calls)}
         with clock("fitting"):
             fitted = _fit_to_data(model, planned, calls, sweeps, seed, progress)
-    mpos: dict[WeightSite, MPO] = {}
+    mpos: dict[WeightSite, MPO | IdentityGauge] = {}
     outcomes: dict[str, Outcome] = {}
     with clock("factorization"):
         for done, entry in enumerate(planned):
             if progress is not None:
                 progress(entry.site.name, done, len(planned))
-            mpos[entry.site], outcomes[entry.site.name] = _factorize(entry, fitted, seed)
+            mpos[entry.site], outcomes[entry.site.name] = _factorize(
+                entry, fitted, seed, gauges[entry.site.name]
+            )
     with clock("surgery"):
         compressed = copy_with_replacements(model, mpos)
         for site, weight in fitted.items():
@@ -232,24 +247,30 @@ def _fit_to_data(
 
 
 def _factorize(
-    entry: SitePlan, fitted: Mapping[WeightSite, FittedWeight], seed: int
-) -> tuple[MPO, Outcome]:
+    entry: SitePlan, fitted: Mapping[WeightSite, FittedWeight], seed: int, gauge: Gauge
+) -> tuple[MPO | IdentityGauge, Outcome]:
     """The fitted MPO or, without data or where data did not come by, the sequential SVD."""
     site = entry.site
     with _naming(site):
         if site in fitted:
             found = fitted[site]
             error = found.relative_output_error
-            return found.mpo, measure(site, found.mpo, relative_output_error=error)
+            weight = _in_gauge(found.mpo, gauge)
+            return weight, measure(site, weight, relative_output_error=error)
         factorization = sequential_svd(
             site.matrix(),
             entry.layout,
             bond_dim=entry.bond_dims,
             generator=torch.Generator(device=site.device).manual_seed(seed),
         )
-        mpo = MPO(factorization.cores, shape=site.shape).to(dtype=site.dtype)
+        mpo = MPO(factorization.cores, shape=site.shape)
+        weight = _in_gauge(mpo, gauge).to(dtype=site.dtype)
         bound = factorization.relative_error
-        return mpo, measure(site, mpo, discarded_weight_bound=bound)
+        return weight, measure(site, weight, discarded_weight_bound=bound)
+
+
+def _in_gauge(mpo: MPO, gauge: Gauge) -> MPO | IdentityGauge:
+    return mpo if gauge == "none" else fix_identity_gauge(mpo.cores, shape=mpo.shape)
 
 
 def save(

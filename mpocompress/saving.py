@@ -1,7 +1,8 @@
 """Results on disk: cores, untouched parameters and buffers, and a manifest; never a pickle.
 
 `model.mpo.safetensors` holds the state of the compressed model under its own names (cores as
-`<layer>.cores.<site>`), each tensor once. Its metadata holds a JSON manifest: layouts, bond
+`<layer>.cores.<site>`; in the identity gauge `.free` rows and `.pivots` of all but the last), each
+tensor once. Its metadata holds a JSON manifest: layouts, bond
 dimensions, and which names share a tensor. What a state cannot tell, the architecture, comes from a
 skeleton when the result is loaded.
 """
@@ -21,9 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mpocompress._version import __version__
-from mpocompress.errors import LoadError, OutputExistsError, SaveError
+from mpocompress.errors import ContractionError, LoadError, OutputExistsError, SaveError
 from mpocompress.layers import MPOLinear
-from mpocompress.mpo import MPO
+from mpocompress.mpo import MPO, Layout
+from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge
 from mpocompress.surgery import copy_with_replacements
 
 FORMAT_VERSION = 1
@@ -42,13 +44,14 @@ class _Record(BaseModel):
 
 
 class LayerRecord(_Record):
-    """One compressed layer: all of its names, the matrix's shape and its sites."""
+    """One compressed layer: all of its names, the matrix's shape, its sites, how it is stored."""
 
     names: tuple[str, ...]
     kind: Literal["linear"]
     shape: tuple[int, int]
     layout: tuple[tuple[int, int], ...]
     bond_dims: tuple[int, ...]
+    gauge: Gauge = "none"
 
 
 class Manifest(_Record):
@@ -119,6 +122,7 @@ def _layer_records(model: nn.Module) -> Iterator[LayerRecord]:
             shape=(layer.out_features, layer.in_features),
             layout=layer.layout.pairs,
             bond_dims=layer.bond_dims,
+            gauge=layer.gauge,
         )
 
 
@@ -194,18 +198,29 @@ def load_model(path: str | Path, skeleton: nn.Module) -> nn.Module:
 
 def _layer(record: LayerRecord, tensors: Mapping[str, Tensor], linear: nn.Module) -> MPOLinear:
     name = record.names[0]
-    mpo = _mpo(record, tensors)
-    layer = MPOLinear.from_mpo(mpo, tensors.get(f"{_prefix(name)}bias"))
+    weight = _weight(record, tensors)
+    layer = MPOLinear.from_mpo(weight, tensors.get(f"{_prefix(name)}bias"))
     return layer.train(linear.training)
 
 
-def _mpo(record: LayerRecord, tensors: Mapping[str, Tensor]) -> MPO:
-    prefix = _prefix(record.names[0])
+def _weight(record: LayerRecord, tensors: Mapping[str, Tensor]) -> MPO | IdentityGauge:
+    prefix = f"{_prefix(record.names[0])}cores."
+    last = len(record.layout) - 1
     try:
-        cores = [tensors[f"{prefix}cores.{site}"] for site in range(len(record.layout))]
+        if record.gauge == "none":
+            cores = [tensors[f"{prefix}{site}"] for site in range(last + 1)]
+            return MPO(cores, shape=record.shape)
+        return IdentityGauge(
+            tuple(tensors[f"{prefix}{site}.free"] for site in range(last)),
+            tuple(tensors[f"{prefix}{site}.pivots"] for site in range(last)),
+            tensors[f"{prefix}{last}"],
+            Layout.from_pairs(record.layout, pad=True),
+            record.shape,
+        )
     except KeyError as error:
         raise LoadError(f"the saved result lacks {error.args[0]!r}; it is incomplete.") from None
-    return MPO(cores, shape=record.shape)
+    except ContractionError as error:
+        raise LoadError(f"layer {record.names[0]!r} of the saved result: {error}") from None
 
 
 def _assign_state(
@@ -261,16 +276,20 @@ def densify_state(path: str | Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for record in manifest.layers:
         first = _prefix(record.names[0])
-        # Tied layers stay tied: the matrix is built once for all that share the first core.
-        shared = manifest.aliases.get(f"{first}cores.0", f"{first}cores.0")
+        # Tied layers stay tied: the matrix is built once for all that share the last core, which
+        # has the same name in every gauge.
+        last = f"{first}cores.{len(record.layout) - 1}"
+        shared = manifest.aliases.get(last, last)
         if shared not in weights:
-            weights[shared] = _mpo(record, tensors).to_dense().contiguous()
+            weight = _weight(record, tensors)
+            weights[shared] = weight.to_dense().contiguous()
         for name in record.names:
             tensors[f"{_prefix(name)}weight"] = weights[shared]
     for record in manifest.layers:
         for name in record.names:
-            for site in range(len(record.layout)):
-                del tensors[f"{_prefix(name)}cores.{site}"]
+            prefix = f"{_prefix(name)}cores."
+            for stored in [stored for stored in tensors if stored.startswith(prefix)]:
+                del tensors[stored]
     return tensors
 
 

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import ContractionError
+from mpocompress.layers.gauged_cores import GaugedCores
 from mpocompress.mpo import MPO, Layout, LayoutLike, apply_cores
 from mpocompress.mpo.contract import ContractionPlans, plan_contractions
 from mpocompress.mpo.dense import to_dense
 from mpocompress.mpo.factors import resolve_layout
+from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge, check_gauge, fix_identity_gauge
 
 
 class MPOLinear(nn.Module):
@@ -19,6 +21,11 @@ class MPOLinear(nn.Module):
     Same call signature, leading dimensions and state as `nn.Linear`, except that the parameters
     are `cores.0`, `cores.1`, ... instead of `weight`. Every forward takes the contraction order
     with the fewest multiply-adds for its number of rows, or rebuilds W where that is cheaper.
+
+    In the identity gauge (`fix_gauge_`, or `gauge="identity"` in `from_mpo`) the parameters are
+    `cores.0.free`, `cores.1.free`, ... and the last core: as many as the layer has degrees of
+    freedom. `cores` then gives ordinary cores that are rebuilt at each access; they are results,
+    so what is written into them is lost.
 
     Args:
         in_features: size of the last dimension of the input.
@@ -40,7 +47,7 @@ class MPOLinear(nn.Module):
 
     in_features: int
     out_features: int
-    cores: nn.ParameterList
+    cores: nn.ParameterList | GaugedCores
     bias: nn.Parameter | None
 
     def __init__(
@@ -69,36 +76,57 @@ class MPOLinear(nn.Module):
             offset = torch.empty(out_features, device=device, dtype=dtype).uniform_(-bound, bound)
         self._set_up(mpo, offset)
 
-    def _set_up(self, mpo: MPO, bias: Tensor | None) -> None:
+    def _set_up(self, weight: MPO | IdentityGauge, bias: Tensor | None) -> None:
         super().__init__()
-        self.out_features, self.in_features = mpo.shape
-        self.cores = nn.ParameterList(
-            core if isinstance(core, nn.Parameter) else nn.Parameter(core.detach())
-            for core in mpo.cores
-        )
+        self.out_features, self.in_features = weight.shape
+        self._set_cores(weight)
         if bias is None or isinstance(bias, nn.Parameter):
             self.register_parameter("bias", bias)
         else:
             self.register_parameter("bias", nn.Parameter(bias.detach()))
-        layout = mpo.layout
+
+    def _set_cores(self, weight: MPO | IdentityGauge) -> None:
+        if isinstance(weight, IdentityGauge):
+            self.cores = GaugedCores(weight)
+        else:
+            self.cores = nn.ParameterList(
+                core if isinstance(core, nn.Parameter) else nn.Parameter(core.detach())
+                for core in weight.cores
+            )
+        layout = weight.layout
         self._layout = layout
         # Planned once: looking it up again in every forward would cost more than small layers do.
         self._plans: ContractionPlans = plan_contractions(
-            layout.out_dims, layout.in_dims, mpo.bond_dims
+            layout.out_dims, layout.in_dims, weight.bond_dims
         )
 
     @classmethod
-    def from_mpo(cls, mpo: MPO, bias: Tensor | None = None) -> "MPOLinear":
+    def from_mpo(
+        cls,
+        mpo: MPO | IdentityGauge,
+        bias: Tensor | None = None,
+        *,
+        gauge: Gauge | None = None,
+    ) -> "MPOLinear":
         """A layer with these cores and this bias.
 
         Args:
             mpo: its cores become the parameters: not copied; a core that already is an
                 `nn.Parameter` is taken as it is, so that layers can share their cores.
             bias: (out,), treated likewise; None for no bias.
+            gauge: "none" to store all entries of the cores, "identity" to store as many numbers
+                as there are degrees of freedom, see `fix_gauge_`; default: as `mpo` is.
 
         Raises:
             ContractionError: the bias has another shape.
+            LayoutError: no such gauge.
         """
+        if gauge is not None:
+            identity = check_gauge(gauge) == "identity"
+            if identity and isinstance(mpo, MPO):
+                mpo = fix_identity_gauge(mpo.cores, shape=mpo.shape)
+            elif not identity and isinstance(mpo, IdentityGauge):
+                mpo = MPO(mpo.cores(), shape=mpo.shape)
         if bias is not None and tuple(bias.shape) != (mpo.shape[0],):
             raise ContractionError(
                 f"bias has shape {tuple(bias.shape)}, but the MPO has {mpo.shape[0]} outputs."
@@ -147,7 +175,61 @@ class MPOLinear(nn.Module):
     @property
     def bond_dims(self) -> tuple[int, ...]:
         """Dimensions of the inner bonds."""
+        if isinstance(self.cores, GaugedCores):
+            return self.cores.bond_dims
         return tuple(int(core.shape[3]) for core in list(self.cores)[:-1])
+
+    @property
+    def gauge(self) -> Gauge:
+        """How the cores are stored: "none" (whole) or "identity" (free rows and pivots)."""
+        return "identity" if isinstance(self.cores, GaugedCores) else "none"
+
+    def fix_gauge_(self) -> "MPOLinear":
+        """Store the weight in the identity gauge, in place; it does not change beyond rounding.
+
+        A bond of dimension R then takes R^2 numbers fewer. The parameters are new ones: make the
+        optimizer afterwards. A layer that shared its cores with another no longer does. Bonds that
+        carry less than their dimension shrink. Training in this form works, but converges better
+        with all entries of the cores; so train first and fix the gauge at the end.
+
+        Returns:
+            The layer itself.
+
+        Raises:
+            DecompositionError: NaN or Inf in a core.
+            ContractionError: the layer is on the meta device.
+        """
+        if isinstance(self.cores, GaugedCores):
+            return self
+        trained = [core.requires_grad for core in self.cores]
+        self._set_cores(
+            fix_identity_gauge(list(self.cores), shape=(self.out_features, self.in_features))
+        )
+        for parameter, flag in zip(self.cores.parameters(), _last_first(trained), strict=True):
+            parameter.requires_grad_(flag)
+        return self
+
+    def free_gauge_(self) -> "MPOLinear":
+        """Store all entries of all cores again, in place: the inverse of `fix_gauge_`.
+
+        Returns:
+            The layer itself.
+        """
+        if not isinstance(self.cores, GaugedCores):
+            return self
+        trained = [
+            *(core.free.requires_grad for core in self.cores.gauged),
+            self.cores.last.requires_grad,
+        ]
+        self._set_cores(
+            MPO(
+                [core.detach().clone() for core in self.cores],
+                shape=(self.out_features, self.in_features),
+            )
+        )
+        for core, flag in zip(self.cores, trained, strict=True):
+            core.requires_grad_(flag)
+        return self
 
     @property
     def weight(self) -> Tensor:
@@ -162,7 +244,7 @@ class MPOLinear(nn.Module):
         return self.weight.detach()
 
     def to_mpo(self) -> MPO:
-        """The weight as an MPO of detached cores; the storage is shared."""
+        """The weight as an MPO of detached cores; the storage is shared, unless in a gauge."""
         return MPO(
             (core.detach() for core in self.cores), shape=(self.out_features, self.in_features)
         )
@@ -176,7 +258,8 @@ class MPOLinear(nn.Module):
             bias=self.bias is not None,
             device="meta",
         )
-        linear.weight = nn.Parameter(weight_OI, requires_grad=self.cores[0].requires_grad)
+        trained = next(self.cores.parameters()).requires_grad
+        linear.weight = nn.Parameter(weight_OI, requires_grad=trained)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return linear.train(self.training)
@@ -202,8 +285,14 @@ class MPOLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, layout and bond dimensions, for `print(model)`."""
+        gauge = "" if self.gauge == "none" else f", gauge={self.gauge!r}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, layout={self._layout}, "
-            f"bond_dims={list(self.bond_dims)}"
+            f"bond_dims={list(self.bond_dims)}{gauge}"
         )
+
+
+def _last_first(flags: list[bool]) -> list[bool]:
+    """In the order of the parameters of `GaugedCores`: its own comes before its children's."""
+    return [flags[-1], *flags[:-1]]

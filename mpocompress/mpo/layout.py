@@ -153,6 +153,20 @@ class Layout:
         bonds = (1, *bond_dims, 1)
         return sum(bonds[k] * out * in_ * bonds[k + 1] for k, (out, in_) in enumerate(self.pairs))
 
+    def degrees_of_freedom(self, bond_dims: Iterable[int]) -> int:
+        """Numbers that say something about the matrix: `num_parameters` less the gauge.
+
+        A bond of dimension D may carry any invertible D x D matrix and its inverse, so D^2 of the
+        stored numbers are free. Bond dims beyond what the layout can carry add nothing.
+
+        Raises:
+            BondDimError: another number of bond dims than bonds.
+
+        Source: Holtz, Rohwedder, Schneider, Numerische Mathematik 120 (2012) 701, theorem 1.
+        """
+        bonds = self.clip(bond_dims)
+        return self.num_parameters(bonds) - sum(bond**2 for bond in bonds)
+
     def check(self, shape: tuple[int, int]) -> None:
         """Check that this layout divides a matrix of `shape` (out, in).
 

@@ -18,6 +18,10 @@ _DOUBLE_UP_TO = 1 << 21
 _RANDOMIZED_FRACTION = 0.2
 _OVERSAMPLING = 0.25  # of the rank, at least 16: flat spectra converge slowly without it
 _MAX_ITERATIONS = 12
+# A swap of rows pays if it raises the volume by this factor; it bounds the entries of the result.
+DOMINANCE = 1.2
+# Far more swaps than were ever seen (half the rank): only rounding could go on for ever.
+_SWAPS_PER_COLUMN = 20
 # Stop once another power iteration lowers the squared error by less than this share of itself.
 _CONVERGED = 1e-3
 
@@ -248,6 +252,60 @@ def leading_weight(matrix_MN: Tensor, rank: int) -> tuple[float, float]:
             return weight_of(found.values_R[:rank]), found.total_weight
     values_K = svd_values(matrix_MN)
     return weight_of(values_K[:rank]), weight_of(values_K)
+
+
+def dominant_rows(basis_XR: Tensor) -> tuple[Tensor, Tensor]:
+    """Pick rows of a tall matrix that all rows are small combinations of.
+
+    Gaussian elimination with row pivoting picks the first rows; then rows are swapped while that
+    raises the volume |det| of the picked block by more than `DOMINANCE`.
+
+    Args:
+        basis_XR: float64, of full column rank, best with orthonormal columns.
+
+    Returns:
+        `(pivots_R, coefficients_XR)`: ascending row numbers (int64), and C with
+        `basis = C @ basis[pivots]`, the identity in the picked rows, no entry above `DOMINANCE`.
+
+    Raises:
+        DecompositionError: the columns are dependent.
+
+    Source: Goreinov, Oseledets, Savostyanov, Tyrtyshnikov, Zamarashkin, "How to find a good
+        submatrix", in Matrix Methods (World Scientific, 2010) 247.
+    """
+    rows, rank = basis_XR.shape
+    exchanges = torch.linalg.lu_factor_ex(basis_XR)[1].tolist() if rows >= rank else []
+    order = list(range(rows))
+    for row, other in enumerate(exchanges):  # LAPACK counts from 1
+        order[row], order[other - 1] = order[other - 1], order[row]
+    picked_R = torch.tensor(order[:rank], device=basis_XR.device)
+    coefficients_XR = _combinations(basis_XR, picked_R)
+    for _ in range(_SWAPS_PER_COLUMN * rank):
+        place = int(coefficients_XR.abs().argmax())
+        row, column = divmod(place, rank)
+        pivot = coefficients_XR[row, column].clone()
+        if not abs(float(pivot)) > DOMINANCE:
+            break
+        change_R = coefficients_XR[row].clone()
+        change_R[column] -= 1.0
+        coefficients_XR.addr_(coefficients_XR[:, column].clone() / pivot, change_R, alpha=-1.0)
+        picked_R[column] = row
+    picked_R = picked_R.sort().values
+    # Solved once more: the updates have gathered rounding errors.
+    coefficients_XR = _combinations(basis_XR, picked_R)
+    coefficients_XR[picked_R] = torch.eye(rank, dtype=basis_XR.dtype, device=basis_XR.device)
+    return picked_R, coefficients_XR
+
+
+def _combinations(basis_XR: Tensor, picked_R: Tensor) -> Tensor:
+    """C with `basis = C @ basis[picked]`."""
+    found, info = torch.linalg.solve_ex(basis_XR[picked_R], basis_XR, left=False)
+    if basis_XR.shape[0] < basis_XR.shape[1] or int(info) != 0:
+        raise DecompositionError(
+            f"no {basis_XR.shape[1]} rows of a matrix of shape {tuple(basis_XR.shape)} span all "
+            "others: its columns are dependent. Orthonormalize them first."
+        )
+    return found.contiguous()
 
 
 def svd_values(matrix_MN: Tensor) -> Tensor:

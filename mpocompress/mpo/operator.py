@@ -174,6 +174,11 @@ class MPO:
         return sum(core.numel() for core in self._cores)
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of all cores."""
+        return self.num_parameters * self.dtype.itemsize
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the cores."""
         return self._cores[0].dtype

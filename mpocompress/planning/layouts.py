@@ -2,7 +2,8 @@
 
 A bond dimension D is a budget: the degenerate layout ((out, 1), (1, in)), which is the truncated
 SVD, spends D * (out + in) parameters on it. Every candidate is held to that, so that choosing a
-layout never makes a layer larger than the SVD of the same bond dimension.
+layout never makes a layer larger than the SVD of the same bond dimension. In the identity gauge
+both are counted by their degrees of freedom: D * (out + in) - D^2 for the SVD.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from mpocompress.mpo import Layout, plan_contractions, sequential_svd
 from mpocompress.mpo.factors import balanced_layout, divisors
+from mpocompress.mpo.identity_gauge import Gauge, stored_parameters
 from mpocompress.mpo.linalg import leading_weight, working_dtype
 
 MAX_SITES = 4
@@ -28,9 +30,11 @@ class Candidate:
     Attributes:
         layout: the sites.
         bond_dims: after clipping to what the layout can carry.
-        parameters: entries of all cores.
+        parameters: stored numbers: entries of all cores or, in the identity gauge, the degrees of
+            freedom.
         macs: multiply-adds for one input row along the cheapest chain.
         relative_weight_error: norm(W - W_mpo) / norm(W), Frobenius; None if not computed.
+        gauge: how the cores are stored.
     """
 
     layout: Layout
@@ -38,10 +42,15 @@ class Candidate:
     parameters: int
     macs: int
     relative_weight_error: float | None = None
+    gauge: Gauge = "none"
 
 
 def make_candidate(
-    layout: Layout, bond_dim: int | Sequence[int], error: float | None = None
+    layout: Layout,
+    bond_dim: int | Sequence[int],
+    error: float | None = None,
+    *,
+    gauge: Gauge = "none",
 ) -> Candidate:
     """A candidate with its costs; the bond dimensions are clipped to the layout."""
     bonds = [bond_dim] * (layout.num_sites - 1) if isinstance(bond_dim, int) else list(bond_dim)
@@ -49,9 +58,10 @@ def make_candidate(
     return Candidate(
         layout=layout,
         bond_dims=bond_dims,
-        parameters=layout.num_parameters(bond_dims),
+        parameters=stored_parameters(layout, bond_dims, gauge),
         macs=chain_macs(layout, bond_dims),
         relative_weight_error=error,
+        gauge=gauge,
     )
 
 
@@ -99,13 +109,16 @@ def _skewed_layouts(out_features: int, in_features: int) -> list[Layout]:
     return [choices[step][1] for step in steps]
 
 
-def candidates_within(shape: tuple[int, int], bond_dim: int) -> list[Candidate]:
+def candidates_within(
+    shape: tuple[int, int], bond_dim: int, *, gauge: Gauge = "none"
+) -> list[Candidate]:
     """Candidates of a weight (out, in) that are smaller than it and within the SVD's budget."""
     out_features, in_features = shape
-    budget = make_candidate(Layout.svd(out_features, in_features), bond_dim).parameters
-    limit = min(budget, out_features * in_features - 1)
+    svd = make_candidate(Layout.svd(out_features, in_features), bond_dim, gauge=gauge)
+    limit = min(svd.parameters, out_features * in_features - 1)
     candidates = (
-        make_candidate(layout, bond_dim) for layout in candidate_layouts(out_features, in_features)
+        make_candidate(layout, bond_dim, gauge=gauge)
+        for layout in candidate_layouts(out_features, in_features)
     )
     return [candidate for candidate in candidates if candidate.parameters <= limit]
 
@@ -124,7 +137,7 @@ def with_error(candidate: Candidate, weight_OI: Tensor) -> Candidate:
         error = sqrt(max(0.0, 1 - kept / total)) if total > 0 else 0.0
     else:
         error = sequential_svd(weight_OI, layout, bond_dim=candidate.bond_dims).relative_error
-    return make_candidate(layout, candidate.bond_dims, error)
+    return make_candidate(layout, candidate.bond_dims, error, gauge=candidate.gauge)
 
 
 def choose(candidates: Sequence[Candidate]) -> Candidate:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from mpocompress.errors import PlanError
 from mpocompress.mpo import Layout
+from mpocompress.mpo.identity_gauge import Gauge, stored_parameters
 from mpocompress.planning.layouts import Candidate
 
 FORMAT_VERSION = 1
@@ -54,6 +55,8 @@ class LayerPlan(_Frozen):
         reason: one sentence.
         layout: (out, in) of each site; None if kept.
         bond_dims: largest bond dimension at each bond; None if kept.
+        gauge: "none" to store all entries of the cores, "identity" to store as many numbers as the
+            layer has degrees of freedom.
         candidates: what other layouts would have given.
     """
 
@@ -65,6 +68,7 @@ class LayerPlan(_Frozen):
     reason: str = ""
     layout: Pairs | None = None
     bond_dims: tuple[PositiveInt, ...] | None = None
+    gauge: Gauge = "none"
     candidates: tuple[CandidateFigures, ...] = ()
 
     def sites(self) -> Layout:
@@ -163,8 +167,9 @@ class Plan(_Frozen):
             if layer.action == "compress":
                 layout = layer.sites()
                 bonds = layout.clip(layer.bond_dims or ())
-                after = layout.num_parameters(bonds)
+                after = stored_parameters(layout, bonds, layer.gauge)
                 ratio = layer.shape[0] * layer.shape[1] / after
                 what = f"{layout} bond_dims {list(bonds)}: {after} parameters, ratio {ratio:.2f}"
+                what += " (identity gauge)" if layer.gauge == "identity" else ""
             lines.append(f"{layer.name}  {size}  {what}  ({layer.reason})")
         return "\n".join(lines)

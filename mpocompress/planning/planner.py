@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from mpocompress.errors import LayoutError, MPOCompressError, NoLayerMatched
 from mpocompress.mpo import Layout, LayoutLike, as_layout
 from mpocompress.mpo.factors import balanced_layout, resolve_layout
+from mpocompress.mpo.identity_gauge import Gauge, check_gauge
 from mpocompress.mpo.truncate import check_bond_dim
 from mpocompress.planning.layouts import (
     Candidate,
@@ -34,6 +35,7 @@ def plan_bond_dim(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     if_smaller: bool = True,
+    gauge: Gauge = "none",
     progress: Progress | None = None,
 ) -> Plan:
     """Plan every selected weight at one bond dimension.
@@ -48,15 +50,18 @@ def plan_bond_dim(
         include: patterns of layers to compress; default: all.
         exclude: patterns of layers to keep.
         if_smaller: keep layers that would not get smaller.
+        gauge: how the cores of all layers are stored; in the "identity" gauge a layer takes fewer
+            parameters at the same bond dimensions.
         progress: called once before each layer.
 
     Raises:
         BondDimError: `bond_dim` below 1.
-        LayoutError: a forced layout that fits none of the layers that it is for.
+        LayoutError: a forced layout that fits none of the layers that it is for, or no such gauge.
         NoLayerMatched: a pattern matches nothing, or nothing in the model can be compressed.
         ConversionError: NaN or Inf in a selected weight.
     """
     check_bond_dim(bond_dim)
+    check_gauge(gauge)
     if sites is not None:
         if layout != "auto":
             raise LayoutError(
@@ -74,7 +79,7 @@ def plan_bond_dim(
             continue
         check_finite(site)
         try:
-            layers.append(_plan_site(site, bond_dim, rules, if_smaller))
+            layers.append(_plan_site(site, bond_dim, rules, if_smaller, gauge))
         except MPOCompressError as error:
             raise type(error)(f"layer {site.label}: {error}") from error
     rules.check_used()
@@ -86,6 +91,7 @@ def plan_bond_dim(
             "include": list(include),
             "exclude": list(exclude),
             "if_smaller": if_smaller,
+            "gauge": gauge,
         },
         layers=tuple(layers),
     )
@@ -148,12 +154,14 @@ class _LayoutRules:
                 raise LayoutError(str(refusals[0]))
 
 
-def _plan_site(site: WeightSite, bond_dim: int, rules: _LayoutRules, if_smaller: bool) -> LayerPlan:
+def _plan_site(
+    site: WeightSite, bond_dim: int, rules: _LayoutRules, if_smaller: bool, gauge: Gauge
+) -> LayerPlan:
     forced = rules.forced(site)
     if isinstance(forced, LayoutError):
         return _keep(site, f"the layout does not fit: {forced}")
     if forced is not None:
-        candidate = make_candidate(forced, bond_dim)
+        candidate = make_candidate(forced, bond_dim, gauge=gauge)
         return _forced(site, candidate, if_smaller)
     weight_OI = site.matrix()
     if if_smaller and min(site.shape) <= bond_dim:
@@ -162,11 +170,11 @@ def _plan_site(site: WeightSite, bond_dim: int, rules: _LayoutRules, if_smaller:
             f"its smaller side, {min(site.shape)}, is within bond dimension {bond_dim}: there is "
             "nothing to truncate",
         )
-    candidates = candidates_within(site.shape, bond_dim)
+    candidates = candidates_within(site.shape, bond_dim, gauge=gauge)
     if not candidates:
         if if_smaller:
             return _keep(site, f"no layout at bond dimension {bond_dim} makes it smaller")
-        candidates = [make_candidate(Layout.svd(*site.shape), bond_dim)]
+        candidates = [make_candidate(Layout.svd(*site.shape), bond_dim, gauge=gauge)]
     measured = [with_error(candidate, weight_OI) for candidate in candidates]
     chosen = choose(measured)
     return _compress(
@@ -203,6 +211,7 @@ def _compress(
         reason=reason,
         layout=candidate.layout.pairs,
         bond_dims=candidate.bond_dims,
+        gauge=candidate.gauge,
         candidates=candidates,
     )
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from mpocompress._version import __version__
 from mpocompress.mpo import MPO, Layout
+from mpocompress.mpo.identity_gauge import IdentityGauge
 from mpocompress.mpo.linalg import weight_of, working_dtype
 from mpocompress.mpo.spectra import entropy_nats
 from mpocompress.planning import LayerPlan, Plan, chain_macs
@@ -33,8 +34,8 @@ class Outcome:
     Attributes:
         layout: the sites.
         bond_dims: that were kept.
-        parameters: entries of the cores.
-        bytes: of the cores as stored.
+        parameters: stored numbers: entries of the cores, or the free ones of a gauge.
+        bytes: of the cores as stored; with the indices of a gauge.
         macs: multiply-adds for one input row along the chain.
         relative_weight_error: norm(W - W_mpo) / norm(W) with the cores in their final dtype.
         discarded_weight_bound: the same from the discarded weights, before rounding to the dtype;
@@ -58,24 +59,25 @@ class Outcome:
 
 def measure(
     site: WeightSite,
-    mpo: MPO,
+    weight: MPO | IdentityGauge,
     *,
     discarded_weight_bound: float | None = None,
     relative_output_error: float | None = None,
 ) -> Outcome:
     """Measure one compressed weight against the dense one; the errors given are passed on."""
+    mpo = weight if isinstance(weight, MPO) else MPO(weight.cores(), shape=weight.shape)
     wide = working_dtype(mpo.dtype)
     weight_OI = site.matrix().to(wide)
-    weight = weight_of(weight_OI)
+    total = weight_of(weight_OI)
     difference = mpo.to(dtype=wide).to_dense() - weight_OI
     spectra = mpo.schmidt_spectra()
     return Outcome(
         layout=mpo.layout,
         bond_dims=mpo.bond_dims,
-        parameters=mpo.num_parameters,
-        bytes=mpo.num_parameters * mpo.dtype.itemsize,
+        parameters=weight.num_parameters,
+        bytes=weight.num_bytes,
         macs=chain_macs(mpo.layout, mpo.bond_dims),
-        relative_weight_error=(weight_of(difference) / weight) ** 0.5 if weight > 0 else 0.0,
+        relative_weight_error=(weight_of(difference) / total) ** 0.5 if total > 0 else 0.0,
         discarded_weight_bound=discarded_weight_bound,
         relative_output_error=relative_output_error,
         schmidt_values=tuple(tuple(float(s) for s in spectrum) for spectrum in spectra),

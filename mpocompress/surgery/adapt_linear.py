@@ -6,7 +6,9 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from mpocompress.layers import MPOLinear
+from mpocompress.layers.gauged_cores import GaugedCores
 from mpocompress.mpo import MPO
+from mpocompress.mpo.identity_gauge import IdentityGauge
 from mpocompress.surgery.adapter import register
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -71,20 +73,30 @@ class LinearAdapter:
             raise TypeError(f"{type(module).__name__} has no parameter 'weight'.")
         return weight.detach()
 
-    def build(self, module: nn.Module, mpo: MPO) -> nn.Module:
+    def build(self, module: nn.Module, mpo: MPO | IdentityGauge) -> nn.Module:
         """An `MPOLinear` in the module's dtype, device and mode. See `WeightAdapter.build`."""
         weight_OI = self.matrix(module)
+
         # A copy of the cores, always: a single core may be the weight itself, reshaped, and one
         # MPO may go into several models that are trained apart.
-        cores = (
-            core.detach().to(weight_OI.device, weight_OI.dtype, copy=True) for core in mpo.cores
-        )
+        def copied(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(weight_OI.device, weight_OI.dtype, copy=True)
+
+        weight: MPO | IdentityGauge
+        if isinstance(mpo, IdentityGauge):
+            weight = IdentityGauge(
+                tuple(map(copied, mpo.free)),
+                tuple(rows.to(weight_OI.device, copy=True) for rows in mpo.pivots),
+                copied(mpo.last),
+                mpo.layout,
+                mpo.shape,
+            )
+        else:
+            weight = MPO(map(copied, mpo.cores), shape=mpo.shape)
         bias = module._parameters.get("bias")
-        layer = MPOLinear.from_mpo(
-            MPO(cores, shape=mpo.shape), None if bias is None else bias.detach().clone()
-        )
-        weight = self.parameter(module)
-        layer.cores.requires_grad_(weight is not None and weight.requires_grad)
+        layer = MPOLinear.from_mpo(weight, None if bias is None else bias.detach().clone())
+        old = self.parameter(module)
+        layer.cores.requires_grad_(old is not None and old.requires_grad)
         if layer.bias is not None and bias is not None:
             layer.bias.requires_grad_(bias.requires_grad)
         return layer.train(module.training)
@@ -96,8 +108,12 @@ class LinearAdapter:
                 f"only MPOLinear layers share cores, not {type(layer).__name__} and "
                 f"{type(leader).__name__}."
             )
+        if isinstance(leader.cores, GaugedCores):
+            layer.cores = leader.cores
+            return
+        layer.free_gauge_()
         for position, core in enumerate(leader.cores):
-            layer.cores[position] = core
+            layer.cores.register_parameter(str(position), core)
 
 
 def _wrapped_weight(module: nn.Module) -> str | None:

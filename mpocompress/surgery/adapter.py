@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from mpocompress.mpo import MPO
+from mpocompress.mpo.identity_gauge import IdentityGauge
 
 
 class WeightAdapter(Protocol):
@@ -38,8 +39,8 @@ class WeightAdapter(Protocol):
         """The weight as a matrix (out, in), detached, in its own dtype; the storage is shared."""
         ...
 
-    def build(self, module: nn.Module, mpo: MPO) -> nn.Module:
-        """A layer that computes what `module` does, with `mpo` for its weight.
+    def build(self, module: nn.Module, mpo: MPO | IdentityGauge) -> nn.Module:
+        """A layer that computes what `module` does, with `mpo` for its weight, stored as it is.
 
         Dtype, device, mode and `requires_grad` are the module's; no storage is shared with the
         module, nor with `mpo`.

@@ -21,10 +21,11 @@ from torch.nn.parameter import is_lazy
 
 from mpocompress.errors import ConversionError, MPOCompressError
 from mpocompress.mpo import MPO
+from mpocompress.mpo.identity_gauge import IdentityGauge
 from mpocompress.surgery.inventory import WeightSite, label
 from mpocompress.surgery.references import held_values
 
-Replacement = MPO | nn.Module | Callable[[nn.Module], nn.Module]
+Replacement = MPO | IdentityGauge | nn.Module | Callable[[nn.Module], nn.Module]
 Replacements = Mapping[WeightSite, Replacement] | Mapping[nn.Module, Replacement]
 
 
@@ -37,8 +38,8 @@ def copy_with_replacements(model: nn.Module, replacements: Replacements) -> nn.M
             modules of the tie group are replaced and share their cores, each with its own bias. Or
             they are modules of the model. Values are
 
-            - an `MPO` (for a site only): the adapter builds the layers, which keep dtype, device,
-              mode, `requires_grad` and bias of what they replace;
+            - an `MPO` (for a site only), or one in the identity gauge: the adapter builds the
+              layers, which keep dtype, device, mode, `requires_grad` and bias of what they replace;
             - a function from the dense module to its new layer, called for each module;
             - the new layer itself, which is used as it is, in the mode of the old module.
 
@@ -103,7 +104,7 @@ def _new_layers(members: set[nn.Module], replacements: Replacements) -> dict[nn.
 def _build(
     what: str, site: WeightSite | None, modules: Sequence[nn.Module], value: Replacement
 ) -> list[nn.Module]:
-    if isinstance(value, MPO):
+    if isinstance(value, MPO | IdentityGauge):
         if site is None:
             raise ConversionError(
                 f"{what}: an MPO replaces a site of find_weights(model), not a module. Use the "
