@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress import saving
-from mpocompress.errors import MPOCompressError, NoLayerMatched, PlanError
+from mpocompress.errors import BudgetError, MPOCompressError, NoLayerMatched, PlanError
 from mpocompress.loading import Batch, as_batches
 from mpocompress.mpo import MPO, sequential_svd
 from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge, fix_identity_gauge
-from mpocompress.planning import LayoutChoice, Plan, Progress, plan_bond_dim
+from mpocompress.planning import LayoutChoice, Of, Plan, PlanOptions, Progress
 from mpocompress.report import CompressionReport, Source
 from mpocompress.report.collect import Outcome, collect_report, measure
 from mpocompress.surgery import (
@@ -24,13 +25,16 @@ from mpocompress.surgery import (
     check_finite,
     copy_with_replacements,
     find_weights,
+    select_sites,
 )
 from mpocompress.tuning import (
     FitOptions,
     FittedWeight,
+    LayerMoments,
     SitePlan,
     fit_in_sequence,
-    output_metrics,
+    gain_of_bonds,
+    layer_moments,
 )
 
 
@@ -52,49 +56,107 @@ class CompressionResult:
 def plan(
     model: nn.Module,
     *,
-    bond_dim: int,
+    bond_dim: int | None = None,
+    ratio: float | None = None,
+    of: Of = "model",
     layout: LayoutChoice = "auto",
     sites: int | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     if_smaller: bool = True,
     gauge: Gauge = "none",
+    data: Any = None,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> Plan:
     """Decide for every convertible weight whether, and with which layout, it becomes an MPO.
 
     Args:
         model: any module; it is only read.
-        bond_dim: largest bond dimension.
+        bond_dim: largest bond dimension of every layer; or
+        ratio: how many times fewer parameters: a ceiling for what is stored, met as closely as
+            whole bond dimensions allow. With data, layers in which an error does more to the
+            model's output get more of the parameters; without, all layers get smaller alike.
+        of: whether the ratio counts the whole "model" or the compressed "layers" only.
         layout: "auto", "svd", "balanced", (out, in) pairs, text, a `Layout`, or a dict from layer
-            pattern to one of these. "auto" takes the layout with the least weight error that makes
-            the layer smaller.
+            pattern to one of these. At a bond dimension, "auto" takes the layout with the least
+            weight error that makes the layer smaller; for a ratio it is "svd".
         sites: force balanced layouts of so many sites.
         include: globs on qualified names, or regular expressions after "re:"; default: all.
         exclude: likewise; they win.
-        if_smaller: keep layers dense that would not get smaller.
+        if_smaller: at a bond dimension: keep layers dense that would not get smaller.
         gauge: "identity" stores every layer with as many numbers as it has degrees of freedom:
             nothing is lost, and more layers get smaller. "none" stores all entries of the cores,
             which train better.
+        data: for a ratio: batches of forward arguments, as in `compress`.
+        seed: of the random directions of the gradients.
         progress: called as `progress(layer, done, total)`.
 
     Raises:
+        PlanError: neither or both of bond_dim and ratio, or a ratio of 1 or less.
+        BudgetError: a ratio that cannot be reached; the message says what can.
         BondDimError: `bond_dim` below 1.
         LayoutError: a forced layout that cannot be read, or fits no layer that it is for.
         NoLayerMatched: a pattern that matches nothing, or nothing to convert.
         ConversionError: NaN or Inf in a selected weight.
+        DataError: data that does not fit the model.
     """
-    return plan_bond_dim(
-        find_weights(model),
-        bond_dim,
+    options = PlanOptions(
+        bond_dim=bond_dim,
+        ratio=ratio,
+        of=of,
         layout=layout,
         sites=sites,
         include=include,
         exclude=exclude,
         if_smaller=if_smaller,
         gauge=gauge,
-        progress=progress,
     )
+    inventory = find_weights(model)
+    moments = None
+    if data is not None and ratio is not None:
+        moments = _selected_moments(
+            model, inventory, options, _calls(data, model), seed=seed, progress=progress
+        )
+    return _plan(inventory, options, moments, progress)
+
+
+def _plan(
+    inventory: Inventory,
+    options: PlanOptions,
+    moments: Mapping[nn.Module, LayerMoments] | None,
+    progress: Progress | None,
+) -> Plan:
+    gains = None if moments is None else partial(gain_of_bonds, moments=moments)
+    return options.make(inventory, gains=gains, progress=progress)
+
+
+def _selected_moments(
+    model: nn.Module,
+    inventory: Inventory,
+    options: PlanOptions,
+    calls: Sequence[Batch],
+    *,
+    seed: int,
+    progress: Progress | None,
+) -> dict[nn.Module, LayerMoments]:
+    sites = select_sites(inventory, options.include, options.exclude)
+    return _moments(model, sites, calls, seed=seed, progress=progress)
+
+
+def _moments(
+    model: nn.Module,
+    sites: Sequence[WeightSite],
+    calls: Sequence[Batch],
+    *,
+    seed: int,
+    progress: Progress | None,
+) -> dict[nn.Module, LayerMoments]:
+    """What the dense model shows of these weights on the data."""
+    if progress is not None:
+        progress("inputs of the layers and gradients at their outputs", 0, len(sites))
+    modules = [module for site in sites for module in site.modules]
+    return layer_moments(model, modules, calls, seed=seed)
 
 
 def compress(
@@ -102,6 +164,8 @@ def compress(
     plan: Plan | None = None,
     *,
     bond_dim: int | None = None,
+    ratio: float | None = None,
+    of: Of = "model",
     layout: LayoutChoice = "auto",
     sites: int | None = None,
     include: Sequence[str] = (),
@@ -122,7 +186,9 @@ def compress(
     Args:
         model: any module.
         plan: from `plan`, perhaps edited; or None, and the options that make one.
-        bond_dim: see `plan`, as for `layout`, `sites`, `include`, `exclude` and `if_smaller`.
+        bond_dim: see `plan`.
+        ratio: see `plan`; what is written is counted, and more than asked for is an error.
+        of: see `plan`.
         layout: see `plan`.
         sites: see `plan`.
         include: see `plan`.
@@ -140,6 +206,7 @@ def compress(
 
     Raises:
         PlanError: neither plan nor bond_dim, both, or a plan of another model.
+        BudgetError: the ratio cannot be reached, or was not.
         NoLayerMatched: the plan compresses nothing.
         DataError: data that does not fit the model, or batches that take different paths.
         MPOCompressError: see `plan`.
@@ -147,21 +214,29 @@ def compress(
     clock = Clock()
     with clock("inventory"):
         inventory = find_weights(model)
-    if (plan is None) == (bond_dim is None):
-        raise PlanError("compress needs either a plan or a bond_dim. Try bond_dim=16.")
+    options = PlanOptions(
+        bond_dim=bond_dim,
+        ratio=ratio,
+        of=of,
+        layout=layout,
+        sites=sites,
+        include=include,
+        exclude=exclude,
+        if_smaller=if_smaller,
+        gauge=gauge,
+    )
+    if (plan is None) != options.is_given:
+        raise PlanError("compress needs either a plan, or a bond_dim or ratio. Try bond_dim=16.")
+    calls = None if data is None else _calls(data, model)
+    moments: Mapping[nn.Module, LayerMoments] | None = None
     if plan is None:
+        if calls is not None and ratio is not None:
+            with clock("statistics"):
+                moments = _selected_moments(
+                    model, inventory, options, calls, seed=seed, progress=progress
+                )
         with clock("planning"):
-            plan = plan_bond_dim(
-                inventory,
-                bond_dim if bond_dim is not None else 1,
-                layout=layout,
-                sites=sites,
-                include=include,
-                exclude=exclude,
-                if_smaller=if_smaller,
-                gauge=gauge,
-                progress=progress,
-            )
+            plan = _plan(inventory, options, moments, progress)
     _check_belongs(plan, inventory)
     if not plan.compressed:
         reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in plan.layers[:3])
@@ -183,11 +258,26 @@ def compress(
     gauge_setting = used.pop() if len(used) == 1 else gauges
     settings: dict[str, Any] = {**plan.settings, "gauge": gauge_setting, "seed": seed}
     fitted: dict[WeightSite, FittedWeight] = {}
-    if data is not None:
-        calls = _calls(data, model)
+    if calls is not None:
         settings |= {"sweeps": sweeps, "rows_of_data": sum(call.num_rows for call in calls)}
+        if moments is None:
+            with clock("statistics"):
+                weights = [entry.site for entry in planned]
+                moments = _moments(model, weights, calls, seed=seed, progress=progress)
         with clock("fitting"):
-            fitted = _fit_to_data(model, planned, calls, sweeps, seed, progress)
+            fitted = fit_in_sequence(
+                model,
+                planned,
+                calls,
+                output_metrics={
+                    module: metric
+                    for module, moment in moments.items()
+                    if (metric := moment.output_metric) is not None
+                },
+                options=FitOptions(sweeps=sweeps),
+                progress=progress,
+            )
+        moments = None  # the largest thing that is no longer needed
     mpos: dict[WeightSite, MPO | IdentityGauge] = {}
     outcomes: dict[str, Outcome] = {}
     with clock("factorization"):
@@ -211,7 +301,20 @@ def compress(
         seconds=clock.total(),
         settings=settings,
     )
+    if ratio is not None:
+        _check_ratio(report, ratio, of)
     return CompressionResult(model=compressed, report=report, plan=plan)
+
+
+def _check_ratio(report: CompressionReport, ratio: float, of: Of) -> None:
+    """A budget holds for what comes out, whatever the plan predicted."""
+    totals = report.totals.parameters
+    reached = totals.model.ratio if of == "model" else totals.layers.ratio
+    if reached < ratio * (1 - 1e-9):
+        raise BudgetError(
+            f"a ratio of {ratio:g} of the {of} was asked for, but the result has {reached:.4g}. "
+            f"Ask for a ratio of {reached:.4g}, and please report this."
+        )
 
 
 def _calls(data: Any, model: nn.Module) -> list[Batch]:
@@ -221,29 +324,6 @@ def _calls(data: Any, model: nn.Module) -> list[Batch]:
     if parameter is None:
         return list(batches)
     return [batch.to(parameter.device) for batch in batches.cast(parameter.dtype)]
-
-
-def _fit_to_data(
-    model: nn.Module,
-    planned: Sequence[SitePlan],
-    calls: Sequence[Batch],
-    sweeps: int,
-    seed: int,
-    progress: Progress | None,
-) -> dict[WeightSite, FittedWeight]:
-    """Gradients say what matters at each output, then the layers are fitted in forward order."""
-    modules = [module for entry in planned for module in entry.site.modules]
-    if progress is not None:
-        progress("gradients at the layers' outputs", 0, len(planned))
-    metrics = output_metrics(model, modules, calls, seed=seed)
-    return fit_in_sequence(
-        model,
-        planned,
-        calls,
-        output_metrics=metrics,
-        options=FitOptions(sweeps=sweeps),
-        progress=progress,
-    )
 
 
 def _factorize(

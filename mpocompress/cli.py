@@ -8,13 +8,14 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mpocompress._version import __version__
-from mpocompress.errors import LoadError, MPOCompressError, OutputExistsError
+from mpocompress.errors import LoadError, MPOCompressError, OutputExistsError, PlanError
 
 if TYPE_CHECKING:
     from mpocompress.planning import Plan, Progress
@@ -75,6 +76,13 @@ ForceOption = Annotated[
 ]
 
 
+class Of(StrEnum):
+    """What a ratio counts."""
+
+    MODEL = "model"
+    LAYERS = "layers"
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"mpocompress {__version__}")
@@ -95,13 +103,26 @@ def _root(
 def compress(
     model: ModelArgument,
     bond_dim: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--bond-dim",
             metavar="D",
             help="Largest bond dimension of every layer: smaller is more compact and less exact.",
         ),
-    ],
+    ] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            "--ratio",
+            metavar="R",
+            help="Or: R times fewer parameters, at least. With --data, layers in which an error "
+            "matters more get more of them.",
+        ),
+    ] = None,
+    of: Annotated[
+        Of,
+        typer.Option("--of", help="Whether --ratio counts the whole model or compressed layers."),
+    ] = Of.MODEL,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -162,11 +183,18 @@ def compress(
         int, typer.Option("--seed", help="Seed of everything random. Equal seeds, equal results.")
     ] = 0,
 ) -> None:
-    """Compress MODEL at a bond dimension; write cores, verified ONNX and a report."""
+    """Compress MODEL to a bond dimension or a ratio; write cores, verified ONNX and a report."""
     from mpocompress import pipeline
 
+    if (bond_dim is None) == (ratio is None):
+        given = "both" if ratio is not None else "neither"
+        raise PlanError(
+            f"--bond-dim and --ratio say how small; {given} given. Give one, as in --bond-dim 16."
+        )
     request = pipeline.Request(
         bond_dim=bond_dim,
+        ratio=ratio,
+        of=of.value,
         layout=layout,
         sites=sites,
         include=tuple(include or ()),

@@ -60,6 +60,12 @@ class OutputExistsError(SaveError, FileExistsError):
     """The output directory exists and nobody said that it may be overwritten."""
 
 
+class BudgetError(MPOCompressError, ValueError):
+    """A budget that cannot be met, or was not; the message says what could be reached."""
+
+    exit_code = 3
+
+
 class ReportError(MPOCompressError, ValueError):
     """A report.json that is missing, foreign or of another format version."""
 

@@ -23,7 +23,7 @@ from mpocompress.loading import (
     load_source,
     module_from_state,
 )
-from mpocompress.planning import LayoutChoice, Plan, Progress
+from mpocompress.planning import LayoutChoice, Of, Plan, Progress
 from mpocompress.report import CompressionReport, Parity
 from mpocompress.report import Source as ReportSource
 from mpocompress.surgery import Inventory, find_weights
@@ -42,7 +42,9 @@ NO_INPUTS = (
 class Request:
     """What the command line asks for; see its help for the meaning of each."""
 
-    bond_dim: int
+    bond_dim: int | None = None
+    ratio: float | None = None
+    of: Of = "model"
     layout: LayoutChoice = "auto"
     sites: int | None = None
     include: tuple[str, ...] = ()
@@ -53,6 +55,18 @@ class Request:
     trust_pickle: bool = False
     sweeps: int = 16
     seed: int = 0
+
+    def plan_options(self) -> dict[str, Any]:
+        """What `plan` and `compress` are to be called with."""
+        return {
+            "bond_dim": self.bond_dim,
+            "ratio": self.ratio,
+            "of": self.of,
+            "layout": self.layout,
+            "sites": self.sites,
+            "include": self.include,
+            "exclude": self.exclude,
+        }
 
 
 @dataclass(kw_only=True)
@@ -102,7 +116,16 @@ def plan_model(
         MPOCompressError: bad input, see `load_source` and `plan`.
     """
     opened = open_model(path, factory=request.factory, trust_pickle=request.trust_pickle)
-    return _plan(opened, request, progress), opened, find_weights(opened.module)
+    # A bond dimension is planned from the weights alone; only budgets look at the data.
+    batches = None if request.data is None or request.ratio is None else load_batches(request.data)
+    plan = api.plan(
+        opened.module,
+        **request.plan_options(),
+        data=batches,
+        seed=request.seed,
+        progress=progress,
+    )
+    return plan, opened, find_weights(opened.module)
 
 
 def convert(
@@ -129,11 +152,9 @@ def convert(
             examples = None
             if opened.source.kind == "module":
                 examples = example_inputs(opened.source, specs=request.inputs, batches=batches)
-        with clock("planning"):
-            plan = _plan(opened, request, progress)
         result = api.compress(
             opened.module,
-            plan,
+            **request.plan_options(),
             data=batches,
             sweeps=request.sweeps,
             seed=request.seed,
@@ -173,18 +194,6 @@ def convert(
         )
         api.write_report(report, scratch)
     return Conversion(directory=Path(directory), report=report, notes=tuple(notes))
-
-
-def _plan(opened: Opened, request: Request, progress: Progress | None) -> Plan:
-    return api.plan(
-        opened.module,
-        bond_dim=request.bond_dim,
-        layout=request.layout,
-        sites=request.sites,
-        include=request.include,
-        exclude=request.exclude,
-        progress=progress,
-    )
 
 
 def _export(

@@ -222,7 +222,7 @@ def test_plans_that_do_not_belong(tmp_path):
     smaller = plan.model_copy(update={"layers": plan.layers[:1]})
     with pytest.raises(PlanError, match="says nothing of layer '2'"):
         mpo.compress(model(), smaller)
-    with pytest.raises(PlanError, match="either a plan or a bond_dim"):
+    with pytest.raises(PlanError, match="either a plan, or a bond_dim or ratio"):
         mpo.compress(model())
     with pytest.raises(PlanError, match="this is not a plan"):
         mpo.Plan.from_json("{}")

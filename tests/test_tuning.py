@@ -12,7 +12,7 @@ from mpocompress.errors import DataError
 from mpocompress.loading import Batch
 from mpocompress.mpo import Layout
 from mpocompress.surgery import copy_with_replacements, find_weights
-from mpocompress.tuning import FitOptions, SitePlan, fit_in_sequence, output_metrics
+from mpocompress.tuning import FitOptions, SitePlan, fit_in_sequence, layer_moments
 from mpocompress.tuning.lockstep import OperationRecorder, Runner, stopping_layers
 from mpocompress.tuning.moments import CrossMoment, keep_mask, real_rows
 from mpocompress.tuning.residual import StreamWatcher
@@ -177,14 +177,18 @@ def test_output_metric_of_the_last_layer_is_the_identity_and_earlier_ones_are_ja
     model = mlp(6, 8, 4, bias=False).double()
     linears = [module for module in model if isinstance(module, nn.Linear)]
     x = inputs(4000, 6, dtype=torch.float64)
-    found = output_metrics(model, linears, [Batch(args=(part,)) for part in x.split(500)])
-    last = found[linears[1]]
+    calls = [Batch(args=(part,)) for part in x.split(500)]
+    found = layer_moments(model, linears, calls)
+    last = found[linears[1]].output_metric
     torch.testing.assert_close(last, torch.eye(4, dtype=torch.float64), rtol=0.2, atol=0.1)
     with torch.no_grad():
         slope = 1 - torch.tanh(linears[0](x)) ** 2
     jacobian = linears[1].weight.detach()[None] * slope[:, None, :]
     expected = (jacobian.mT @ jacobian).mean(0)
-    torch.testing.assert_close(found[linears[0]], expected, rtol=0.2, atol=0.1)
+    torch.testing.assert_close(found[linears[0]].output_metric, expected, rtol=0.2, atol=0.1)
+    torch.testing.assert_close(
+        found[linears[0]].inputs.mean(centered=False)[0], x.mT @ x / len(x), **F64["apply"]
+    )
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 

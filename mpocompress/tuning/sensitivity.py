@@ -1,0 +1,65 @@
+"""How much each further bond dimension of a layer lowers the loss, predicted at the dense model.
+
+Replacing W by W^ changes the model's output by E[tr(G E C E^T)] a row, E = W - W^, to second order
+(see `gradients`). For the layout ((out, 1), (1, in)) the best E at rank r loses the squared
+singular values of Fg^T W Fc beyond the r-th, with C = Fc Fc^T and G = Fg Fg^T: those values are
+what each rank is worth. Times the rows that were seen, they are on one scale for all layers.
+"""
+
+# Shape suffixes: O out features, I in features, R bond.
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mpocompress.mpo import linalg
+from mpocompress.mpo.metric import Metric
+from mpocompress.surgery import WeightSite
+from mpocompress.tuning.gradients import LayerMoments
+from mpocompress.tuning.moments import CrossMoment
+
+
+def gain_of_bonds(
+    site: WeightSite,
+    moments: Mapping[nn.Module, LayerMoments],
+    *,
+    ridge: float = 1e-3,
+) -> Tensor | None:
+    """Squared singular values (min(out, in),) float64, descending, of the whitened weight.
+
+    Args:
+        site: the weight; all modules that share it count.
+        moments: of its modules, from `layer_moments`.
+        ridge: of the input moment, as in the fit.
+
+    Returns:
+        None if the data reaches none of its modules, or excites or matters nowhere.
+    """
+    seen = [moments[module] for module in site.modules if module in moments]
+    seen = [moment for moment in seen if moment.inputs.rows and moment.gradients.rows]
+    if not seen:
+        return None
+    inputs = _merged([moment.inputs for moment in seen])
+    gradients = _merged([moment.gradients for moment in seen])
+    # The mean is taken up by the bias where there is one.
+    centered = all(getattr(module, "bias", None) is not None for module in site.modules)
+    input_II = inputs.mean(centered=centered)[0]
+    output_OO = gradients.mean(centered=False)[0]
+    if not (bool(input_II.any()) and bool(output_OO.any())):
+        return None
+    metric = Metric(input_II, output_OO, ridge=ridge)
+    whitened_OI = metric.input_factor.apply(site.matrix().to(input_II))
+    if metric.output_factor is not None:
+        whitened_OI = metric.output_factor.apply(whitened_OI.mT).mT
+    values_R = linalg.svd_values(whitened_OI)
+    gains_R = torch.zeros(min(site.shape), dtype=torch.float64, device=values_R.device)
+    gains_R[: len(values_R)] = values_R.double() ** 2  # singular moments have fewer directions
+    return inputs.rows * gains_R
+
+
+def _merged(moments: Sequence[CrossMoment]) -> CrossMoment:
+    total = CrossMoment()
+    for moment in moments:
+        total.merge(moment)
+    return total
