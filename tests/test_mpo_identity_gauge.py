@@ -192,9 +192,13 @@ def test_gradients_are_those_of_the_dense_twin():
 
 def test_gradcheck_of_a_rebuilt_core():
     free = gaussian(4, 3).requires_grad_()
-    sources = row_sources(torch.tensor([1, 4, 5]), 4)
+    pivots = torch.tensor([1, 4, 5])
+    sources = row_sources(pivots, 4)
     assert sources.tolist() == [3, 0, 4, 5, 1, 2, 6]
-    assert torch.autograd.gradcheck(lambda rows: rebuild_core(rows, sources, (7, 1, 1, 3)), (free,))
+    shape = (7, 1, 1, 3)
+    assert torch.autograd.gradcheck(
+        lambda rows: rebuild_core(rows, pivots, sources, shape), (free,)
+    )
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class GaugedCore(nn.Module):
 
     def forward(self) -> Tensor:
         """The ordinary core (left, out, in, right), differentiable in the free rows."""
-        return rebuild_core(self.free, self.sources, self.shape)
+        return rebuild_core(self.free, self.pivots, self.sources, self.shape)
 
     def _load_from_state_dict(
         self,
