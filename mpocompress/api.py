@@ -74,8 +74,7 @@ def plan(
         exclude: likewise; they win.
         if_smaller: keep layers dense that would not get smaller.
         gauge: "identity" stores every layer with as many numbers as it has degrees of freedom:
-            nothing is lost, and more layers get smaller. "none" stores all entries of the cores,
-            which train better.
+            nothing is lost, and more layers get smaller. "none" stores all entries of the cores.
         progress: called as `progress(layer, done, total)`.
 
     Raises:

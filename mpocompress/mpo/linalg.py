@@ -20,7 +20,7 @@ _OVERSAMPLING = 0.25  # of the rank, at least 16: flat spectra converge slowly w
 _MAX_ITERATIONS = 12
 # A swap of rows pays if it raises the volume by this factor; it bounds the entries of the result.
 DOMINANCE = 1.2
-# Far more swaps than were ever seen (half the rank): only rounding could go on for ever.
+# Every swap raises the volume, so they end; only rounding could go on for ever.
 _SWAPS_PER_COLUMN = 20
 # Stop once another power iteration lowers the squared error by less than this share of itself.
 _CONVERGED = 1e-3
