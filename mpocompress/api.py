@@ -86,8 +86,7 @@ def plan(
         exclude: likewise; they win.
         if_smaller: at a bond dimension: keep layers dense that would not get smaller.
         gauge: "identity" stores every layer with as many numbers as it has degrees of freedom:
-            nothing is lost, and more layers get smaller. "none" stores all entries of the cores,
-            which train better.
+            nothing is lost, and more layers get smaller. "none" stores all entries of the cores.
         data: for a ratio: batches of forward arguments, as in `compress`.
         seed: of the random directions of the gradients.
         progress: called as `progress(layer, done, total)`.

@@ -208,6 +208,75 @@ def test_plan_round_trip_and_edit(tmp_path):
     assert "layout" in str(plan) or "ratio" in str(plan)
 
 
+def test_the_identity_gauge_counts_degrees_of_freedom():
+    network = model()
+    plan = mpo.plan(network, bond_dim=30, layout="svd", gauge="identity")
+    # 64x48 takes 30 * 112 numbers in the plain form: more than it has.
+    assert [layer.action for layer in plan] == ["compress", "compress", "keep"]
+    assert [layer.gauge for layer in plan.compressed] == ["identity"] * 2
+    assert mpo.Plan.from_json(plan.to_json()) == plan
+    assert "identity gauge" in str(plan)
+    plain = mpo.plan(network, bond_dim=30, layout="svd")
+    assert [layer.action for layer in plain] == ["keep", "compress", "keep"]
+    result = mpo.compress(network, plan)
+    first, second = result.report.compressed_layers
+    assert first.parameters.compressed == 30 * (64 + 48) - 30**2
+    assert second.parameters.compressed == 30 * (64 + 64) - 30**2
+    stored = sum(p.numel() for p in result.model.parameters())
+    assert result.report.totals.parameters.model.compressed == stored
+    state = result.model.state_dict().values()
+    assert result.report.totals.bytes.model.compressed == sum(t.nbytes for t in state)
+    assert result.report.settings["gauge"] == "identity"
+    assert result.report == mpo.CompressionReport.from_json(result.report.to_json())
+
+
+@pytest.mark.parametrize("layout", ["svd", "balanced", "auto"])
+def test_the_gauge_loses_nothing(layout):
+    network = model()
+    x = torch.randn(16, 48)
+    for data in (None, [x]):
+        plain, gauged = (
+            mpo.compress(network, bond_dim=6, layout=layout, data=data, gauge=gauge)
+            for gauge in ("none", "identity")
+        )
+        torch.testing.assert_close(gauged.model(x), plain.model(x), **TOL[torch.float32]["apply"])
+        for mine, theirs in zip(
+            gauged.report.compressed_layers, plain.report.compressed_layers, strict=True
+        ):
+            assert mine.layout == theirs.layout
+            saved = sum(bond**2 for bond in mine.bond_dims)
+            assert mine.parameters.compressed == theirs.parameters.compressed - saved
+
+
+def test_gauges_by_layer_and_those_that_do_not_exist():
+    network = model()
+    plan = mpo.plan(network, bond_dim=4, layout="svd", gauge="identity")
+    edited = json.loads(plan.to_json())
+    edited["layers"][1]["gauge"] = "none"
+    result = mpo.compress(network, mpo.Plan.from_json(json.dumps(edited)))
+    assert [result.model[k].gauge for k in (0, 2)] == ["identity", "none"]
+    assert result.report.settings["gauge"] == {"0": "identity", "2": "none", "4": "identity"}
+    edited["layers"][1]["gauge"] = "left"
+    with pytest.raises(PlanError, match=r"layers\.1\.gauge: Input should be 'none' or 'identity'"):
+        mpo.Plan.from_json(json.dumps(edited))
+    with pytest.raises(LayoutError, match="gauge \"left\"|gauge 'left'"):
+        mpo.plan(network, bond_dim=4, gauge="left")
+    old = json.loads(plan.to_json())
+    for layer in old["layers"]:
+        del layer["gauge"]
+    assert {layer.gauge for layer in mpo.Plan.from_json(json.dumps(old))} == {"none"}
+
+
+@pytest.mark.parametrize("shape", [(96, 60), (384, 1536), (13, 17)])
+@pytest.mark.parametrize("bond_dim", [1, 4, 24])
+def test_gauged_candidates_keep_to_the_budget_of_the_gauged_svd(shape, bond_dim):
+    budget = Layout.svd(*shape).degrees_of_freedom([bond_dim])
+    for candidate in candidates_within(shape, bond_dim, gauge="identity"):
+        assert candidate.parameters <= budget
+        assert candidate.parameters < shape[0] * shape[1]
+        assert candidate.parameters == candidate.layout.degrees_of_freedom(candidate.bond_dims)
+
+
 def test_plans_that_do_not_belong(tmp_path):
     plan = mpo.plan(model(), bond_dim=4)
     with pytest.raises(PlanError, match="names layer '0'"):

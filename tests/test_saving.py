@@ -59,6 +59,22 @@ def test_round_trip_is_bit_identical_and_keeps_ties(tied, tmp_path):
     assert not loaded.training
 
 
+@pytest.mark.parametrize("length", range(1, 9))
+def test_outputs_do_not_depend_on_where_the_tensors_lie_in_the_file(length, tmp_path):
+    torch.manual_seed(0)
+
+    def network():
+        last = nn.Sequential()
+        last.add_module("x" * length, nn.Linear(1024, 10))  # the name moves all that follows
+        return nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), last)
+
+    result = mpo.compress(network(), bond_dim=8, layout="svd", include=["0"])
+    mpo.save(result, tmp_path / "out")
+    loaded = mpo.load(tmp_path / "out", model=network())
+    x = torch.ones(1, 64)
+    assert torch.equal(loaded(x), result.model(x))
+
+
 def test_skeleton_may_be_on_meta(tied, tmp_path):
     result = mpo.compress(tied, bond_dim=6)
     mpo.save(result, tmp_path / "out")

@@ -38,7 +38,7 @@ class GaugedCore(nn.Module):
 
     def forward(self) -> Tensor:
         """The ordinary core (left, out, in, right), differentiable in the free rows."""
-        return rebuild_core(self.free, self.sources, self.shape)
+        return rebuild_core(self.free, self.pivots, self.sources, self.shape)
 
     def _load_from_state_dict(
         self,
@@ -96,9 +96,10 @@ class GaugedCores(nn.Module):
         return tuple(module for module in self._modules.values() if isinstance(module, GaugedCore))
 
     @property
-    def last(self) -> nn.Parameter:
-        """The last core (left, out, in, 1), whole."""
-        return self.get_parameter(str(len(self._modules)))
+    def last(self) -> Tensor:
+        """The last core (left, out, in, 1), whole: the parameter, or what stands in for it."""
+        last: Tensor = getattr(self, str(len(self._modules)))
+        return last
 
     def __len__(self) -> int:
         return len(self._modules) + 1

@@ -189,8 +189,7 @@ class MPOLinear(nn.Module):
 
         A bond of dimension R then takes R^2 numbers fewer. The parameters are new ones: make the
         optimizer afterwards. A layer that shared its cores with another no longer does. Bonds that
-        carry less than their dimension shrink. Training in this form works, but converges better
-        with all entries of the cores; so train first and fix the gauge at the end.
+        carry less than their dimension shrink. Every forward rebuilds the cores.
 
         Returns:
             The layer itself.

@@ -126,7 +126,8 @@ class IdentityGauge:
         left = 1
         for site, (free_FR, pivots_R) in enumerate(zip(self.free, self.pivots, strict=True)):
             shape = (left, *self.layout.pairs[site], int(pivots_R.shape[0]))
-            built.append(rebuild_core(free_FR, row_sources(pivots_R, free_FR.shape[0]), shape))
+            sources_X = row_sources(pivots_R, free_FR.shape[0])
+            built.append(rebuild_core(free_FR, pivots_R, sources_X, shape))
             left = shape[3]
         return (*built, self.last)
 
@@ -269,25 +270,25 @@ def row_sources(pivots_R: Tensor, num_free: int) -> Tensor:
     return torch.where(is_pivot_X == 1, before_X, free_X).to(index_dtype(rows))
 
 
-def rebuild_core(free_FR: Tensor, sources_X: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+def rebuild_core(
+    free_FR: Tensor, pivots_R: Tensor, sources_X: Tensor, shape: tuple[int, int, int, int]
+) -> Tensor:
     """The ordinary core (L, O, I, R), differentiable in its free rows.
-
-    Every operation reads a stored tensor or what was made of one: so no part of the core is a
-    constant on its own, which an exporter would fold into its file.
 
     Args:
         free_FR: the rows that are stored.
-        sources_X: what `row_sources` gives.
+        pivots_R: numbers of the other rows.
+        sources_X: what `row_sources` gives for them.
         shape: of the core.
     """
-    bond = shape[3]
-    sources_X1 = sources_X.long().unsqueeze(1)
-    columns_R = torch.arange(bond, device=free_FR.device)
-    unit_XR = (sources_X1 == columns_R).to(free_FR.dtype)
-    if free_FR.shape[0] == 0:  # every row is a unit vector
-        return unit_XR.reshape(shape)
-    rows_XR = free_FR.index_select(0, (sources_X1.squeeze(1) - bond).clamp(min=0))
-    return torch.where(sources_X1 < bond, unit_XR, rows_XR).reshape(shape)
+    sources_X = sources_X.long()
+    # 0, 1, ..., R - 1, read from stored tensors: an exporter would fold the identity matrix into
+    # its file if it were made of constants alone.
+    columns_R = sources_X.index_select(0, pivots_R.long())
+    core_XR = (columns_R.unsqueeze(1) == columns_R).to(free_FR.dtype)
+    if free_FR.shape[0]:
+        core_XR = torch.cat((core_XR, free_FR))
+    return core_XR.index_select(0, sources_X).reshape(shape)
 
 
 def _padded(layout: Layout, shape: tuple[int, int]) -> Layout:

@@ -20,7 +20,7 @@ _OVERSAMPLING = 0.25  # of the rank, at least 16: flat spectra converge slowly w
 _MAX_ITERATIONS = 12
 # A swap of rows pays if it raises the volume by this factor; it bounds the entries of the result.
 DOMINANCE = 1.2
-# Far more swaps than were ever seen (half the rank): only rounding could go on for ever.
+# Every swap raises the volume, so they end; only rounding could go on for ever.
 _SWAPS_PER_COLUMN = 20
 # Stop once another power iteration lowers the squared error by less than this share of itself.
 _CONVERGED = 1e-3
@@ -257,11 +257,12 @@ def leading_weight(matrix_MN: Tensor, rank: int) -> tuple[float, float]:
 def dominant_rows(basis_XR: Tensor) -> tuple[Tensor, Tensor]:
     """Pick rows of a tall matrix that all rows are small combinations of.
 
-    Gaussian elimination with row pivoting picks the first rows; then rows are swapped while that
-    raises the volume |det| of the picked block by more than `DOMINANCE`.
+    Pivoted QR of the rows picks those that stand out most of the span of the ones before; then rows
+    are swapped while that raises the volume |det| of the picked block by more than `DOMINANCE`.
+    Neither step depends on the basis, only on the space that its columns span.
 
     Args:
-        basis_XR: float64, of full column rank, best with orthonormal columns.
+        basis_XR: float64, orthonormal columns.
 
     Returns:
         `(pivots_R, coefficients_XR)`: ascending row numbers (int64), and C with
@@ -273,12 +274,8 @@ def dominant_rows(basis_XR: Tensor) -> tuple[Tensor, Tensor]:
     Source: Goreinov, Oseledets, Savostyanov, Tyrtyshnikov, Zamarashkin, "How to find a good
         submatrix", in Matrix Methods (World Scientific, 2010) 247.
     """
-    rows, rank = basis_XR.shape
-    exchanges = torch.linalg.lu_factor_ex(basis_XR)[1].tolist() if rows >= rank else []
-    order = list(range(rows))
-    for row, other in enumerate(exchanges):  # LAPACK counts from 1
-        order[row], order[other - 1] = order[other - 1], order[row]
-    picked_R = torch.tensor(order[:rank], device=basis_XR.device)
+    rank = basis_XR.shape[1]
+    picked_R = _outstanding_rows(basis_XR)
     coefficients_XR = _combinations(basis_XR, picked_R)
     for _ in range(_SWAPS_PER_COLUMN * rank):
         place = int(coefficients_XR.abs().argmax())
@@ -297,15 +294,34 @@ def dominant_rows(basis_XR: Tensor) -> tuple[Tensor, Tensor]:
     return picked_R, coefficients_XR
 
 
+def _outstanding_rows(basis_XR: Tensor) -> Tensor:
+    """Rows by pivoted QR: the row farthest from the span of those before comes next."""
+    rows, rank = basis_XR.shape
+    distances_X = (basis_XR**2).sum(1)
+    span_RK = basis_XR.new_zeros(rank, rank)
+    picked: list[int] = []
+    for column in range(rank):
+        row = int(distances_X.argmax())
+        rest_R = basis_XR[row]
+        for _ in range(2):  # twice is enough to be orthogonal to rounding
+            rest_R = rest_R - span_RK[:, :column] @ (span_RK[:, :column].mT @ rest_R)
+        length = float(rest_R.norm())
+        # The distances of orthonormal columns add up to rank - column: the largest is no rounding.
+        if rows < rank or length**2 < 0.5 / rows:
+            raise DecompositionError(
+                f"no {rank} rows of a matrix of shape {tuple(basis_XR.shape)} span all others: its "
+                "columns are dependent, or not orthonormal. Take Q of its QR decomposition."
+            )
+        span_RK[:, column] = rest_R / length
+        distances_X -= (basis_XR @ span_RK[:, column]) ** 2
+        picked.append(row)
+        distances_X[row] = -1.0
+    return torch.tensor(picked, device=basis_XR.device)
+
+
 def _combinations(basis_XR: Tensor, picked_R: Tensor) -> Tensor:
     """C with `basis = C @ basis[picked]`."""
-    found, info = torch.linalg.solve_ex(basis_XR[picked_R], basis_XR, left=False)
-    if basis_XR.shape[0] < basis_XR.shape[1] or int(info) != 0:
-        raise DecompositionError(
-            f"no {basis_XR.shape[1]} rows of a matrix of shape {tuple(basis_XR.shape)} span all "
-            "others: its columns are dependent. Orthonormalize them first."
-        )
-    return found.contiguous()
+    return torch.linalg.solve(basis_XR[picked_R], basis_XR, left=False).contiguous()
 
 
 def svd_values(matrix_MN: Tensor) -> Tensor:
