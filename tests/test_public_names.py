@@ -26,6 +26,7 @@ PUBLIC = frozenset(
         "load",
         "plan",
         "save",
+        "sweep",
         "verify",
     }
 )
