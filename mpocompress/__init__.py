@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         load,
         plan,
         save,
+        sweep,
     )
     from mpocompress.errors import MPOCompressError
     from mpocompress.export import export_onnx, verify
@@ -43,6 +44,7 @@ _HOME = {
     "load": "mpocompress.api",
     "plan": "mpocompress.api",
     "save": "mpocompress.api",
+    "sweep": "mpocompress.api",
     "verify": "mpocompress.export",
 }
 
@@ -61,6 +63,7 @@ __all__ = [
     "load",
     "plan",
     "save",
+    "sweep",
     "verify",
 ]
 

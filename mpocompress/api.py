@@ -6,13 +6,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mpocompress import saving
-from mpocompress.errors import BudgetError, MPOCompressError, NoLayerMatched, PlanError
+from mpocompress.errors import (
+    BudgetError,
+    DataError,
+    MPOCompressError,
+    NoLayerMatched,
+    PlanError,
+)
+from mpocompress.layers.gauges import plain_gauge
 from mpocompress.loading import Batch, as_batches
 from mpocompress.mpo import MPO, sequential_svd
 from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge, fix_identity_gauge
@@ -28,14 +35,21 @@ from mpocompress.surgery import (
     select_sites,
 )
 from mpocompress.tuning import (
+    Distillation,
     FitOptions,
     FittedWeight,
     LayerMoments,
+    LocalOptions,
+    Loss,
+    LossSweepOptions,
+    LossSweepRecord,
     SitePlan,
     fit_in_sequence,
     gain_of_bonds,
     layer_moments,
+    sweep_on_loss,
 )
+from mpocompress.tuning.sweep_options import GradientPath, Optimizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -350,6 +364,98 @@ def _factorize(
 
 def _in_gauge(mpo: MPO, gauge: Gauge) -> MPO | IdentityGauge:
     return mpo if gauge == "none" else fix_identity_gauge(mpo.cores, shape=mpo.shape)
+
+
+def sweep(
+    model: nn.Module | CompressionResult,
+    *,
+    reference: nn.Module | None = None,
+    data: Any,
+    loss: Loss | Literal["outputs", "logits"] = "outputs",
+    sweeps: int = 4,
+    sites: int = 1,
+    local_steps: int = 8,
+    optimizer: Optimizer = "adam",
+    learning_rate: float | None = None,
+    gradient: GradientPath = "manual",
+    bond_dim: int | None = None,
+    cutoff: float = 0.0,
+    eval_batches: int | None = 4,
+    train_dense: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+    state: str | Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[LossSweepRecord, ...]:
+    """Tune a compressed model by sweeps on the loss, in place: one core at a time, all else frozen.
+
+    Args:
+        model: with MPO layers, or the result of `compress`, whose model is changed; its report goes
+            on to describe the model as `compress` left it.
+        reference: the dense model whose outputs are the target; not needed with a `loss` of yours.
+        data: batches of forward arguments; a gradient step takes one.
+        loss: "outputs" (normalized squared error of all outputs), "logits" (Kullback-Leibler
+            divergence of class probabilities), or a function `loss(model, batch)` that gives a
+            scalar, where `batch` has `args`, `kwargs` and `labels`.
+        sweeps: passes over the sites of every layer, to the right and to the left in turn.
+        sites: 1, or 2 for merged neighbours that are split again, so that bond dimensions change.
+        local_steps: gradient steps at each position.
+        optimizer: "adam", "sgd" or "lbfgs", of each open core anew.
+        learning_rate: relative to the size of the open core, see `tuning.LocalOptions`.
+        gradient: "manual", contracted by hand, or "autograd"; the results agree.
+        bond_dim: for two sites, the largest bond dimension; default: the layer's largest now, or no
+            limit with a cutoff.
+        cutoff: for two sites, the largest truncation error of a split.
+        eval_batches: so many batches, chosen by the seed, judge every update; None for all. On them
+            the loss does not rise: an update that would raise it is rolled back.
+        train_dense: train all other parameters along.
+        include: patterns of layer names; default: all MPO layers.
+        exclude: likewise; they win.
+        seed: of the order of the batches.
+        state: file to write after each layer and to go on from if it exists.
+        progress: called as `progress(layer, done, total)`.
+
+    Returns:
+        One record for each sweep along a layer.
+
+    Raises:
+        NoLayerMatched: no MPO layer, or patterns that match none.
+        DataError: no data, no reference, or an impossible option.
+        MPOCompressError: see `tuning.sweep_on_loss`.
+    """
+    target = model.model if isinstance(model, CompressionResult) else model
+    options = LossSweepOptions(
+        sweeps=sweeps,
+        sites=sites,
+        local=LocalOptions(
+            steps=local_steps, optimizer=optimizer, learning_rate=learning_rate, gradient=gradient
+        ),
+        bond_dim=bond_dim,
+        cutoff=cutoff,
+        eval_batches=eval_batches,
+        train_dense=train_dense,
+        seed=seed,
+    )
+    calls = _calls(data, target)
+    if not callable(loss):
+        if reference is None:
+            raise DataError(
+                f"loss {loss!r} is a distance to a dense model. Give it as reference=..., or a "
+                "function loss(model, batch)."
+            )
+        loss = Distillation(reference, calls, kind=loss)
+    with plain_gauge(target):
+        return sweep_on_loss(
+            target,
+            loss,
+            calls,
+            options=options,
+            include=include,
+            exclude=exclude,
+            state=None if state is None else Path(state),
+            progress=progress,
+        )
 
 
 def save(

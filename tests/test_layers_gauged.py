@@ -15,6 +15,7 @@ import mpocompress as mpo
 from mpocompress import saving
 from mpocompress.errors import ContractionError, LayoutError, LoadError
 from mpocompress.layers import MPOLinear
+from mpocompress.layers.gauges import plain_gauge
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.identity_gauge import fix_identity_gauge
 from mpocompress.surgery import copy_with_replacements, find_weights
@@ -312,3 +313,38 @@ def test_files_without_a_gauge_still_load_and_damaged_ones_are_refused(tmp_path)
     save_file(state, file, metadata)
     with pytest.raises(LoadError, match=r"lacks '0\.cores\.0\.free'; it is incomplete"):
         mpo.load(file, model=model)
+
+
+def test_plain_gauge_opens_all_cores_and_fixes_them_again():
+    torch.manual_seed(0)
+    first = MPOLinear(12, 12, layout="3x4,4x3", bond_dim=5)
+    second = MPOLinear(12, 12, layout="3x4,4x3", bond_dim=5)
+    first.fix_gauge_()
+    second.cores = first.cores  # as the surgery ties layers
+    model = nn.Sequential(first, nn.Tanh(), second, MPOLinear(12, 6, bond_dim=2))
+    x = torch.randn(4, 12)
+    before = model(x).detach()
+    with plain_gauge(model):
+        assert [layer.gauge for layer in (first, second, model[3])] == ["none"] * 3
+        assert second.cores is first.cores
+        assert_close(model(x), before, **TOL[torch.float32]["apply"])
+        first.set_cores_(
+            [core[..., :1] if s == 0 else core[:1] for s, core in enumerate(first.cores)]
+        )
+        after = model(x).detach()
+    assert [layer.gauge for layer in (first, second, model[3])] == ["identity", "identity", "none"]
+    assert second.cores is first.cores
+    assert first.bond_dims == second.bond_dims == (1,)
+    assert_close(model(x), after, **TOL[torch.float32]["apply"])
+
+
+def test_sweep_on_the_loss_keeps_the_gauge():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+    x = torch.randn(64, 16)
+    result = mpo.compress(dense, bond_dim=3, include=["0"], layout="4x4,4x4", gauge="identity")
+    before = float((result.model(x) - dense(x)).detach().norm())
+    records = mpo.sweep(result.model, reference=dense, data=list(x.split(16)), sweeps=2)
+    assert records[-1].loss_after < records[0].loss_before
+    assert result.model[0].gauge == "identity"
+    assert float((result.model(x) - dense(x)).detach().norm()) < before

@@ -26,6 +26,7 @@ PUBLIC = frozenset(
         "load",
         "plan",
         "save",
+        "sweep",
         "verify",
     }
 )
@@ -34,6 +35,8 @@ OPTIONS = {
     "compress": frozenset(
         {
             "--bond-dim",
+            "--ratio",
+            "--of",
             "--data",
             "--dry-run",
             "--exclude",

@@ -58,3 +58,9 @@ RITZ: dict[str, float] = {"rtol": 2e-2, "atol": 0.0}
 
 # Sample variances over a few hundred seeded draws: three of their standard deviations.
 SAMPLING: dict[str, float] = {"rtol": 0.1, "atol": 0.0}
+
+# A loss measured twice, with gauge moves between: rounding of float64, amplified by some layers.
+LOSS: dict[str, float] = {"rel": 1e-9, "abs": 1e-12}
+
+# Two trajectories of gradient steps whose gradients agree to 1e-10: each step amplifies rounding.
+TRAJECTORY: dict[str, float] = {"rtol": 1e-6, "atol": 1e-7}

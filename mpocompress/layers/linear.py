@@ -248,6 +248,40 @@ class MPOLinear(nn.Module):
             (core.detach() for core in self.cores), shape=(self.out_features, self.in_features)
         )
 
+    def set_cores_(self, cores: Sequence[Tensor]) -> None:
+        """Put other cores in place; their bond dimensions may differ from the old ones.
+
+        Parameters whose shape stays keep their identity, so optimizers and ties stay valid; the
+        others are replaced by new ones. A core that is an `nn.Parameter` is taken as it is. In the
+        identity gauge all parameters are new ones.
+
+        Args:
+            cores: a chain with the sites of this layer.
+
+        Raises:
+            ContractionError: the cores do not form a chain, or its sites are others.
+        """
+        mpo = MPO(cores, shape=(self.out_features, self.in_features))
+        if mpo.layout.pairs != self._layout.pairs:
+            raise ContractionError(
+                f"cores with the sites {mpo.layout} in a layer with the sites {self._layout}; only "
+                "bond dimensions may change. Make a new layer with MPOLinear.from_mpo."
+            )
+        if isinstance(self.cores, GaugedCores):
+            self._set_cores(fix_identity_gauge(mpo.cores, shape=mpo.shape))
+            return
+        for site, core in enumerate(mpo.cores):
+            old = self.cores[site]
+            if isinstance(core, nn.Parameter):
+                self.cores[site] = core
+            elif core.shape == old.shape:
+                old.data.copy_(core.detach())
+            else:
+                new = torch.empty(core.shape, dtype=old.dtype, device=old.device)
+                new.copy_(core.detach())
+                self.cores[site] = nn.Parameter(new, requires_grad=old.requires_grad)
+        self._plans = plan_contractions(self._layout.out_dims, self._layout.in_dims, self.bond_dims)
+
     def to_linear(self) -> nn.Linear:
         """An ordinary `nn.Linear` with the dense weight; nothing is shared."""
         weight_OI = self.to_dense().clone(memory_format=torch.contiguous_format)

@@ -1,15 +1,24 @@
-"""Fitting to data: activation statistics, sequential fitting."""
+"""Fitting to data: activation statistics, sequential fitting, sweeps on the loss."""
 
 from mpocompress.tuning.gradients import LayerMoments, layer_moments
+from mpocompress.tuning.loss_sweeps import sweep_on_loss
+from mpocompress.tuning.objectives import Distillation, Loss
 from mpocompress.tuning.sensitivity import gain_of_bonds
 from mpocompress.tuning.sequential import FitOptions, FittedWeight, SitePlan, fit_in_sequence
+from mpocompress.tuning.sweep_options import LocalOptions, LossSweepOptions, LossSweepRecord
 
 __all__ = [
+    "Distillation",
     "FitOptions",
     "FittedWeight",
     "LayerMoments",
+    "LocalOptions",
+    "Loss",
+    "LossSweepOptions",
+    "LossSweepRecord",
     "SitePlan",
     "fit_in_sequence",
     "gain_of_bonds",
     "layer_moments",
+    "sweep_on_loss",
 ]

@@ -1,0 +1,38 @@
+"""Work on ordinary cores of layers that are stored in the identity gauge."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from mpocompress.layers.gauged_cores import GaugedCores
+from mpocompress.layers.linear import MPOLinear
+
+
+@contextmanager
+def plain_gauge(model: nn.Module) -> Iterator[None]:
+    """Within the block all entries of all cores are parameters; after it, gauges are fixed again.
+
+    For what replaces or rescales whole cores, which a layer in the identity gauge only rebuilds.
+    Layers that share their cores go on sharing them.
+
+    Args:
+        model: changed in place; its function stays the same but for rounding.
+    """
+    groups: dict[int, list[MPOLinear]] = {}
+    for module in model.modules():
+        if isinstance(module, MPOLinear) and isinstance(module.cores, GaugedCores):
+            groups.setdefault(id(module.cores.last), []).append(module)
+    for first, *others in groups.values():
+        first.free_gauge_()
+        for layer in others:
+            layer.free_gauge_()
+            layer.cores = first.cores
+    try:
+        yield
+    finally:
+        for first, *others in groups.values():
+            first.fix_gauge_()
+            for layer in others:
+                layer.set_cores_(list(first.cores))  # bonds may have changed: plan anew
+                layer.cores = first.cores

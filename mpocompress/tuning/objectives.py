@@ -1,0 +1,101 @@
+"""Losses that a compressed model is tuned on: distances to what a dense reference gives."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mpocompress.errors import DataError
+from mpocompress.tuning.lockstep import Call
+from mpocompress.tuning.moments import keep_mask, real_rows
+
+Loss = Callable[[nn.Module, Any], Tensor]
+"""`loss(model, batch)`, a scalar to be minimized; the batch has `args`, `kwargs` and `labels`."""
+
+
+class Distillation:
+    """The distance of a model's outputs to those of a reference, padding left out.
+
+    Args:
+        reference: the dense model; run once a batch, in evaluation mode, and left as it was.
+        calls: batches; what the reference gives on them is kept.
+        kind: "outputs", the squared error of every floating output divided by its squared norm,
+            averaged over the outputs; or "logits", the Kullback-Leibler divergence of the
+            reference's class probabilities from the model's, in nats, averaged over the rows.
+
+    Raises:
+        DataError: another kind, or outputs that do not fit it.
+    """
+
+    def __init__(
+        self,
+        reference: nn.Module,
+        calls: Sequence[Call],
+        *,
+        kind: Literal["outputs", "logits"] = "outputs",
+    ) -> None:
+        if kind not in ("outputs", "logits"):
+            raise DataError(
+                f'loss {kind!r}: distillation is on "outputs" (squared error) or "logits" '
+                "(Kullback-Leibler). Or give a function loss(model, batch)."
+            )
+        self._kind = kind
+        self._targets: dict[int, tuple[Call, list[Tensor]]] = {}
+        modes = [(module, module.training) for module in reference.modules()]
+        try:
+            reference.eval()
+            with torch.no_grad():
+                for call in calls:
+                    # A copy: the model may go on to write into what it returned.
+                    rows = [rows.clone() for rows in self._rows(reference, call)]
+                    self._targets[id(call)] = (call, rows)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def __call__(self, model: nn.Module, call: Call) -> Tensor:
+        """The loss on one of the batches, a scalar."""
+        if id(call) not in self._targets:
+            raise DataError("this batch is not one of those that the reference was run on.")
+        _, targets = self._targets[id(call)]
+        found = list(self._rows(model, call))
+        shapes = [[tuple(rows.shape) for rows in side] for side in (found, targets)]
+        if shapes[0] != shapes[1]:
+            raise DataError(
+                f"the model gives outputs of shapes {shapes[0]}, the reference {shapes[1]} (rows "
+                "without padding). Give the model that was compressed as the reference."
+            )
+        terms = [self._term(rows, target) for rows, target in zip(found, targets, strict=True)]
+        return torch.stack(terms).mean()
+
+    def _rows(self, model: nn.Module, call: Call) -> Iterator[Tensor]:
+        keep = keep_mask(call.kwargs)
+        outputs = model(*call.args, **call.kwargs)
+        floating = [
+            output
+            for output in pytree.tree_leaves(outputs)
+            if isinstance(output, Tensor) and output.is_floating_point()
+        ]
+        if self._kind == "logits":
+            logits = getattr(outputs, "logits", None)
+            floating = [logits] if isinstance(logits, Tensor) else floating
+            if len(floating) != 1:
+                raise DataError(
+                    f"the model has {len(floating)} floating outputs, and none is called logits. "
+                    'Use loss="outputs", or your own loss(model, batch).'
+                )
+        if not floating:
+            raise DataError("the model has no floating output to compare with the reference's.")
+        for output in floating:
+            yield real_rows(output, keep) if output.ndim >= 2 else output.reshape(-1, 1)
+
+    def _term(self, rows: Tensor, target: Tensor) -> Tensor:
+        if self._kind == "logits":
+            expected = target.log_softmax(-1)
+            terms = expected.exp() * (expected - rows.log_softmax(-1))
+            return terms.sum(-1).mean()
+        weight = (target**2).sum()
+        # Outputs that are zero have no scale of their own.
+        return ((rows - target) ** 2).sum() / torch.where(weight > 0, weight, 1.0)
