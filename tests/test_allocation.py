@@ -1,0 +1,200 @@
+"""Sharing a budget of stored numbers among layers: pure functions, then plans and results."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import mpocompress as mpo
+from mpocompress.errors import BudgetError, DataError, NoLayerMatched, PlanError
+from mpocompress.planning.allocation import (
+    Share,
+    allocate_by_sensitivity,
+    allocate_uniform,
+    least_numbers,
+)
+from mpocompress.tuning import gain_of_bonds, layer_moments
+
+
+def share(rows: int, columns: int, gauge: str = "none", gains: list[float] | None = None) -> Share:
+    def stored(bond: int) -> int:
+        return bond * (rows + columns) - (bond**2 if gauge == "identity" else 0)
+
+    top = max(r for r in range(min(rows, columns) + 1) if stored(r) < rows * columns)
+    return Share(
+        name=f"{rows}x{columns}",
+        dense=rows * columns,
+        max_bond_dim=top,
+        stored=stored,
+        gains=None if gains is None else torch.tensor(gains[:top], dtype=torch.float64),
+    )
+
+
+def total(shares, bonds):
+    return sum(s.stored(b) for s, b in zip(shares, bonds, strict=True))
+
+
+SIZES = st.tuples(st.integers(4, 60), st.integers(4, 60))
+
+
+@settings(derandomize=True, max_examples=60)
+@given(
+    st.lists(SIZES, min_size=1, max_size=6),
+    st.sampled_from(["none", "identity"]),
+    st.floats(0.0, 1.0),
+    st.integers(0, 1000),
+)
+def test_budgets_are_ceilings_and_nothing_that_fits_is_left(sizes, gauge, fraction, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shares = [
+        share(
+            *size,
+            gauge,
+            sorted(torch.rand(min(size), generator=generator).tolist(), reverse=True),
+        )
+        for size in sizes
+    ]
+    least = least_numbers(shares)
+    budget = least + int(fraction * (sum(s.dense for s in shares) - least))
+    for bonds in (allocate_uniform(shares, budget), allocate_by_sensitivity(shares, budget)):
+        assert total(shares, bonds) <= budget
+        assert all(1 <= b <= s.max_bond_dim for b, s in zip(bonds, shares, strict=True))
+        left = budget - total(shares, bonds)
+        assert all(
+            b == s.max_bond_dim or s.stored(b + 1) - s.stored(b) > left
+            for b, s in zip(bonds, shares, strict=True)
+        )
+
+
+def test_uniform_gives_all_layers_about_the_same_ratio():
+    shares = [share(384, 384), share(1536, 384), share(384, 1536), share(100, 700)]
+    bonds = allocate_uniform(shares, sum(s.dense for s in shares) // 4)
+    ratios = [s.dense / s.stored(b) for s, b in zip(shares, bonds, strict=True)]
+    assert max(ratios) / min(ratios) < 1.05
+
+
+def test_sensitivity_finds_the_best_of_all_allocations():
+    # Equal costs, and a floor of one: greedy is then optimal, as brute force confirms.
+    gains = [[9.0, 4.0, 1.0, 0.5], [8.0, 7.0, 6.0, 5.0], [2.0, 0.1, 0.1, 0.1]]
+    shares = [share(9, 9, gains=list(g)) for g in gains]
+    budget = 8 * 18
+    bonds = allocate_by_sensitivity(shares, budget, floor=0.0)
+
+    def value(candidate):
+        return sum(sum(g[:b]) for g, b in zip(gains, candidate, strict=True))
+
+    every = [
+        (a, b, c)
+        for a in range(1, 5)
+        for b in range(1, 5)
+        for c in range(1, 5)
+        if total(shares, (a, b, c)) <= budget
+    ]
+    assert value(bonds) == max(value(candidate) for candidate in every)
+
+
+def test_floor_and_cap_hold():
+    shares = [share(40, 40, gains=[1e9] * 40), share(40, 40, gains=[1e-9] * 40)]
+    uniform = allocate_uniform(shares, 1600)
+    bonds = allocate_by_sensitivity(shares, 1600, floor=0.5, cap=1.2)
+    assert bonds[1] >= uniform[1] // 2
+    free = allocate_by_sensitivity(shares, 1600, floor=0.0, cap=10.0)
+    assert free[0] > bonds[0]
+
+
+def test_impossible_budget_says_what_is_possible():
+    shares = [share(10, 10), share(20, 10)]
+    with pytest.raises(BudgetError, match=r"budget of 40 .* they take 50, a ratio of 6"):
+        allocate_uniform(shares, 40)
+    assert BudgetError.exit_code == 3
+
+
+# -- plans and results
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(48, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8)
+    )
+
+
+def inputs() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.randn(48, 48, generator=generator) * torch.exp(-torch.arange(48) / 8)
+    return list((torch.randn(400, 48, generator=generator) @ mix.T).split(50))
+
+
+@pytest.mark.parametrize("of", ["model", "layers"])
+@pytest.mark.parametrize("gauge", ["none", "identity"])
+@pytest.mark.parametrize("options", [{}, {"sites": 3}, {"layout": "balanced"}], ids=str)
+@pytest.mark.parametrize("with_data", [False, True])
+def test_ratio_holds_for_what_comes_out(of, gauge, options, with_data):
+    data = inputs() if with_data else None
+    result = mpo.compress(network(), ratio=3, of=of, gauge=gauge, data=data, sweeps=2, **options)
+    totals = result.report.totals.parameters
+    reached = totals.model.ratio if of == "model" else totals.layers.ratio
+    assert reached >= 3
+    parameters = sum(p.numel() for p in result.model.parameters())
+    assert totals.model.compressed == parameters
+    if not options:  # bond dimensions of more sites are too coarse for so small a model
+        assert reached < 3 * 1.05
+
+
+def test_gains_are_the_loss_that_a_truncation_costs():
+    """To second order, on the data: the sum of the gains beyond r is the change of the output."""
+    model = network().double()
+    calls = mpo.loading.as_batches([x.double() for x in inputs()])
+    site = next(s for s in mpo.surgery.find_weights(model).sites if s.name == "4")
+    moments = layer_moments(model, list(site.modules), list(calls), seed=0)
+    gains = gain_of_bonds(site, moments, ridge=0.0)
+    assert gains is not None
+    assert torch.all(gains[:-1] >= gains[1:])
+    x = torch.cat([b.double() for b in inputs()])
+    with torch.no_grad():
+        hidden = model[:4](x)
+    centered = hidden - hidden.mean(0)
+    change = (centered @ site.matrix().T).square().sum()
+    # The last layer: gradients are the random directions themselves, whose moment is about 1.
+    assert float(gains.sum()) == pytest.approx(float(change), rel=0.2)
+
+
+def test_layers_that_matter_more_get_more():
+    model = network()
+    with torch.no_grad():
+        model[4].weight[:, 32:] = 0  # half of what layer 2 computes is never used
+    plan = mpo.plan(model, ratio=2, of="layers", data=inputs(), include=["0", "2"])
+    uniform = mpo.plan(model, ratio=2, of="layers", include=["0", "2"])
+    bonds = {layer.name: layer.bond_dims for layer in plan.compressed}
+    before = {layer.name: layer.bond_dims for layer in uniform.compressed}
+    assert bonds["0"] > before["0"]
+    assert bonds["2"] < before["2"]
+    assert "by what an error here does" in plan.compressed[0].reason
+    assert mpo.Plan.from_json(plan.to_json()) == plan
+
+
+def test_layers_too_small_for_the_ratio_stay_dense():
+    plan = mpo.plan(network(), ratio=10, of="layers")
+    kept = {layer.name: layer.reason for layer in plan if layer.action == "keep"}
+    assert list(kept) == ["4"]
+    assert "even bond dimension 1" in kept["4"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"ratio": 1.0}, PlanError, "ratio 1.0: .* above 1"),
+        ({"ratio": float("nan")}, PlanError, "ratio nan"),
+        ({"ratio": 2, "of": "bytes"}, PlanError, "of 'bytes'"),
+        ({"ratio": 2, "bond_dim": 4}, PlanError, "give one"),
+        ({}, PlanError, "either a plan, or a bond_dim or ratio"),
+        ({"ratio": 1000}, BudgetError, r"ratio of 1000 .* it is \d"),
+        ({"ratio": 2, "include": ["nope"]}, NoLayerMatched, "nope"),
+        ({"ratio": 2, "data": []}, DataError, "no batches"),
+    ],
+    ids=str,
+)
+def test_bad_requests_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        mpo.compress(network(), **options)
