@@ -22,6 +22,7 @@ PUBLIC = frozenset(
         "__version__",
         "compress",
         "densify",
+        "distill",
         "export_onnx",
         "load",
         "plan",
@@ -35,6 +36,7 @@ OPTIONS = {
         {
             "--bond-dim",
             "--data",
+            "--distill",
             "--dry-run",
             "--exclude",
             "--force",
