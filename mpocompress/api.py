@@ -25,7 +25,7 @@ from mpocompress.mpo import MPO, sequential_svd
 from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge, fix_identity_gauge
 from mpocompress.planning import LayoutChoice, Of, Plan, PlanOptions, Progress
 from mpocompress.report import CompressionReport, Source
-from mpocompress.report.collect import Outcome, collect_report, measure
+from mpocompress.report.collect import Outcome, collect_report, measure, remeasure
 from mpocompress.surgery import (
     Inventory,
     WeightSite,
@@ -36,6 +36,8 @@ from mpocompress.surgery import (
 )
 from mpocompress.tuning import (
     Distillation,
+    DistillOptions,
+    DistillResult,
     FitOptions,
     FittedWeight,
     LayerMoments,
@@ -44,11 +46,14 @@ from mpocompress.tuning import (
     LossSweepOptions,
     LossSweepRecord,
     SitePlan,
+    check_steps,
+    distill_,
     fit_in_sequence,
     gain_of_bonds,
     layer_moments,
     sweep_on_loss,
 )
+from mpocompress.tuning.distill_loss import OutputLoss
 from mpocompress.tuning.sweep_options import GradientPath, Optimizer
 
 
@@ -187,6 +192,7 @@ def compress(
     gauge: Gauge = "none",
     data: Any = None,
     sweeps: int = 16,
+    distill: int = 0,
     seed: int = 0,
     source: Source | None = None,
     progress: Progress | None = None,
@@ -213,7 +219,10 @@ def compress(
             in the order of the forward pass, instead of to its weights.
         sweeps: at most so many passes over the sites in the fit of a layer; the layout
             ((out, 1), (1, in)) needs none.
-        seed: of random directions and of the randomized range finder for large matrices.
+        distill: after that, heal the whole model for so many optimizer steps; needs data. For its
+            other options give 0 here and call `distill` on the result.
+        seed: of the order of the data in healing, of random directions and of the randomized
+            range finder for large matrices.
         source: name and hash of where the model came from, for the report.
         progress: called as `progress(layer, done, total)`.
 
@@ -221,9 +230,16 @@ def compress(
         PlanError: neither plan nor bond_dim, both, or a plan of another model.
         BudgetError: the ratio cannot be reached, or was not.
         NoLayerMatched: the plan compresses nothing.
-        DataError: data that does not fit the model, or batches that take different paths.
+        DataError: data that does not fit the model, batches that take different paths, or
+            `distill` without data.
         MPOCompressError: see `plan`.
     """
+    check_steps(distill, "distill")
+    if distill and data is None:
+        raise DataError(
+            f"distill={distill} trains on data, and there is none. Give batches of forward "
+            "arguments: data=batches (--data on the command line); labels are not needed."
+        )
     clock = Clock()
     with clock("inventory"):
         inventory = find_weights(model)
@@ -316,7 +332,128 @@ def compress(
     )
     if ratio is not None:
         _check_ratio(report, ratio, of)
-    return CompressionResult(model=compressed, report=report, plan=plan)
+    result = CompressionResult(model=compressed, report=report, plan=plan)
+    if calls is not None and distill:
+        healing = DistillOptions(seed=seed)
+        _heal(result, model, calls, distill, healing, None, progress, inventory)
+    return result
+
+
+def distill(
+    result: CompressionResult | nn.Module,
+    *,
+    reference: nn.Module,
+    data: Any,
+    steps: int = 500,
+    blockwise_steps: int = 0,
+    output_loss: OutputLoss = "auto",
+    hidden_weight: float = 1.0,
+    learning_rate: float | Literal["auto"] = "auto",
+    batch_size: int | None = None,
+    held_out: float = 0.1,
+    evaluate_every: int | None = None,
+    patience: int | None = 10,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    progress: Progress | None = None,
+) -> DistillResult:
+    """Heal a compressed model: train it, in place, to do what the dense model does.
+
+    All floating parameters that require gradients are trained, in evaluation mode, in float32 or
+    float64, with Adam, warm-up, a cosine and clipped gradients. The best weights on the held-out
+    part of the data are kept: there the model is never worse than before. A result's report is
+    brought up to date, so that what `save` writes is what is true of the healed weights.
+
+    Args:
+        result: from `compress`, or its model.
+        reference: the dense model; it is only read.
+        data: batches of forward arguments, without labels; held in memory.
+        steps: of the optimizer.
+        blockwise_steps: before these, steps in which each repeated block is trained by itself on
+            the inputs of the dense block; skipped where a model has no such blocks.
+        output_loss: "kl" (temperature 2), "mse" (relative), "cosine"; "auto" is "mse", plus "kl"
+            where the output may be logits.
+        hidden_weight: weight of the relative errors of the repeated blocks' outputs.
+        learning_rate: peak of the schedule; "auto" tries three in short runs of their own.
+        batch_size: rows of a minibatch; None takes batches of up to 128 rows as they come, and
+            cuts larger ones, or a single one, into 64.
+        held_out: share of the data that is never trained on.
+        evaluate_every: steps between evaluations; None for 25 in all.
+        patience: stop after so many evaluations that were not better; None: never.
+        seed: of the order and of the held-out part.
+        checkpoint: file to go on from if a run with the same arguments was interrupted.
+        progress: called as `progress(what, done, total)`.
+
+    Returns:
+        All evaluations, the losses before and after, and the learning rates.
+
+    Raises:
+        DataError: see `tuning.distill_`.
+        LoadError: a truncated checkpoint.
+        SaveError: the checkpoint cannot be written.
+    """
+    options = DistillOptions(
+        blockwise_steps=blockwise_steps,
+        output_loss=output_loss,
+        hidden_weight=hidden_weight,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        held_out=held_out,
+        evaluate_every=evaluate_every,
+        patience=patience,
+        seed=seed,
+    )
+    calls = _calls(data, reference)
+    if isinstance(result, CompressionResult):
+        return _heal(result, reference, calls, steps, options, checkpoint, progress, None)
+    return distill_(
+        result,
+        reference,
+        calls,
+        steps=steps,
+        options=options,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+
+
+def _heal(
+    result: CompressionResult,
+    reference: nn.Module,
+    calls: Sequence[Batch],
+    steps: int,
+    options: DistillOptions,
+    checkpoint: str | Path | None,
+    progress: Progress | None,
+    inventory: Inventory | None,
+) -> DistillResult:
+    """Distill a result's model and bring its report up to date."""
+    clock = Clock()
+    clock.add(result.report.seconds)
+    with clock("distillation"):
+        found = distill_(
+            result.model,
+            reference,
+            calls,
+            steps=steps,
+            options=options,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+    report = remeasure(result.report, reference, inventory or find_weights(reference), result.model)
+    healing = {
+        "steps": steps,
+        "blockwise_steps": options.blockwise_steps,
+        "best_step": found.best_step,
+        "learning_rates": found.learning_rates,
+        "output_loss": options.output_loss,
+        "held_out_loss": {"before": found.start_loss, "after": found.end_loss},
+        "seed": options.seed,
+    }
+    update = {"settings": {**report.settings, "distill": healing}, "seconds": clock.total()}
+    # The model was trained in place, so its report changes in place, too.
+    object.__setattr__(result, "report", report.model_copy(update=update))
+    return found
 
 
 def _check_ratio(report: CompressionReport, ratio: float, of: Of) -> None:

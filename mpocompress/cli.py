@@ -164,6 +164,15 @@ def compress(
             help="With --data: at most so many passes over the sites of a layer.",
         ),
     ] = 16,
+    distill: Annotated[
+        int,
+        typer.Option(
+            "--distill",
+            metavar="STEPS",
+            help="With --data: then heal the whole model, training it for so many steps to do what "
+            "the dense one does.",
+        ),
+    ] = 0,
     inputs: Annotated[
         list[str] | None,
         typer.Option(
@@ -204,6 +213,7 @@ def compress(
         factory=factory,
         trust_pickle=trust_pickle,
         sweeps=sweeps,
+        distill=distill,
         seed=seed,
     )
     if dry_run:

@@ -54,7 +54,15 @@ class Request:
     factory: str | None = None
     trust_pickle: bool = False
     sweeps: int = 16
+    distill: int = 0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.distill and self.data is None:
+            raise DataError(
+                f"--distill {self.distill} trains on data, and there is none. Add --data, with "
+                "batches for the model; labels are not needed."
+            )
 
     def plan_options(self) -> dict[str, Any]:
         """What `plan` and `compress` are to be called with."""
@@ -157,6 +165,7 @@ def convert(
             **request.plan_options(),
             data=batches,
             sweeps=request.sweeps,
+            distill=request.distill,
             seed=request.seed,
             source=ReportSource(name=opened.source.name, sha256=opened.source.sha256),
             progress=progress,

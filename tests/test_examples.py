@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,16 @@ class TestTraining:
         assert finished.returncode == 2
         assert "--steps is 0" in finished.stderr
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hand_written_loop_heals(barely_trained):
+    arguments = ["--bond-dim", "2", "--sweeps", "1", "--images", "400", "--epochs", "2"]
+    finished = run([sys.executable, DIGITS / "heal.py", "--out", barely_trained, *arguments])
+    assert finished.returncode == 0, finished.stderr
+    before, after = (
+        float(part) for part in re.findall(r"(?:compressed|epochs:) ([\d.]+)%", finished.stdout)
+    )
+    assert after > before
 
 
 @pytest.mark.onnx

@@ -8,6 +8,7 @@ which nothing is known has the range (0, L - 1).
 
 # Shape suffixes: L left bond, O out, I in, R right bond, X = L*O*I, Y = O*I*R, K new bond.
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -64,6 +65,20 @@ def canonical_defects(cores: Sequence[Tensor], center: Center) -> list[float]:
         unit = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
         defects.append(float((gram - unit).abs().max()))
     return defects
+
+
+def equalize_norms(cores: Sequence[Tensor]) -> Cores:
+    """Rescale every core to the same Frobenius norm: the geometric mean of what they have.
+
+    The matrix does not change, nor does a core's direction; a core of norm 0 leaves all as they
+    are. Gradients of a core are as large as the product of the others, so one learning rate for
+    all cores needs this.
+    """
+    norms = [float(core.detach().double().norm()) for core in cores]
+    if not all(0 < norm < math.inf for norm in norms):
+        return tuple(cores)
+    common = math.exp(sum(math.log(norm) for norm in norms) / len(norms))
+    return tuple(core * (common / norm) for core, norm in zip(cores, norms, strict=True))
 
 
 def round_cores(

@@ -4,7 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import nn
+
 from mpocompress._version import __version__
+from mpocompress.layers import MPOLinear
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.identity_gauge import IdentityGauge
 from mpocompress.mpo.linalg import weight_of, working_dtype
@@ -21,6 +25,8 @@ from mpocompress.report.schema import (
     Totals,
 )
 from mpocompress.surgery import Inventory, KeptEntry, WeightSite
+
+_TRAINED_ALONG = "its values were trained along when the model was healed"
 
 # Kinds whose tensors are matrices that meet every row of an input once. Lookups cost nothing, and
 # what a convolution costs depends on the size of its input.
@@ -131,6 +137,50 @@ def collect_report(
         layers=layers,
         seconds=dict(seconds),
     )
+
+
+def remeasure(
+    report: CompressionReport, reference: nn.Module, inventory: Inventory, model: nn.Module
+) -> CompressionReport:
+    """The report of a model whose weights have moved since: every figure anew, on its cores.
+
+    What would need statistics of activations is unknown now: `relative_output_error` becomes None,
+    and so does the bound on the weight error. A kept entry that moved says so in its reason.
+
+    Args:
+        report: from before; what is not about weights stays.
+        reference: the dense model.
+        inventory: of the dense model.
+        model: the compressed model as it is now.
+    """
+    sites = {site.name or "(model)": site for site in inventory.sites}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    before, after = reference.state_dict(), model.state_dict()
+    layers = []
+    for layer in report.layers:
+        site = sites.get(layer.name)
+        module = None if site is None else modules.get(site.name)
+        if layer.status == "compressed" and site is not None and isinstance(module, MPOLinear):
+            outcome = measure(site, module.to_mpo())
+            update: dict[str, Any] = {
+                "relative_weight_error": outcome.relative_weight_error,
+                "relative_output_error": None,
+                "discarded_weight_bound": None,
+                "entropies_nats": list(outcome.entropies_nats),
+                "schmidt_values": [list(values) for values in outcome.schmidt_values],
+            }
+            layers.append(layer.model_copy(update=update))
+            continue
+        names = (layer.name, f"{site.name}.weight" if site is not None else layer.name)
+        moved = any(
+            name in before and name in after and not torch.equal(before[name], after[name])
+            for name in names
+        )
+        if layer.status == "kept" and moved and not layer.reason.endswith(_TRAINED_ALONG):
+            reason = f"{layer.reason.rstrip('.')}; {_TRAINED_ALONG}"
+            layer = layer.model_copy(update={"reason": reason})
+        layers.append(layer)
+    return report.model_copy(update={"layers": layers})
 
 
 def _scope(sizes: Sequence[Size], changed: Sequence[bool]) -> Scope:

@@ -42,7 +42,7 @@ def render_markdown(report: CompressionReport) -> str:
         ),
         *_section("## Compressed layers", _layers(report.compressed_layers)),
         *_section("## What each layout would have given", _candidates(report.compressed_layers)),
-        *_section("## Kept as it was", _kept(report)),
+        *_section("## Not rewritten", _kept(report)),
         "## Glossary",
         "\n".join(f"- **{_text(word)}**: {_text(meaning)}" for word, meaning in GLOSSARY),
         "## The run",

@@ -143,10 +143,13 @@ def what_was_done(report: CompressionReport) -> tuple[Sentence, ...]:
         else ""
     )
     kept = report.kept_layers
+    state = (
+        "kept its shape and was trained along in the healing"
+        if report.settings.get("distill")
+        else "is exactly as it was"
+    )
     rest = (
-        f"Everything else ({plural(len(kept), 'tensor')}, listed below) is exactly as it was. "
-        if kept
-        else ""
+        f"Everything else ({plural(len(kept), 'tensor')}, listed below) {state}. " if kept else ""
     )
     return (
         (

@@ -1,5 +1,7 @@
-"""Fitting to data: activation statistics, sequential fitting, sweeps on the loss."""
+"""Fitting to data: activation statistics, sequential fitting, sweeps on the loss, distillation."""
 
+from mpocompress.tuning.distill import DistillOptions, DistillResult, check_steps, distill_
+from mpocompress.tuning.distill_state import DistillRecord
 from mpocompress.tuning.gradients import LayerMoments, layer_moments
 from mpocompress.tuning.loss_sweeps import sweep_on_loss
 from mpocompress.tuning.objectives import Distillation, Loss
@@ -8,6 +10,9 @@ from mpocompress.tuning.sequential import FitOptions, FittedWeight, SitePlan, fi
 from mpocompress.tuning.sweep_options import LocalOptions, LossSweepOptions, LossSweepRecord
 
 __all__ = [
+    "DistillOptions",
+    "DistillRecord",
+    "DistillResult",
     "Distillation",
     "FitOptions",
     "FittedWeight",
@@ -17,6 +22,8 @@ __all__ = [
     "LossSweepOptions",
     "LossSweepRecord",
     "SitePlan",
+    "check_steps",
+    "distill_",
     "fit_in_sequence",
     "gain_of_bonds",
     "layer_moments",

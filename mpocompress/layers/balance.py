@@ -1,0 +1,38 @@
+"""Bring the cores of MPO layers to equal norms, so that one learning rate fits all."""
+
+from collections import Counter
+
+import torch
+from torch import nn
+
+from mpocompress.layers.linear import MPOLinear
+from mpocompress.mpo.canonical import equalize_norms
+
+
+@torch.no_grad()
+def balance_cores_(model: nn.Module) -> int:
+    """Give the cores of each `MPOLinear` equal Frobenius norms, in place.
+
+    No matrix changes but for rounding; names, shapes and `requires_grad` stay, and so do ties.
+    Left as they are: layers whose cores are computed from other parameters, and layers that share
+    some but not all of their cores with another layer, whose matrix would change.
+
+    Returns:
+        How many chains of cores were rescaled.
+    """
+    chains: dict[tuple[int, ...], list[nn.Parameter]] = {}
+    for module in model.modules():
+        if not isinstance(module, MPOLinear):
+            continue
+        cores = list(module.cores)
+        if all(isinstance(core, nn.Parameter) and core.is_leaf for core in cores):
+            chains[tuple(id(core) for core in cores)] = cores
+    uses = Counter(core for chain in chains for core in chain)
+    balanced = 0
+    for key, cores in chains.items():
+        if any(uses[core] > 1 for core in key):
+            continue
+        for core, new in zip(cores, equalize_norms(cores), strict=True):
+            core.copy_(new)
+        balanced += 1
+    return balanced

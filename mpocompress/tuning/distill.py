@@ -1,0 +1,455 @@
+"""Healing: train a compressed model against the dense one, on batches without labels.
+
+Block by block first, if asked for (each block on the dense block's input, gradients cut between
+blocks), then as a whole. The held-out part of the data decides about the learning rate, and which
+weights are kept.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mpocompress.errors import DataError
+from mpocompress.layers.balance import balance_cores_
+from mpocompress.tuning.blocks import can_replay, find_blocks, record_calls
+from mpocompress.tuning.distill_loss import (
+    Distance,
+    OutputLoss,
+    check_output_loss,
+    normalized_error,
+)
+from mpocompress.tuning.distill_state import (
+    DistillRecord,
+    DistillState,
+    fingerprint,
+    read_state,
+    write_state,
+)
+from mpocompress.tuning.lockstep import Call, main_output
+from mpocompress.tuning.minibatches import TrainingData
+from mpocompress.tuning.moments import keep_mask
+
+# Tried by "auto", each for a fraction of the steps: pretrained transformers like the first, small
+# nets of MPOs with several sites the last.
+LEARNING_RATES = (1e-4, 1e-3, 3e-3)
+_TRIAL_SHARE, _TRIAL_STEPS = 0.05, (20, 100)
+_BETAS = (0.9, 0.99)
+_WARM_UP_STEPS, _WARM_UP_SHARE = 20, 0.05
+_EVALUATIONS = 25
+
+Loss = Callable[[Call], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillOptions:
+    """How a model is healed.
+
+    Attributes:
+        blockwise_steps: optimizer steps block by block, before those of the whole model; nothing
+            happens where the model has no repeated blocks that can be called by themselves.
+        output_loss: "auto", "kl", "mse" or "cosine", see `distill_loss.output_loss`.
+        hidden_weight: weight of the blocks' normalized errors beside the output's loss.
+        learning_rate: peak of the schedule (warm-up over 20 steps or 5 %, then a cosine), or
+            "auto": 1e-4, 1e-3 and 3e-3 are each tried in a small copy of the schedule, 5 % of the
+            steps (20 to 100) that do not count as such, and the one with the least held-out loss
+            is taken.
+        batch_size: rows of a minibatch, see `minibatches.TrainingData`.
+        held_out: share of the data that is not trained on.
+        evaluate_every: steps between evaluations; None for 25 evaluations in all.
+        patience: a phase ends after so many evaluations without a better one; None: never.
+        clip_norm: largest norm of the gradient of all parameters.
+        seed: of the held-out part and the order of the data.
+    """
+
+    blockwise_steps: int = 0
+    output_loss: OutputLoss = "auto"
+    hidden_weight: float = 1.0
+    learning_rate: float | Literal["auto"] = "auto"
+    batch_size: int | None = None
+    held_out: float = 0.1
+    evaluate_every: int | None = None
+    patience: int | None = 10
+    clip_norm: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_steps(self.blockwise_steps, "blockwise_steps")
+        check_output_loss(self.output_loss)
+        rate = self.learning_rate
+        if rate != "auto" and (isinstance(rate, str) or not 0 < rate < math.inf):
+            raise DataError(
+                f"learning_rate {rate!r}: give a positive number or 'auto'. Try 1e-3, or 1e-4 for "
+                "a large pretrained model."
+            )
+        if not 0 <= self.hidden_weight < math.inf:
+            raise DataError(f"hidden_weight {self.hidden_weight!r}: a weight is 0 or more.")
+        if not self.clip_norm > 0:
+            raise DataError(f"clip_norm {self.clip_norm!r}: a norm to clip at is above 0.")
+        for name in ("evaluate_every", "patience"):
+            value = getattr(self, name)
+            if value is not None:
+                check_steps(value, name, least=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillResult:
+    """What a distillation did.
+
+    Attributes:
+        history: all evaluations, the start first.
+        best_step: steps done, in both phases, when the weights that were kept were reached.
+        start_loss: held-out loss before.
+        end_loss: held-out loss of the weights that were kept; never above `start_loss`.
+        learning_rates: peak learning rate of each phase that ran, by its name.
+        blocks: names of the blocks whose hidden states were compared.
+    """
+
+    history: tuple[DistillRecord, ...]
+    best_step: int
+    start_loss: float
+    end_loss: float
+    learning_rates: dict[str, float]
+    blocks: tuple[str, ...]
+
+
+def distill_(
+    model: nn.Module,
+    reference: nn.Module,
+    calls: Sequence[Call],
+    *,
+    steps: int = 500,
+    options: DistillOptions | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> DistillResult:
+    """Train the floating parameters of `model` that require gradients, in place.
+
+    Both models run in evaluation mode (no dropout, fixed batch statistics), which is undone at the
+    end; `requires_grad` stays as it is, gradients are gone. The cores are first brought to equal
+    norms, which changes no function. If anything is raised, the model has its old weights.
+
+    Args:
+        model: compressed, in float32 or float64; half types are refused, because steps of training
+            are smaller than their resolution.
+        reference: dense; it is only read.
+        calls: batches of forward arguments on the models' device; all are held in memory.
+        steps: of the optimizer on the whole model.
+        options: see `DistillOptions`.
+        checkpoint: a file that is written at every evaluation; a run with the same arguments goes
+            on from there, and ends bit-identical to one that was not interrupted. It stays when
+            the run is done.
+        progress: called as `progress(what, done, total)`.
+
+    Raises:
+        DataError: no data, nothing to train, half-precision parameters, models that do not belong
+            together, impossible options, outputs that are not finite, or a foreign checkpoint.
+        LoadError: a truncated checkpoint.
+        SaveError: the checkpoint cannot be written.
+    """
+    check_steps(steps, "steps")
+    options = options or DistillOptions()
+    parameters = _trainable(model, reference)
+    data = TrainingData(
+        calls, batch_size=options.batch_size, held_out=options.held_out, seed=options.seed
+    )
+    blocks = find_blocks(model)
+    _check_blocks(reference, blocks)
+    start = [parameter.detach().clone() for parameter in parameters]
+    arguments = {
+        **asdict(options),
+        "steps": steps,
+        "rows of data": data.rows,
+        "the SHA-256 of the start": fingerprint(start),
+    }
+    with evaluation(model), evaluation(reference), torch.enable_grad():
+        try:
+            balance_cores_(model)
+            whole = Distance(model, reference, blocks, options.output_loss, options.hidden_weight)
+            phases = [_Phase("model", steps, whole)]
+            if options.blockwise_steps and blocks and can_replay(reference, blocks, calls[0]):
+                blockwise = _BlockDistance(model, reference, blocks)
+                phases.insert(0, _Phase("blocks", options.blockwise_steps, blockwise))
+            path = None if checkpoint is None else Path(checkpoint)
+            trainer = _Trainer(parameters, data, whole, options, path, arguments, progress)
+            return trainer.run(phases, blocks)
+        except BaseException:
+            _assign(parameters, start)
+            raise
+        finally:
+            for parameter in parameters:
+                parameter.grad = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Phase:
+    name: str
+    steps: int
+    loss: Loss
+
+
+class _BlockDistance:
+    """Mean normalized error of the blocks, each given the dense block's input."""
+
+    def __init__(self, model: nn.Module, reference: nn.Module, blocks: Sequence[str]) -> None:
+        self._model, self._reference, self._blocks = model, reference, blocks
+
+    def __call__(self, call: Call) -> Tensor:
+        keep = keep_mask(call.kwargs)
+        terms = []
+        for name, recorded in record_calls(self._reference, self._blocks, call).items():
+            for entry in recorded:
+                ours = main_output(self._model.get_submodule(name)(*entry.args, **entry.kwargs))
+                if ours is not None:
+                    terms.append(normalized_error(ours, entry.output, keep))
+        return torch.stack(terms).mean()
+
+
+class _Trainer:
+    """Runs phases; keeps the best weights, and the state from which it can go on."""
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        data: TrainingData,
+        held_out_loss: Loss,
+        options: DistillOptions,
+        checkpoint: Path | None,
+        arguments: dict[str, Any],
+        progress: Callable[[str, int, int], None] | None,
+    ) -> None:
+        self._parameters = parameters
+        self._data = data
+        self._loss = held_out_loss
+        self._options = options
+        self._checkpoint = checkpoint
+        self._arguments = arguments
+        self._progress = progress
+        self._rates: dict[str, float] = {}
+
+    def run(self, phases: Sequence[_Phase], blocks: tuple[str, ...]) -> DistillResult:
+        state = None
+        if self._checkpoint is not None:
+            state = read_state(self._checkpoint, self._arguments)
+        if state is None:
+            state = DistillState(best=_values(self._parameters))
+            state.best_loss = self._evaluate()
+            if not math.isfinite(state.best_loss):
+                raise DataError(
+                    f"the loss of the model before training is {state.best_loss}; check the data, "
+                    "and the outputs of both models on it."
+                )
+            state.history = [_record(phases[0].name, 0, None, state.best_loss, 0.0)]
+        for index in range(state.phase, len(phases)):
+            if state.phase < index:
+                # The next phase starts from the best weights, with a fresh optimizer.
+                state.phase, state.step, state.stale = index, 0, 0
+                state.learning_rate, state.current, state.moments = None, [], []
+            self._run_phase(phases[index], state)
+            _assign(self._parameters, state.best)
+        return _result(state, phases, self._rates, blocks)
+
+    def _run_phase(self, phase: _Phase, state: DistillState) -> None:
+        if phase.steps == 0:
+            return
+        if state.learning_rate is None:
+            state.learning_rate = self._choose_rate(phase)
+        self._rates[phase.name] = state.learning_rate
+        optimizer = _adam(self._parameters)
+        if state.current:
+            _assign(self._parameters, state.current)
+            for parameter, moments in zip(self._parameters, state.moments, strict=True):
+                if moments:
+                    optimizer.state[parameter] = {
+                        # Adam counts its steps on the CPU.
+                        name: value.clone() if name == "step" else value.to(parameter)
+                        for name, value in moments.items()
+                    }
+        every = self._options.evaluate_every or max(1, phase.steps // _EVALUATIONS)
+        losses: list[float] = []
+        patience = self._options.patience or math.inf
+        while state.step < phase.steps and state.stale < patience:
+            rate = _rate(state.step, phase.steps, state.learning_rate)
+            losses.append(self._step(phase, optimizer, state.step, rate))
+            state.step += 1
+            self._report(f"distillation ({phase.name})", state.step, phase.steps)
+            if state.step % every and state.step < phase.steps:
+                continue
+            found = self._evaluate()
+            if not math.isfinite(found):
+                return  # diverged: nothing brings such weights back
+            train_loss = sum(losses) / len(losses)
+            losses = []
+            state.history.append(_record(phase.name, state.step, train_loss, found, rate))
+            state.stale += 1
+            if found < state.best_loss:
+                state.best_loss, state.best_record = found, len(state.history) - 1
+                state.best, state.stale = _values(self._parameters), 0
+            if self._checkpoint is not None:
+                state.current = _values(self._parameters)
+                state.moments = [dict(optimizer.state.get(p, {})) for p in self._parameters]
+                write_state(self._checkpoint, state, self._arguments)
+
+    def _step(
+        self, phase: _Phase, optimizer: torch.optim.Optimizer, step: int, rate: float
+    ) -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = phase.loss(self._data.minibatch(step))
+        if loss.requires_grad:
+            loss.backward()
+        nn.utils.clip_grad_norm_(self._parameters, self._options.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def _evaluate(self) -> float:
+        total, rows = 0.0, 0
+        for batch in self._data.held_out():
+            total += batch.rows * float(self._loss(batch))
+            rows += batch.rows
+        return total / rows
+
+    def _choose_rate(self, phase: _Phase) -> float:
+        if self._options.learning_rate != "auto":
+            return float(self._options.learning_rate)
+        least, most = _TRIAL_STEPS
+        steps = min(phase.steps, max(least, min(most, round(_TRIAL_SHARE * phase.steps))))
+        start = _values(self._parameters)
+        found: list[tuple[float, float]] = []
+        for done, peak in enumerate(LEARNING_RATES):
+            self._report("trying learning rates", done, len(LEARNING_RATES))
+            optimizer = _adam(self._parameters)
+            for step in range(steps):
+                self._step(phase, optimizer, step, _rate(step, steps, peak))
+            loss = self._evaluate()
+            found.append((loss if math.isfinite(loss) else math.inf, peak))
+            _assign(self._parameters, start)
+        return min(found)[1]
+
+    def _report(self, what: str, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(what, done, total)
+
+
+def _rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up, then a cosine that ends just above zero."""
+    warm_up = min(_WARM_UP_STEPS, max(1, round(_WARM_UP_SHARE * steps)))
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
+
+
+def _adam(parameters: Sequence[nn.Parameter]) -> torch.optim.Adam:
+    return torch.optim.Adam(parameters, betas=_BETAS)
+
+
+def _record(
+    phase: str, step: int, train_loss: float | None, held_out_loss: float, rate: float
+) -> DistillRecord:
+    if train_loss is not None and not math.isfinite(train_loss):
+        train_loss = None
+    return DistillRecord(
+        phase=phase,
+        step=step,
+        train_loss=train_loss,
+        held_out_loss=held_out_loss,
+        learning_rate=rate,
+    )
+
+
+def _result(
+    state: DistillState,
+    phases: Sequence[_Phase],
+    rates: dict[str, float],
+    blocks: tuple[str, ...],
+) -> DistillResult:
+    best = state.history[state.best_record]
+    before = 0
+    for phase in phases:
+        if phase.name == best.phase:
+            break
+        before += max((r.step for r in state.history if r.phase == phase.name), default=0)
+    return DistillResult(
+        history=tuple(state.history),
+        best_step=before + best.step,
+        start_loss=state.history[0].held_out_loss,
+        end_loss=state.best_loss,
+        learning_rates=dict(rates),
+        blocks=blocks,
+    )
+
+
+def _values(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+@torch.no_grad()
+def _assign(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+
+
+def check_steps(steps: int, name: str, *, least: int = 0) -> None:
+    """Refuse what is no number of steps.
+
+    Raises:
+        DataError: not an integer, or below `least`.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < least:
+        raise DataError(f"{name} {steps!r}: needed is a whole number, {least} or more.")
+
+
+def _trainable(model: nn.Module, reference: nn.Module) -> list[nn.Parameter]:
+    parameters = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
+    if not parameters:
+        raise DataError(
+            "the model has no floating parameter that requires gradients, so there is nothing to "
+            "train. Call model.requires_grad_(True) first."
+        )
+    ours = {id(parameter) for parameter in parameters}
+    if any(id(parameter) in ours for parameter in reference.parameters()):
+        raise DataError(
+            "the model shares parameters with the reference, which would change with it. Give the "
+            "dense model from before the compression."
+        )
+    for name, parameter in (*model.named_parameters(), *reference.named_parameters()):
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise DataError(
+                f"parameter {name!r} is {parameter.dtype}, in which small steps of training are "
+                "lost. Convert both models with .float(), distill, and convert back."
+            )
+        if parameter.device != parameters[0].device:
+            raise DataError(
+                f"parameter {name!r} is on {parameter.device}, and others are on "
+                f"{parameters[0].device}. Move both models to one device."
+            )
+    return parameters
+
+
+def _check_blocks(reference: nn.Module, blocks: Sequence[str]) -> None:
+    names = {name for name, _ in reference.named_modules()}
+    missing = next((name for name in blocks if name not in names), None)
+    if missing is not None:
+        raise DataError(
+            f"the reference has no module {missing!r}, which the compressed model has. Give the "
+            "dense model that was compressed."
+        )
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the block; every module's own mode is restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

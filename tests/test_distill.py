@@ -1,0 +1,567 @@
+"""Healing by distillation: the loss, the data, the blocks, the loop, the checkpoint, the report."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mpocompress as mpo
+from mpocompress.cli import main
+from mpocompress.errors import DataError, LoadError
+from mpocompress.layers.balance import balance_cores_
+from mpocompress.loading import Batch
+from mpocompress.tuning import DistillOptions, distill_
+from mpocompress.tuning.blocks import can_replay, find_blocks
+from mpocompress.tuning.distill import LEARNING_RATES, _rate
+from mpocompress.tuning.distill_loss import Distance, output_loss
+from mpocompress.tuning.minibatches import TrainingData
+from tests.tolerances import TOL
+
+F32, F64 = TOL[torch.float32], TOL[torch.float64]
+FIXED = DistillOptions(learning_rate=3e-3, evaluate_every=5)
+
+
+def rows(count: int, features: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, features, generator=torch.Generator().manual_seed(seed))
+
+
+def classifier() -> nn.Sequential:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh())
+    return model.append(nn.Linear(64, 5)).eval()
+
+
+class Layer(nn.Module):
+    """A transformer block: attention that heeds the mask, then a feed-forward part."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+        self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, h: Tensor, keep: Tensor) -> tuple[Tensor]:
+        x = self.norm(h)
+        scores = self.query(x) @ self.key(x).mT / x.shape[-1] ** 0.5
+        scores = scores.masked_fill(~keep[:, None, :], float("-inf"))
+        return (h + self.drop(self.out(scores.softmax(-1) @ self.value(x))),)
+
+
+class Transformer(nn.Module):
+    def __init__(self, width: int = 16, depth: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.layers = nn.ModuleList(Layer(width) for _ in range(depth))
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        for layer in self.layers:
+            (x,) = layer(x, keep=attention_mask.bool())
+        return x
+
+
+def sentences(batches: int = 6, garbage: float = 0.0) -> list[dict[str, Tensor]]:
+    found = []
+    for seed in range(batches):
+        x = rows(4 * 6, 16, seed).reshape(4, 6, 16)
+        mask = (torch.arange(6) < torch.tensor([6, 5, 3, 2])[:, None]).long()
+        noise = garbage * rows(4 * 6, 16, 50 + seed).reshape(4, 6, 16)
+        found.append({"x": torch.where(mask[..., None] > 0, x, noise), "attention_mask": mask})
+    return found
+
+
+def calls(batches: list[dict[str, Tensor]]) -> list[Batch]:
+    return [Batch(kwargs=batch) for batch in batches]
+
+
+@pytest.fixture(scope="module")
+def dense() -> nn.Module:
+    return classifier()
+
+
+@pytest.fixture(scope="module")
+def fitted(dense):
+    return mpo.compress(dense, bond_dim=3, sites=3, exclude=["4"])
+
+
+@pytest.fixture
+def small(fitted) -> nn.Module:
+    return copy.deepcopy(fitted.model)
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    model = Transformer().eval()
+    return model, mpo.compress(model, bond_dim=3, layout="svd", data=sentences()).model
+
+
+# -- the loop
+
+
+def test_the_held_out_loss_falls_and_so_does_it_elsewhere(dense, small):
+    other = rows(400, 16, seed=9)
+    before = float(output_loss(small(other), dense(other), None).detach())
+    found = mpo.distill(small, reference=dense, data=[rows(600, 16)], steps=150)
+    assert found.end_loss < 0.5 * found.start_loss
+    assert float(output_loss(small(other), dense(other), None).detach()) < 0.6 * before
+    assert found.history[0].step == 0
+    assert min(record.held_out_loss for record in found.history) == found.end_loss
+    assert found.learning_rates["model"] in LEARNING_RATES
+
+
+def test_never_worse_than_the_start(dense, small):
+    data = [rows(200, 16)]
+    before = small(data[0])
+    found = mpo.distill(small, reference=dense, data=data, steps=10, learning_rate=3.0)
+    assert found.best_step == 0
+    assert found.end_loss == found.start_loss
+    torch.testing.assert_close(small(data[0]), before, **F32["apply"])
+
+
+def test_a_diverging_run_keeps_the_start(dense, small):
+    found = mpo.distill(small, reference=dense, data=[rows(200, 16)], steps=20, learning_rate=1e30)
+    assert found.end_loss == found.start_loss
+    assert all(bool(p.isfinite().all()) for p in small.parameters())
+
+
+def test_patience_ends_a_run(dense, small):
+    options = DistillOptions(learning_rate=3.0, evaluate_every=1, patience=3)
+    found = distill_(small, dense, [Batch(args=(rows(200, 16),))], steps=50, options=options)
+    assert found.history[-1].step == 3
+
+
+def test_auto_takes_a_rate_that_beats_the_wrong_ones(dense, small):
+    data, losses = [rows(400, 16)], {}
+    for rate in ("auto", 1e-6, 1.0):
+        model = copy.deepcopy(small)
+        found = mpo.distill(model, reference=dense, data=data, steps=60, learning_rate=rate)
+        losses[rate] = found.end_loss
+    assert losses["auto"] < min(losses[1e-6], losses[1.0])
+
+
+def test_equal_runs_give_equal_weights_and_another_seed_others(dense, fitted):
+    states = []
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    for seed in (0, 0, 1):
+        model = copy.deepcopy(fitted.model)
+        mpo.distill(
+            model, reference=dense, data=[rows(200, 16)], steps=12, seed=seed, batch_size=20
+        )
+        states.append(model.state_dict())
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+def test_modes_flags_and_the_reference_are_as_they_were(dense, small):
+    small.train()
+    small[2].eval()
+    small[4].weight.requires_grad_(False)
+    frozen = small[4].weight.clone()
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    mpo.distill(small, reference=dense, data=[rows(200, 16)], steps=5, learning_rate=1e-3)
+    assert [m.training for m in (small, small[0], small[2], dense)] == [True, True, False, False]
+    assert not small[4].weight.requires_grad
+    assert torch.equal(frozen, small[4].weight)
+    assert all(p.grad is None for p in small.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in dense.state_dict().items())
+
+
+def test_the_schedule_warms_up_and_decays():
+    rates = [_rate(step, 1000, 1.0) for step in range(1000)]
+    assert rates[0] == pytest.approx(1 / 20)
+    assert max(rates) == rates[20] == 1.0
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+    assert 0 < rates[-1] < 1e-4
+
+
+# -- balancing
+
+
+def test_balancing_changes_norms_and_no_function():
+    layer = mpo.MPOLinear(24, 36, layout=[(4, 2), (3, 3), (3, 4)], bond_dim=4, dtype=torch.float64)
+    with torch.no_grad():
+        layer.cores[0].mul_(1e4)
+        layer.cores[2].mul_(1e-3)
+    x = rows(7, 24).double()
+    before = layer(x)
+    assert balance_cores_(layer) == 1
+    torch.testing.assert_close(layer(x), before, **F64["apply"])
+    norms = torch.stack([core.detach().norm() for core in layer.cores])
+    torch.testing.assert_close(norms, norms[:1].expand(3), **F64["norm"])
+
+
+def test_balancing_heeds_ties_and_leaves_zeros():
+    first, second, third = (mpo.MPOLinear(8, 8, bond_dim=2) for _ in range(3))
+    for position in range(2):
+        second.cores[position] = first.cores[position]
+    third.cores[0] = first.cores[0]
+    model = nn.ModuleList([first, second, third])
+    with torch.no_grad():
+        first.cores[0].mul_(100)
+    dense_third = third.to_dense()
+    assert balance_cores_(model) == 0
+    assert torch.equal(third.to_dense(), dense_third)
+    assert balance_cores_(nn.ModuleList([first, second])) == 1
+    assert second.cores[0] is first.cores[0]
+    with torch.no_grad():
+        first.cores[1].zero_()
+    kept = first.cores[0].clone()
+    balance_cores_(first)
+    assert torch.equal(first.cores[0], kept)
+
+
+# -- the loss
+
+
+def test_auto_loss_adds_kl_where_there_may_be_logits():
+    ours, dense = rows(8, 5), rows(8, 5, seed=1)
+    both = output_loss(ours, dense, None)
+    parts = [output_loss(ours, dense, None, kind) for kind in ("kl", "mse")]
+    torch.testing.assert_close(both, parts[0] + parts[1], **F32["apply"])
+    wide = rows(2, 2000), rows(2, 2000, seed=1)
+    assert torch.equal(output_loss(*wide, None), output_loss(*wide, None, "mse"))
+    column = rows(8, 1), rows(8, 1, seed=1)
+    assert torch.equal(output_loss(*column, None), output_loss(*column, None, "mse"))
+
+
+def test_kl_is_that_of_the_softmax_and_blind_to_a_shift():
+    ours, dense = rows(6, 4).double(), rows(6, 4, seed=1).double()
+    p, q = (dense / 2).softmax(-1), (ours / 2).softmax(-1)
+    expected = 4 * (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(output_loss(ours, dense, None, "kl"), expected, **F64["apply"])
+    shifted = output_loss(ours + 3, dense, None, "kl")
+    torch.testing.assert_close(shifted, expected, **F64["apply"])
+    assert output_loss(ours + 3, dense, None) > expected
+
+
+def test_an_output_with_logits_is_compared_on_them():
+    class Output:
+        def __init__(self, logits: Tensor) -> None:
+            self.logits = logits
+
+    ours, dense = rows(12, 7).reshape(3, 4, 7), rows(12, 7, seed=1).reshape(3, 4, 7)
+    expected = sum(output_loss(ours, dense, None, kind) for kind in ("kl", "mse"))
+    torch.testing.assert_close(
+        output_loss(Output(ours), Output(dense), None), expected, **F32["apply"]
+    )
+
+
+def test_several_outputs_count_alike_whatever_their_scale():
+    small, large = rows(8, 5), 1000 * rows(8, 3, seed=1)
+    ours = (small * 1.1, large * 1.1)
+    assert float(output_loss(ours, (small, large), None)) == pytest.approx(0.01, rel=1e-3)
+    cosine = output_loss(ours, (small, large), None, "cosine")
+    torch.testing.assert_close(cosine, torch.zeros(()), **F32["apply"])
+
+
+def test_padding_has_no_say_in_loss_or_gradient(transformer):
+    model, small = transformer
+    found = []
+    for garbage in (0.0, 100.0):
+        batch = Batch(kwargs=sentences(1, garbage)[0])
+        loss = Distance(small, model, find_blocks(small), "auto", 1.0)(batch)
+        found.append([loss, *torch.autograd.grad(loss, list(small.parameters()))])
+    for clean, other in zip(*found, strict=True):
+        torch.testing.assert_close(clean, other, **F32["gradient"])
+    unmasked = Batch(kwargs={**sentences(1, 100.0)[0], "attention_mask": torch.ones(4, 6)})
+    assert not torch.isclose(Distance(small, model, (), "auto", 1.0)(unmasked), found[0][0])
+
+
+# -- the data
+
+
+def test_held_out_rows_are_never_trained_on_and_epochs_see_all_others():
+    data = TrainingData(
+        [Batch(args=(torch.arange(100.0)[:, None],))], batch_size=20, held_out=0.1, seed=0
+    )
+    held = {float(v) for batch in data.held_out() for v in batch.args[0]}
+    assert len(held) == 10
+    steps = data.minibatches_per_epoch
+    epochs = [
+        [float(v) for k in range(steps) for v in data.minibatch(e * steps + k).args[0]]
+        for e in range(2)
+    ]
+    assert epochs[0] != epochs[1]
+    assert set(epochs[0]) == set(epochs[1]) == {float(v) for v in range(100)} - held
+    assert torch.equal(data.minibatch(0).args[0], data.minibatch(0).args[0])
+
+
+def test_small_batches_stay_whole_and_a_single_row_is_its_own_judge():
+    given = [Batch(args=(rows(4, 3, seed),)) for seed in range(5)]
+    data = TrainingData(given, batch_size=None, held_out=0.1, seed=0)
+    assert data.minibatches_per_epoch == 4
+    assert len(list(data.held_out())) == 1
+    taken = [data.minibatch(step).args[0] for step in range(4)]
+    assert all(any(t is call.args[0] for call in given) for t in taken)
+    single = TrainingData([Batch(args=(rows(1, 3),))], batch_size=None, held_out=0.1, seed=0)
+    assert torch.equal(next(single.held_out()).args[0], single.minibatch(0).args[0])
+
+
+# -- blocks
+
+
+def test_blocks_are_the_repeated_modules_with_compressed_layers(transformer, fitted):
+    assert find_blocks(transformer[1]) == ("layers.0", "layers.1", "layers.2")
+    assert find_blocks(transformer[0]) == ()
+    assert find_blocks(fitted.model) == ()  # compressed layers one after the other are no blocks
+
+
+def test_blockwise_training_comes_first_and_helps(transformer):
+    model, small = transformer
+    small = copy.deepcopy(small)
+    found = mpo.distill(
+        small,
+        reference=model,
+        data=sentences(12),
+        steps=0,
+        blockwise_steps=40,
+        learning_rate=3e-3,
+    )
+    assert {record.phase for record in found.history} == {"blocks"}
+    assert found.blocks == ("layers.0", "layers.1", "layers.2")
+    assert found.end_loss < found.start_loss
+    again = mpo.distill(
+        copy.deepcopy(small),
+        reference=model,
+        data=sentences(12),
+        steps=20,
+        blockwise_steps=5,
+        learning_rate=1e-3,
+    )
+    assert next(r.phase for r in again.history if r.step) == "blocks"
+    assert again.history[-1].phase == "model"
+    assert again.end_loss <= again.start_loss
+
+
+def test_gradients_are_cut_between_blocks(transformer):
+    from mpocompress.tuning.distill import _BlockDistance
+
+    model, small = transformer
+    small = copy.deepcopy(small)
+    names = find_blocks(small)
+    batch = calls(sentences(1))[0]
+    loss = _BlockDistance(model.eval(), small.eval(), ())  # no blocks: nothing to compare
+    with pytest.raises(RuntimeError, match="non-empty"):
+        loss(batch)
+    gradients = []
+    for spoil in (False, True):
+        if spoil:
+            with torch.no_grad():
+                small.layers[2].out.cores[0].mul_(5)
+        value = _BlockDistance(small.eval(), model.eval(), names)(batch)
+        gradients.append(torch.autograd.grad(value, list(small.layers[0].parameters())))
+    for before, after in zip(*gradients, strict=True):
+        assert torch.equal(before, after)
+
+
+def test_blocks_that_cannot_be_replayed_are_trained_with_the_whole_only(transformer):
+    class Counting(Layer):
+        def forward(self, h: Tensor, keep: Tensor) -> tuple[Tensor]:
+            self.calls = getattr(self, "calls", 0) + 1
+            return (super().forward(h, keep)[0] + self.calls,)
+
+    model = copy.deepcopy(transformer[0]).eval()
+    assert can_replay(model, ("layers.0",), calls(sentences(1))[0])
+    for layer in model.layers:
+        layer.__class__ = Counting
+    assert not can_replay(model, ("layers.0",), calls(sentences(1))[0])
+
+
+# -- going on
+
+
+@pytest.mark.parametrize("rate", [3e-3, "auto"])
+def test_an_interrupted_run_ends_bit_identical(tmp_path, transformer, rate):
+    model, small = transformer
+
+    def run(path, stop_at=None):
+        ours = copy.deepcopy(small)
+
+        def progress(what, done, total):
+            if stop_at is not None and what == stop_at[0] and done == stop_at[1]:
+                raise KeyboardInterrupt
+
+        arguments = {"steps": 14, "blockwise_steps": 11, "evaluate_every": 4, "learning_rate": rate}
+        found = mpo.distill(
+            ours,
+            reference=model,
+            data=sentences(8),
+            checkpoint=path,
+            progress=progress,
+            **arguments,
+        )
+        return found, ours.state_dict()
+
+    expected, state = run(None)
+    path = tmp_path / "state.safetensors"
+    for stop in (("distillation (blocks)", 6), ("distillation (model)", 2), None):
+        if stop is not None:
+            with pytest.raises(KeyboardInterrupt):
+                run(path, stop)
+            assert path.exists()
+    resumed, resumed_state = run(path)
+    assert all(torch.equal(state[name], resumed_state[name]) for name in state)
+    assert resumed.history == expected.history
+    again, again_state = run(path)  # a finished run is not run again
+    assert again.history == expected.history
+    assert all(torch.equal(state[name], again_state[name]) for name in state)
+    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_an_interruption_leaves_the_model_as_it_was(dense, small):
+    before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+
+    def progress(what, done, total):
+        if what.startswith("distillation") and done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mpo.distill(
+            small,
+            reference=dense,
+            data=[rows(200, 16)],
+            steps=9,
+            learning_rate=1e-2,
+            progress=progress,
+        )
+    assert all(torch.equal(before[name], tensor) for name, tensor in small.state_dict().items())
+
+
+def test_foreign_checkpoints_are_refused(tmp_path, dense, fitted):
+    path = tmp_path / "state.safetensors"
+
+    def run(steps=5):
+        model = copy.deepcopy(fitted.model)
+        mpo.distill(
+            model,
+            reference=dense,
+            data=[rows(99, 16)],
+            steps=steps,
+            learning_rate=1e-3,
+            checkpoint=path,
+        )
+
+    run()
+    with pytest.raises(DataError, match="a run with steps = 5, and this one has 6"):
+        run(steps=6)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(LoadError, match=r"truncated or foreign.*\n?.*start anew"):
+        run()
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": -1}, "steps -1"),
+        ({"steps": True}, "steps True"),
+        ({"blockwise_steps": 1.5}, "blockwise_steps 1.5"),
+        ({"output_loss": "huber"}, "none of auto, kl, mse, cosine"),
+        ({"learning_rate": 0.0}, "learning_rate 0.0"),
+        ({"learning_rate": "fast"}, "or 'auto'"),
+        ({"held_out": 1.0}, "held_out 1.0"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"patience": 0}, "patience 0"),
+        ({"hidden_weight": -1.0}, "hidden_weight -1.0"),
+        ({"data": []}, "no batches"),
+        ({"data": [torch.full((9, 16), float("nan"))]}, "NaN or Inf"),
+    ],
+)
+def test_impossible_arguments_are_refused(dense, small, options, message):
+    arguments = {"reference": dense, "data": [rows(50, 16)], "steps": 3, **options}
+    with pytest.raises(DataError, match=message):
+        mpo.distill(small, **arguments)
+
+
+def test_models_that_cannot_be_trained_are_refused(dense, small, transformer):
+    data = [rows(50, 16)]
+    with pytest.raises(DataError, match="shares parameters"):
+        mpo.distill(dense, reference=dense, data=data)
+    with pytest.raises(DataError, match=r"bfloat16.*\.float\(\)"):
+        mpo.distill(small.bfloat16(), reference=dense, data=data)
+    with pytest.raises(DataError, match="nothing to train"):
+        mpo.distill(small.float().requires_grad_(False), reference=dense, data=data)
+    with pytest.raises(DataError, match="has no module 'layers.0'"):
+        mpo.distill(transformer[1], reference=dense, data=data)
+    with pytest.raises(DataError, match="needs logits"):
+        output_loss(rows(4, 1), rows(4, 1), None, "kl")
+    with pytest.raises(DataError, match="dense model that was compressed"):
+        output_loss(rows(4, 3), rows(4, 2), None, "mse")
+
+
+# -- compress, report, command line
+
+
+def test_the_report_tells_of_the_healed_weights(dense):
+    data = [rows(1500, 16)]
+    plain = mpo.compress(dense, bond_dim=3, sites=3, data=data, sweeps=0)
+    result = mpo.compress(dense, bond_dim=3, sites=3, data=data, sweeps=0, distill=40)
+    healing = result.report.settings["distill"]
+    assert healing["steps"] == 40
+    assert healing["held_out_loss"]["after"] < healing["held_out_loss"]["before"]
+    assert result.report.seconds["distillation"] > 0
+    for layer, before in zip(
+        result.report.compressed_layers, plain.report.compressed_layers, strict=True
+    ):
+        weight = dense.get_submodule(layer.name).weight.detach()
+        rebuilt = result.model.get_submodule(layer.name).to_dense()
+        true = float((rebuilt - weight).norm() / weight.norm())
+        assert layer.relative_weight_error == pytest.approx(true, rel=1e-4)
+        assert before.relative_weight_error != pytest.approx(true, rel=1e-4)
+        assert layer.relative_output_error is None
+        assert before.relative_output_error is not None
+    biases = [layer for layer in result.report.kept_layers if layer.name.endswith("bias")]
+    assert biases
+    assert all("trained along" in layer.reason for layer in biases)
+    assert "trained along in the healing" in result.report.to_markdown()
+    assert "exactly as it was" in plain.report.to_markdown()
+    assert "exactly as it was" not in result.report.to_markdown()
+
+
+def test_healing_a_result_brings_its_report_up_to_date(dense):
+    result = mpo.compress(dense, bond_dim=3, sites=3)
+    before = result.report
+    found = mpo.distill(result, reference=dense, data=[rows(300, 16)], steps=20)
+    assert result.report.settings["distill"]["best_step"] == found.best_step
+    assert result.report.compressed_layers != before.compressed_layers
+    assert mpo.CompressionReport.from_json(result.report.to_json()) == result.report
+
+
+def test_healing_without_data_is_refused(dense):
+    with pytest.raises(DataError, match="distill=30 trains on data"):
+        mpo.compress(dense, bond_dim=3, distill=30)
+    with pytest.raises(DataError, match="distill -2"):
+        mpo.compress(dense, bond_dim=3, data=[rows(9, 16)], distill=-2)
+
+
+@pytest.mark.onnx
+def test_the_command_line_heals(tmp_path, monkeypatch, capsys, dense):
+    import numpy as np
+
+    monkeypatch.chdir(tmp_path)
+    torch.save(dense, "model.pt")
+    np.savez("data.npz", input=rows(200, 16).numpy())
+    arguments = ["model.pt", "--bond-dim", "3", "--sites", "3", "--distill", "10"]
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "--distill 10 trains on data" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--data", "data.npz"])
+    assert not stop.value.code
+    report = json.loads((tmp_path / "model-mpo" / "report.json").read_text())
+    assert report["settings"]["distill"]["steps"] == 10
+    assert report["parity"]["passed"]
+    assert report["seconds"]["distillation"] > 0
+    healed = mpo.load("model-mpo", model=classifier())
+    first = next(layer for layer in report["layers"] if layer["status"] == "compressed")
+    weight = dense.get_submodule(first["name"]).weight.detach()
+    difference = healed.get_submodule(first["name"]).to_dense() - weight
+    true = float(difference.norm() / weight.norm())
+    assert first["relative_weight_error"] == pytest.approx(true, rel=1e-4)
