@@ -260,7 +260,7 @@ def test_range_finder_is_for_large_matrices_and_small_ranks(monkeypatch, shape, 
 
 @pytest.mark.parametrize("shape", [(800, 780), (780, 800)])
 def test_no_convergence_falls_back_to_the_full_svd(monkeypatch, shape):
-    monkeypatch.setattr(linalg, "_MAX_ITERATIONS", 1)
+    monkeypatch.setattr(linalg, "_MAX_PRODUCTS", 1)
     matrix = gaussian(*shape, dtype=torch.float32)
     found = linalg.leading_svd(matrix, 16)
     assert len(found.values_R) == 780

@@ -17,13 +17,20 @@ _RANDOMIZED_FROM = 768
 _DOUBLE_UP_TO = 1 << 21
 _RANDOMIZED_FRACTION = 0.2
 _OVERSAMPLING = 0.25  # of the rank, at least 16: flat spectra converge slowly without it
-_MAX_ITERATIONS = 12
+_MIN_PRODUCTS, _MAX_PRODUCTS = 4, 24
+# Entries whose float64 copy stays in the cache. A copy that does not took ten times as long at
+# 4096x4096, a third of the time of the whole decomposition.
+_IN_CACHE = 1 << 17
+_ROWS_AT_ONCE = 512  # of a residual: no second copy of the matrix
 # A swap of rows pays if it raises the volume by this factor; it bounds the entries of the result.
 DOMINANCE = 1.2
 # Every swap raises the volume, so they end; only rounding could go on for ever.
 _SWAPS_PER_COLUMN = 20
-# Stop once another power iteration lowers the squared error by less than this share of itself.
-_CONVERGED = 1e-3
+# Stop once two more products, with A and A^T, lower the squared error by less than this share of
+# itself. The error is then at most 1.003 times the least one for flat spectra, the worst case, and
+# below 1.001 for falling ones (measured at 1024 and 4096). Fewer than four products may stop at the
+# noise of float32 instead (a plateau of large values before a small tail).
+_CONVERGED = 2e-3
 
 
 class LeadingSVD(NamedTuple):
@@ -57,7 +64,13 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 def weight_of(tensor: Tensor) -> float:
     """Squared Frobenius norm, accumulated in float64 without a float64 copy of the tensor."""
     flat = tensor.detach().reshape(-1)
-    return sum(float(torch.sum(part.to(torch.float64) ** 2)) for part in flat.split(1 << 22))
+    if not flat.is_cpu:
+        return float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2
+    total = 0.0
+    for part in flat.split(_IN_CACHE):
+        wide = part.double()
+        total += float(wide.square_().sum() if wide is not part else wide.square().sum())
+    return total
 
 
 def decomposition_dtype(matrix_MN: Tensor) -> torch.dtype:
@@ -89,6 +102,9 @@ def rank_tolerance(
 
 def check_finite(matrix: Tensor) -> None:
     """Raise DecompositionError if an entry is NaN or Inf, naming how many and the first one."""
+    # One NaN or Inf makes the sum so, too. A finite matrix whose sum overflows is looked at again.
+    if bool(torch.isfinite(matrix.sum())):
+        return
     finite = torch.isfinite(matrix)
     if bool(finite.all()):
         return
@@ -185,10 +201,10 @@ def _randomized_svd(
 ) -> LeadingSVD | None:
     """Randomized subspace iteration with a Rayleigh-Ritz step and an a-posteriori check.
 
-    With Q orthonormal and B = Q^T A, the error of the best rank-R part of QB is exactly
+    With Q orthonormal and B = A Q, the error of the best rank-R part of B Q^T is exactly
     ||A||^2 - sum_{i <= R} s_i(B)^2: it is measured, not estimated. What cannot be known without the
     full spectrum is how far the optimum is; the Ritz values s_i(B) rise monotonically with every
-    iteration, so the check is that another one no longer lowers the error. None if it still does.
+    product, so the check is that another one no longer lowers the error. None if it still does.
 
     Source: Halko, Martinsson, Tropp, SIAM Review 53 (2011) 217, algorithms 4.4 and 5.1.
     """
@@ -211,30 +227,39 @@ def _randomized_svd(
     # Below this share of the total weight, rounding hides a change of the error.
     noise = total * 10 * torch.finfo(matrix_MN.dtype).eps
     q_MK = torch.linalg.qr(matrix_MN @ test_NK).Q
-    previous = float("inf")
-    for _ in range(_MAX_ITERATIONS):
-        # One application of A A^T; the QR in between keeps small singular values from drowning.
-        q_NK = torch.linalg.qr(matrix_MN.mT @ q_MK).Q
-        q_MK, r_KK = torch.linalg.qr(matrix_MN @ q_NK)
-        # A q_NK = q_MK r_KK: the singular values of r are Ritz values at no further product with A.
-        if not bool(torch.isfinite(r_KK).all()):
+    q_NK = test_NK
+    errors: list[float] = []
+    for step in range(_MAX_PRODUCTS):
+        # A and A^T in turn, each with a QR, which keeps small singular values from drowning. What
+        # is known of A is then q_MK core_KK q_NK^T, so every product gives Ritz values.
+        if step % 2 == 0:
+            q_NK, core_KK = torch.linalg.qr(matrix_MN.mT @ q_MK)
+            core_KK = core_KK.mT
+        else:
+            q_MK, core_KK = torch.linalg.qr(matrix_MN @ q_NK)
+        if not bool(torch.isfinite(core_KK).all()):
             raise DecompositionError(
                 f"products of a matrix of shape {tuple(matrix_MN.shape)} are not finite. Check it "
                 "for NaN, Inf and entries near the largest float."
             )
-        ritz_K = svd_values(r_KK).double()
+        ritz_K = svd_values(core_KK).double()
         error = total - float((ritz_K[:rank] ** 2).sum())
-        if previous - error <= _CONVERGED * max(error, 0.0) + noise:
+        errors.append(error)
+        if step >= _MIN_PRODUCTS - 1 and errors[-3] - error <= _CONVERGED * max(error, 0.0) + noise:
             break
-        previous = error
     else:
         return None
-    small_KN = q_MK.mT @ matrix_MN
-    left_KK, values_K, right_KN = svd(small_KN)
+    left_KK, values_K, right_KK = svd(core_KK)
+    left_MK, right_KN = q_MK @ left_KK, right_KK @ q_NK.mT
     residual = total - weight_of(values_K)
     if residual < 1e-2 * total:  # the difference of two large numbers: measure it directly instead
-        residual = weight_of(torch.addmm(matrix_MN, q_MK, small_KN, alpha=-1))
-    left_MK, values_K, right_KN = fix_signs(q_MK @ left_KK, values_K, right_KN)
+        residual = sum(
+            weight_of(torch.addmm(rows_mN, left_mK * values_K, right_KN, alpha=-1))
+            for rows_mN, left_mK in zip(
+                matrix_MN.split(_ROWS_AT_ONCE), left_MK.split(_ROWS_AT_ONCE), strict=True
+            )
+        )
+    left_MK, values_K, right_KN = fix_signs(left_MK, values_K, right_KN)
     residual = max(residual, 0.0)
     return LeadingSVD(left_MK, values_K, right_KN, weight_of(values_K) + residual, residual)
 
