@@ -1,17 +1,16 @@
-"""The Python API: thin functions that compose the rooms."""
+"""Decide what becomes of every weight, and do it."""
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mpocompress import saving
+from mpocompress.api.data import calls_of
+from mpocompress.api.result import Clock, CompressionResult
+from mpocompress.api.tune import heal
 from mpocompress.errors import (
     BudgetError,
     DataError,
@@ -19,13 +18,12 @@ from mpocompress.errors import (
     NoLayerMatched,
     PlanError,
 )
-from mpocompress.layers.gauges import plain_gauge
-from mpocompress.loading import Batch, as_batches
+from mpocompress.loading import Batch
 from mpocompress.mpo import MPO, sequential_svd
 from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge, fix_identity_gauge
 from mpocompress.planning import LayoutChoice, Of, Plan, PlanOptions, Progress
 from mpocompress.report import CompressionReport, Source
-from mpocompress.report.collect import Outcome, collect_report, measure, remeasure
+from mpocompress.report.collect import Outcome, collect_report, measure
 from mpocompress.surgery import (
     Inventory,
     WeightSite,
@@ -35,41 +33,16 @@ from mpocompress.surgery import (
     select_sites,
 )
 from mpocompress.tuning import (
-    Distillation,
     DistillOptions,
-    DistillResult,
     FitOptions,
     FittedWeight,
     LayerMoments,
-    LocalOptions,
-    Loss,
-    LossSweepOptions,
-    LossSweepRecord,
     SitePlan,
     check_steps,
-    distill_,
     fit_in_sequence,
     gain_of_bonds,
     layer_moments,
-    sweep_on_loss,
 )
-from mpocompress.tuning.distill_loss import OutputLoss
-from mpocompress.tuning.sweep_options import GradientPath, Optimizer
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class CompressionResult:
-    """What `compress` returns.
-
-    Attributes:
-        model: a new module with MPO layers inside; same call signature, trainable.
-        report: what was measured.
-        plan: what was executed.
-    """
-
-    model: nn.Module
-    report: CompressionReport
-    plan: Plan
 
 
 def plan(
@@ -134,7 +107,7 @@ def plan(
     moments = None
     if data is not None and ratio is not None:
         moments = _selected_moments(
-            model, inventory, options, _calls(data, model), seed=seed, progress=progress
+            model, inventory, options, calls_of(data, model), seed=seed, progress=progress
         )
     return _plan(inventory, options, moments, progress)
 
@@ -256,7 +229,7 @@ def compress(
     )
     if (plan is None) != options.is_given:
         raise PlanError("compress needs either a plan, or a bond_dim or ratio. Try bond_dim=16.")
-    calls = None if data is None else _calls(data, model)
+    calls = None if data is None else calls_of(data, model)
     moments: Mapping[nn.Module, LayerMoments] | None = None
     if plan is None:
         if calls is not None and ratio is not None:
@@ -335,125 +308,8 @@ def compress(
     result = CompressionResult(model=compressed, report=report, plan=plan)
     if calls is not None and distill:
         healing = DistillOptions(seed=seed)
-        _heal(result, model, calls, distill, healing, None, progress, inventory)
+        heal(result, model, calls, distill, healing, None, progress, inventory)
     return result
-
-
-def distill(
-    result: CompressionResult | nn.Module,
-    *,
-    reference: nn.Module,
-    data: Any,
-    steps: int = 500,
-    blockwise_steps: int = 0,
-    output_loss: OutputLoss = "auto",
-    hidden_weight: float = 1.0,
-    learning_rate: float | Literal["auto"] = "auto",
-    batch_size: int | None = None,
-    held_out: float = 0.1,
-    evaluate_every: int | None = None,
-    patience: int | None = 10,
-    seed: int = 0,
-    checkpoint: str | Path | None = None,
-    progress: Progress | None = None,
-) -> DistillResult:
-    """Heal a compressed model: train it, in place, to do what the dense model does.
-
-    All floating parameters that require gradients are trained, in evaluation mode, in float32 or
-    float64, with Adam, warm-up, a cosine and clipped gradients. The best weights on the held-out
-    part of the data are kept: there the model is never worse than before. A result's report is
-    brought up to date, so that what `save` writes is what is true of the healed weights.
-
-    Args:
-        result: from `compress`, or its model.
-        reference: the dense model; it is only read.
-        data: batches of forward arguments, without labels; held in memory.
-        steps: of the optimizer.
-        blockwise_steps: before these, steps in which each repeated block is trained by itself on
-            the inputs of the dense block; skipped where a model has no such blocks.
-        output_loss: "kl" (temperature 2), "mse" (relative), "cosine"; "auto" is "mse", plus "kl"
-            where the output may be logits.
-        hidden_weight: weight of the relative errors of the repeated blocks' outputs.
-        learning_rate: peak of the schedule; "auto" tries three in short runs of their own.
-        batch_size: rows of a minibatch; None takes batches of up to 128 rows as they come, and
-            cuts larger ones, or a single one, into 64.
-        held_out: share of the data that is never trained on.
-        evaluate_every: steps between evaluations; None for 25 in all.
-        patience: stop after so many evaluations that were not better; None: never.
-        seed: of the order and of the held-out part.
-        checkpoint: file to go on from if a run with the same arguments was interrupted.
-        progress: called as `progress(what, done, total)`.
-
-    Returns:
-        All evaluations, the losses before and after, and the learning rates.
-
-    Raises:
-        DataError: see `tuning.distill_`.
-        LoadError: a truncated checkpoint.
-        SaveError: the checkpoint cannot be written.
-    """
-    options = DistillOptions(
-        blockwise_steps=blockwise_steps,
-        output_loss=output_loss,
-        hidden_weight=hidden_weight,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        held_out=held_out,
-        evaluate_every=evaluate_every,
-        patience=patience,
-        seed=seed,
-    )
-    calls = _calls(data, reference)
-    if isinstance(result, CompressionResult):
-        return _heal(result, reference, calls, steps, options, checkpoint, progress, None)
-    return distill_(
-        result,
-        reference,
-        calls,
-        steps=steps,
-        options=options,
-        checkpoint=checkpoint,
-        progress=progress,
-    )
-
-
-def _heal(
-    result: CompressionResult,
-    reference: nn.Module,
-    calls: Sequence[Batch],
-    steps: int,
-    options: DistillOptions,
-    checkpoint: str | Path | None,
-    progress: Progress | None,
-    inventory: Inventory | None,
-) -> DistillResult:
-    """Distill a result's model and bring its report up to date."""
-    clock = Clock()
-    clock.add(result.report.seconds)
-    with clock("distillation"):
-        found = distill_(
-            result.model,
-            reference,
-            calls,
-            steps=steps,
-            options=options,
-            checkpoint=checkpoint,
-            progress=progress,
-        )
-    report = remeasure(result.report, reference, inventory or find_weights(reference), result.model)
-    healing = {
-        "steps": steps,
-        "blockwise_steps": options.blockwise_steps,
-        "best_step": found.best_step,
-        "learning_rates": found.learning_rates,
-        "output_loss": options.output_loss,
-        "held_out_loss": {"before": found.start_loss, "after": found.end_loss},
-        "seed": options.seed,
-    }
-    update = {"settings": {**report.settings, "distill": healing}, "seconds": clock.total()}
-    # The model was trained in place, so its report changes in place, too.
-    object.__setattr__(result, "report", report.model_copy(update=update))
-    return found
 
 
 def _check_ratio(report: CompressionReport, ratio: float, of: Of) -> None:
@@ -465,15 +321,6 @@ def _check_ratio(report: CompressionReport, ratio: float, of: Of) -> None:
             f"a ratio of {ratio:g} of the {of} was asked for, but the result has {reached:.4g}. "
             f"Ask for a ratio of {reached:.4g}, and please report this."
         )
-
-
-def _calls(data: Any, model: nn.Module) -> list[Batch]:
-    """The batches of the user's data in the model's dtype and on its device."""
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    batches = as_batches(data)
-    if parameter is None:
-        return list(batches)
-    return [batch.to(parameter.device) for batch in batches.cast(parameter.dtype)]
 
 
 def _factorize(
@@ -501,184 +348,6 @@ def _factorize(
 
 def _in_gauge(mpo: MPO, gauge: Gauge) -> MPO | IdentityGauge:
     return mpo if gauge == "none" else fix_identity_gauge(mpo.cores, shape=mpo.shape)
-
-
-def sweep(
-    model: nn.Module | CompressionResult,
-    *,
-    reference: nn.Module | None = None,
-    data: Any,
-    loss: Loss | Literal["outputs", "logits"] = "outputs",
-    sweeps: int = 4,
-    sites: int = 1,
-    local_steps: int = 8,
-    optimizer: Optimizer = "adam",
-    learning_rate: float | None = None,
-    gradient: GradientPath = "manual",
-    bond_dim: int | None = None,
-    cutoff: float = 0.0,
-    eval_batches: int | None = 4,
-    train_dense: bool = False,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    seed: int = 0,
-    state: str | Path | None = None,
-    progress: Progress | None = None,
-) -> tuple[LossSweepRecord, ...]:
-    """Tune a compressed model by sweeps on the loss, in place: one core at a time, all else frozen.
-
-    Args:
-        model: with MPO layers, or the result of `compress`, whose model is changed; its report goes
-            on to describe the model as `compress` left it.
-        reference: the dense model whose outputs are the target; not needed with a `loss` of yours.
-        data: batches of forward arguments; a gradient step takes one.
-        loss: "outputs" (normalized squared error of all outputs), "logits" (Kullback-Leibler
-            divergence of class probabilities), or a function `loss(model, batch)` that gives a
-            scalar, where `batch` has `args`, `kwargs` and `labels`.
-        sweeps: passes over the sites of every layer, to the right and to the left in turn.
-        sites: 1, or 2 for merged neighbours that are split again, so that bond dimensions change.
-        local_steps: gradient steps at each position.
-        optimizer: "adam", "sgd" or "lbfgs", of each open core anew.
-        learning_rate: relative to the size of the open core, see `tuning.LocalOptions`.
-        gradient: "manual", contracted by hand, or "autograd"; the results agree.
-        bond_dim: for two sites, the largest bond dimension; default: the layer's largest now, or no
-            limit with a cutoff.
-        cutoff: for two sites, the largest truncation error of a split.
-        eval_batches: so many batches, chosen by the seed, judge every update; None for all. On them
-            the loss does not rise: an update that would raise it is rolled back.
-        train_dense: train all other parameters along.
-        include: patterns of layer names; default: all MPO layers.
-        exclude: likewise; they win.
-        seed: of the order of the batches.
-        state: file to write after each layer and to go on from if it exists.
-        progress: called as `progress(layer, done, total)`.
-
-    Returns:
-        One record for each sweep along a layer.
-
-    Raises:
-        NoLayerMatched: no MPO layer, or patterns that match none.
-        DataError: no data, no reference, or an impossible option.
-        MPOCompressError: see `tuning.sweep_on_loss`.
-    """
-    target = model.model if isinstance(model, CompressionResult) else model
-    options = LossSweepOptions(
-        sweeps=sweeps,
-        sites=sites,
-        local=LocalOptions(
-            steps=local_steps, optimizer=optimizer, learning_rate=learning_rate, gradient=gradient
-        ),
-        bond_dim=bond_dim,
-        cutoff=cutoff,
-        eval_batches=eval_batches,
-        train_dense=train_dense,
-        seed=seed,
-    )
-    calls = _calls(data, target)
-    if not callable(loss):
-        if reference is None:
-            raise DataError(
-                f"loss {loss!r} is a distance to a dense model. Give it as reference=..., or a "
-                "function loss(model, batch)."
-            )
-        loss = Distillation(reference, calls, kind=loss)
-    with plain_gauge(target):
-        return sweep_on_loss(
-            target,
-            loss,
-            calls,
-            options=options,
-            include=include,
-            exclude=exclude,
-            state=None if state is None else Path(state),
-            progress=progress,
-        )
-
-
-def save(
-    result: CompressionResult | nn.Module, directory: str | Path, *, force: bool = False
-) -> Path:
-    """Write `model.mpo.safetensors` and, for a result, the plan's report; never a pickle.
-
-    Args:
-        result: from `compress`, or a module with MPO layers.
-        directory: made if missing. All files appear together, or none does.
-        force: replace our files in a directory that exists.
-
-    Returns:
-        The directory.
-
-    Raises:
-        OutputExistsError: the directory exists and is not empty, without `force`.
-        SaveError: it cannot be written.
-    """
-    with saving.staged_output(directory, force=force) as scratch:
-        path = scratch / saving.CORES_FILE
-        if isinstance(result, CompressionResult):
-            saving.save_model(result.model, path)
-            write_report(with_files(result.report, scratch), scratch)
-        else:
-            saving.save_model(result, path)
-    return Path(directory)
-
-
-def load(directory: str | Path, *, model: nn.Module) -> nn.Module:
-    """Load a saved result into a copy of its dense architecture; it stays compressed.
-
-    Args:
-        directory: that `save` or the command line wrote.
-        model: a skeleton: the dense architecture with any weights; untouched.
-
-    Returns:
-        The compressed model, with bit-identical outputs, in the mode of the skeleton.
-
-    Raises:
-        LoadError: missing or foreign file, or another architecture.
-    """
-    return saving.load_model(directory, model)
-
-
-def densify(directory: str | Path) -> dict[str, Tensor]:
-    """The state dict of the ordinary dense model that a saved result stands for.
-
-    Raises:
-        LoadError: missing or foreign file.
-    """
-    return saving.densify_state(directory)
-
-
-def save_dense(directory: str | Path, path: str | Path) -> None:
-    """Write `densify(directory)` to a file: `.safetensors`, or a state dict as `.pt` or `.pth`.
-
-    Raises:
-        LoadError: missing or foreign result.
-        SaveError: another suffix, or the file cannot be written.
-    """
-    saving.save_state(saving.densify_state(directory), Path(path))
-
-
-def write_report(report: CompressionReport, directory: Path) -> None:
-    """Write report.html, report.md and report.json, each atomically.
-
-    Raises:
-        SaveError: the directory cannot be written.
-    """
-    for suffix, text in (
-        ("html", report.to_html()),
-        ("md", report.to_markdown()),
-        ("json", report.to_json()),
-    ):
-        with saving.replacing(directory / f"report.{suffix}") as scratch:
-            scratch.write_text(text, encoding="utf-8")
-
-
-def with_files(report: CompressionReport, directory: Path) -> CompressionReport:
-    """The report with the bytes of the model files that lie in `directory`."""
-    names = (saving.CORES_FILE, saving.ONNX_FILE, saving.ONNX_DATA_FILE)
-    sizes = {
-        name: (directory / name).stat().st_size for name in names if (directory / name).exists()
-    }
-    return report.model_copy(update={"files": sizes})
 
 
 def _check_belongs(plan: Plan, inventory: Inventory) -> None:
@@ -710,27 +379,3 @@ def _naming(site: WeightSite) -> Iterator[None]:
         yield
     except MPOCompressError as error:
         raise type(error)(f"layer {site.label}: {error}") from error
-
-
-class Clock:
-    """Wall time by stage, in seconds."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Time the block as part of `stage`."""
-        start = time.perf_counter()
-        yield
-        self.add({stage: time.perf_counter() - start})
-
-    def add(self, seconds: Mapping[str, float]) -> None:
-        """Add times that were taken elsewhere, but for their total."""
-        for stage, taken in seconds.items():
-            if stage != "total":
-                self._seconds[stage] = self._seconds.get(stage, 0.0) + taken
-
-    def total(self) -> dict[str, float]:
-        """All stages, and "total"."""
-        return {**self._seconds, "total": sum(self._seconds.values())}

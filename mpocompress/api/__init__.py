@@ -1,0 +1,21 @@
+"""The Python API: thin functions that compose the rooms."""
+
+from mpocompress.api.compression import compress, plan
+from mpocompress.api.files import densify, load, save, save_dense, with_files, write_report
+from mpocompress.api.result import Clock, CompressionResult
+from mpocompress.api.tune import distill, sweep
+
+__all__ = [
+    "Clock",
+    "CompressionResult",
+    "compress",
+    "densify",
+    "distill",
+    "load",
+    "plan",
+    "save",
+    "save_dense",
+    "sweep",
+    "with_files",
+    "write_report",
+]

@@ -1,0 +1,243 @@
+"""Train a compressed model further: healing, and sweeps on the loss."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from mpocompress.api.data import calls_of
+from mpocompress.api.result import Clock, CompressionResult
+from mpocompress.errors import (
+    DataError,
+)
+from mpocompress.layers.gauges import plain_gauge
+from mpocompress.loading import Batch
+from mpocompress.planning import Progress
+from mpocompress.report.collect import remeasure
+from mpocompress.surgery import (
+    Inventory,
+    find_weights,
+)
+from mpocompress.tuning import (
+    Distillation,
+    DistillOptions,
+    DistillResult,
+    LocalOptions,
+    Loss,
+    LossSweepOptions,
+    LossSweepRecord,
+    distill_,
+    sweep_on_loss,
+)
+from mpocompress.tuning.distill_loss import OutputLoss
+from mpocompress.tuning.sweep_options import GradientPath, Optimizer
+
+
+def distill(
+    result: CompressionResult | nn.Module,
+    *,
+    reference: nn.Module,
+    data: Any,
+    steps: int = 500,
+    blockwise_steps: int = 0,
+    output_loss: OutputLoss = "auto",
+    hidden_weight: float = 1.0,
+    learning_rate: float | Literal["auto"] = "auto",
+    batch_size: int | None = None,
+    held_out: float = 0.1,
+    evaluate_every: int | None = None,
+    patience: int | None = 10,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    progress: Progress | None = None,
+) -> DistillResult:
+    """Heal a compressed model: train it, in place, to do what the dense model does.
+
+    All floating parameters that require gradients are trained, in evaluation mode, in float32 or
+    float64, with Adam, warm-up, a cosine and clipped gradients. The best weights on the held-out
+    part of the data are kept: there the model is never worse than before. A result's report is
+    brought up to date, so that what `save` writes is what is true of the healed weights.
+
+    Args:
+        result: from `compress`, or its model.
+        reference: the dense model; it is only read.
+        data: batches of forward arguments, without labels; held in memory.
+        steps: of the optimizer.
+        blockwise_steps: before these, steps in which each repeated block is trained by itself on
+            the inputs of the dense block; skipped where a model has no such blocks.
+        output_loss: "kl" (temperature 2), "mse" (relative), "cosine"; "auto" is "mse", plus "kl"
+            where the output may be logits.
+        hidden_weight: weight of the relative errors of the repeated blocks' outputs.
+        learning_rate: peak of the schedule; "auto" tries three in short runs of their own.
+        batch_size: rows of a minibatch; None takes batches of up to 128 rows as they come, and
+            cuts larger ones, or a single one, into 64.
+        held_out: share of the data that is never trained on.
+        evaluate_every: steps between evaluations; None for 25 in all.
+        patience: stop after so many evaluations that were not better; None: never.
+        seed: of the order and of the held-out part.
+        checkpoint: file to go on from if a run with the same arguments was interrupted.
+        progress: called as `progress(what, done, total)`.
+
+    Returns:
+        All evaluations, the losses before and after, and the learning rates.
+
+    Raises:
+        DataError: see `tuning.distill_`.
+        LoadError: a truncated checkpoint.
+        SaveError: the checkpoint cannot be written.
+    """
+    options = DistillOptions(
+        blockwise_steps=blockwise_steps,
+        output_loss=output_loss,
+        hidden_weight=hidden_weight,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        held_out=held_out,
+        evaluate_every=evaluate_every,
+        patience=patience,
+        seed=seed,
+    )
+    calls = calls_of(data, reference)
+    if isinstance(result, CompressionResult):
+        return heal(result, reference, calls, steps, options, checkpoint, progress, None)
+    return distill_(
+        result,
+        reference,
+        calls,
+        steps=steps,
+        options=options,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+
+
+def heal(
+    result: CompressionResult,
+    reference: nn.Module,
+    calls: Sequence[Batch],
+    steps: int,
+    options: DistillOptions,
+    checkpoint: str | Path | None,
+    progress: Progress | None,
+    inventory: Inventory | None,
+) -> DistillResult:
+    """Distill a result's model and bring its report up to date."""
+    clock = Clock()
+    clock.add(result.report.seconds)
+    with clock("distillation"):
+        found = distill_(
+            result.model,
+            reference,
+            calls,
+            steps=steps,
+            options=options,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+    report = remeasure(result.report, reference, inventory or find_weights(reference), result.model)
+    healing = {
+        "steps": steps,
+        "blockwise_steps": options.blockwise_steps,
+        "best_step": found.best_step,
+        "learning_rates": found.learning_rates,
+        "output_loss": options.output_loss,
+        "held_out_loss": {"before": found.start_loss, "after": found.end_loss},
+        "seed": options.seed,
+    }
+    update = {"settings": {**report.settings, "distill": healing}, "seconds": clock.total()}
+    # The model was trained in place, so its report changes in place, too.
+    object.__setattr__(result, "report", report.model_copy(update=update))
+    return found
+
+
+def sweep(
+    model: nn.Module | CompressionResult,
+    *,
+    reference: nn.Module | None = None,
+    data: Any,
+    loss: Loss | Literal["outputs", "logits"] = "outputs",
+    sweeps: int = 4,
+    sites: int = 1,
+    local_steps: int = 8,
+    optimizer: Optimizer = "adam",
+    learning_rate: float | None = None,
+    gradient: GradientPath = "manual",
+    bond_dim: int | None = None,
+    cutoff: float = 0.0,
+    eval_batches: int | None = 4,
+    train_dense: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+    state: str | Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[LossSweepRecord, ...]:
+    """Tune a compressed model by sweeps on the loss, in place: one core at a time, all else frozen.
+
+    Args:
+        model: with MPO layers, or the result of `compress`, whose model is changed; its report goes
+            on to describe the model as `compress` left it.
+        reference: the dense model whose outputs are the target; not needed with a `loss` of yours.
+        data: batches of forward arguments; a gradient step takes one.
+        loss: "outputs" (normalized squared error of all outputs), "logits" (Kullback-Leibler
+            divergence of class probabilities), or a function `loss(model, batch)` that gives a
+            scalar, where `batch` has `args`, `kwargs` and `labels`.
+        sweeps: passes over the sites of every layer, to the right and to the left in turn.
+        sites: 1, or 2 for merged neighbours that are split again, so that bond dimensions change.
+        local_steps: gradient steps at each position.
+        optimizer: "adam", "sgd" or "lbfgs", of each open core anew.
+        learning_rate: relative to the size of the open core, see `tuning.LocalOptions`.
+        gradient: "manual", contracted by hand, or "autograd"; the results agree.
+        bond_dim: for two sites, the largest bond dimension; default: the layer's largest now, or no
+            limit with a cutoff.
+        cutoff: for two sites, the largest truncation error of a split.
+        eval_batches: so many batches, chosen by the seed, judge every update; None for all. On them
+            the loss does not rise: an update that would raise it is rolled back.
+        train_dense: train all other parameters along.
+        include: patterns of layer names; default: all MPO layers.
+        exclude: likewise; they win.
+        seed: of the order of the batches.
+        state: file to write after each layer and to go on from if it exists.
+        progress: called as `progress(layer, done, total)`.
+
+    Returns:
+        One record for each sweep along a layer.
+
+    Raises:
+        NoLayerMatched: no MPO layer, or patterns that match none.
+        DataError: no data, no reference, or an impossible option.
+        MPOCompressError: see `tuning.sweep_on_loss`.
+    """
+    target = model.model if isinstance(model, CompressionResult) else model
+    options = LossSweepOptions(
+        sweeps=sweeps,
+        sites=sites,
+        local=LocalOptions(
+            steps=local_steps, optimizer=optimizer, learning_rate=learning_rate, gradient=gradient
+        ),
+        bond_dim=bond_dim,
+        cutoff=cutoff,
+        eval_batches=eval_batches,
+        train_dense=train_dense,
+        seed=seed,
+    )
+    calls = calls_of(data, target)
+    if not callable(loss):
+        if reference is None:
+            raise DataError(
+                f"loss {loss!r} is a distance to a dense model. Give it as reference=..., or a "
+                "function loss(model, batch)."
+            )
+        loss = Distillation(reference, calls, kind=loss)
+    with plain_gauge(target):
+        return sweep_on_loss(
+            target,
+            loss,
+            calls,
+            options=options,
+            include=include,
+            exclude=exclude,
+            state=None if state is None else Path(state),
+            progress=progress,
+        )
