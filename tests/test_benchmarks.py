@@ -121,3 +121,46 @@ def test_claims_are_judged_by_the_numbers(decomposition, capsys, seconds_of_tens
     assert (claim["speedup_held"], claim["error_held"]) == held
     decomposition.print_claims([claim])
     assert ("DID NOT HOLD" in capsys.readouterr().out) == (held != (True, True))
+
+
+def test_sentences_are_read_split_and_compared(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    sentences = importlib.import_module("sentences")
+    long = [
+        f"sentence number {k} is long enough to be read, with its\nline folded" for k in range(9)
+    ]
+    (tmp_path / "topic").write_text("\n%\n".join([*long, long[0], "too short"]), encoding="utf-8")
+    (tmp_path / "topic.dat").write_bytes(b"\0" * 80)
+    found = sentences.read_sentences(tmp_path)
+    assert found == [" ".join(text.split()) for text in long]
+    first, second = sentences.split_sentences(found, [4, 5], seed=1)
+    assert sorted(first + second) == sorted(found)
+    assert sentences.split_sentences(found, [4, 5], seed=1) == [first, second]
+    with pytest.raises(SystemExit, match="20 sentences are needed, there are 9"):
+        sentences.split_sentences(found, [20], seed=1)
+    with pytest.raises(SystemExit, match="install the fortunes package"):
+        sentences.read_sentences(tmp_path / "none")
+    dense = torch.nn.functional.normalize(torch.randn(30, 8), dim=1)
+    assert sentences.fidelity(dense, dense) == pytest.approx((1.0, 1.0))
+    turned = dense @ torch.linalg.qr(torch.randn(8, 8)).Q  # all similarities stay
+    cosine, spearman = sentences.fidelity(turned, dense)
+    assert cosine < 0.99
+    assert spearman == pytest.approx(1.0, abs=TOL[torch.float32]["apply"]["atol"])
+
+
+def test_quantized_twin_has_the_bytes_and_the_error_of_its_bits(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    quality = importlib.import_module("minilm_quality")
+    model = torch.nn.Sequential()
+    model.add_module("encoder", torch.nn.Sequential(torch.nn.Linear(64, 32)))
+    for bits, block, ratio in ((8, None, 32 * 64 * 4 / (32 * 64 + 32 * 4)), (4, 32, 64 / 9)):
+        result, reached = quality.quantized(model, bits, block)
+        assert reached == pytest.approx(ratio)
+        weight, rounded = model.encoder[0].weight, result.encoder[0].weight
+        step = weight.abs().max() / (2 ** (bits - 1) - 1)
+        assert (
+            0
+            < float((weight - rounded).abs().max())
+            <= float(step) / 2 * (1 + TOL[torch.float32]["dense"]["rtol"])
+        )
+        assert rounded is not weight

@@ -356,3 +356,35 @@ def test_module_form_runs(here):
         [sys.executable, "-m", "mpocompress", "--version"], capture_output=True, text=True
     )
     assert done.stdout.startswith("mpocompress ")
+
+
+@pytest.mark.onnx
+def test_ratio_is_a_ceiling_for_what_is_written(here, capsys):
+    rows = np.random.default_rng(0).standard_normal((40, 48)).astype(np.float32)
+    np.savez(here / "data.npz", input=rows)
+    for name, options in {"plain": (), "fitted": ("--data", "data.npz")}.items():
+        given = ("model.pt", "--ratio", "3", "--of", "layers", "-o", name, *options)
+        code, _, err = run(capsys, *given)
+        assert (code, err) == (0, "")
+        report = mpo.CompressionReport.load(here / name)
+        assert 3 <= report.totals.parameters.layers.ratio < 3.3
+        assert report.settings["ratio"] == 3
+    code, out, _ = run(capsys, "model.pt", "--ratio", "3", "--dry-run", "--data", "data.npz")
+    assert code == 0
+    assert "ratio of 3 of the model" in " ".join(out.split())
+
+
+def test_impossible_ratio_exits_3_and_leaves_nothing(here, capsys):
+    code, _, err = run(capsys, "model.pt", "--ratio", "1000")
+    assert code == 3
+    assert re.search(r"ratio of 1000 of the model cannot be met: .* it is \d", err)
+    assert [path.name for path in here.iterdir()] == ["model.pt"]
+
+
+def test_bond_dim_or_ratio(here, capsys):
+    for options in ((), ("--ratio", "2", "--bond-dim", "8")):
+        code, _, err = run(capsys, "model.pt", *options)
+        assert code == 2
+        assert "--bond-dim and --ratio" in err
+    assert run(capsys, "model.pt", "--ratio", "0.5")[0] == 2
+    assert run(capsys, "model.pt", "--ratio", "2", "--of", "bytes")[0] == 2
