@@ -248,7 +248,7 @@ def test_products_that_overflow_are_our_error():
 def test_range_finder_is_for_large_matrices_and_small_ranks(monkeypatch, shape, rank, randomized):
     taken = []
 
-    def recorded(matrix, wanted, generator):
+    def recorded(matrix, wanted, generator, total):
         taken.append(wanted)
         return linalg.LeadingSVD(matrix[:, :1], matrix[0, :1], matrix[:1], 1.0, 0.0)
 
@@ -260,7 +260,7 @@ def test_range_finder_is_for_large_matrices_and_small_ranks(monkeypatch, shape, 
 
 @pytest.mark.parametrize("shape", [(800, 780), (780, 800)])
 def test_no_convergence_falls_back_to_the_full_svd(monkeypatch, shape):
-    monkeypatch.setattr(linalg, "_MAX_PRODUCTS", 1)
+    monkeypatch.setattr(linalg, "_CONVERGED", -1.0)
     matrix = gaussian(*shape, dtype=torch.float32)
     found = linalg.leading_svd(matrix, 16)
     assert len(found.values_R) == 780

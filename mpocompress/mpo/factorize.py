@@ -97,7 +97,8 @@ def sequential_svd(
     left_bond = 1
     for (out, in_), limit in zip(layout.pairs, limits, strict=False):
         theta_XY = rest.reshape(left_bond * out * in_, -1)
-        found = linalg.leading_svd(theta_XY, limit.bond_dim, generator)
+        known = None if cores else weight
+        found = linalg.leading_svd(theta_XY, limit.bond_dim, generator, weight=known)
         cut = choose_bond_dim(
             found.values_R, limit, rank_tolerance=tolerance, total_weight=found.total_weight
         )

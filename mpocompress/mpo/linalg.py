@@ -17,7 +17,7 @@ _RANDOMIZED_FROM = 768
 _DOUBLE_UP_TO = 1 << 21
 _RANDOMIZED_FRACTION = 0.2
 _OVERSAMPLING = 0.25  # of the rank, at least 16: flat spectra converge slowly without it
-_MIN_PRODUCTS, _MAX_PRODUCTS = 4, 24
+_MIN_PRODUCTS = 3  # besides the first, that with the test matrix
 # Entries whose float64 copy stays in the cache. A copy that does not took ten times as long at
 # 4096x4096, a third of the time of the whole decomposition.
 _IN_CACHE = 1 << 17
@@ -26,11 +26,10 @@ _ROWS_AT_ONCE = 512  # of a residual: no second copy of the matrix
 DOMINANCE = 1.2
 # Every swap raises the volume, so they end; only rounding could go on for ever.
 _SWAPS_PER_COLUMN = 20
-# Stop once two more products, with A and A^T, lower the squared error by less than this share of
-# itself. The error is then at most 1.003 times the least one for flat spectra, the worst case, and
-# below 1.001 for falling ones (measured at 1024 and 4096). Fewer than four products may stop at the
-# noise of float32 instead (a plateau of large values before a small tail).
-_CONVERGED = 2e-3
+# Stop once another product with A or A^T lowers the squared error by less than this share of it.
+# The error is then at most 1.005 times the least one for flat spectra, the worst case, and below
+# 1.001 for falling ones (measured at 1024 and 4096).
+_CONVERGED = 3e-3
 
 
 class LeadingSVD(NamedTuple):
@@ -170,7 +169,11 @@ def fix_signs(left_MK: Tensor, values_K: Tensor, right_KN: Tensor) -> tuple[Tens
 
 
 def leading_svd(
-    matrix_MN: Tensor, rank: int | None, generator: torch.Generator | None = None
+    matrix_MN: Tensor,
+    rank: int | None,
+    generator: torch.Generator | None = None,
+    *,
+    weight: float | None = None,
 ) -> LeadingSVD:
     """At least the `rank` leading singular triplets, by whichever way is cheaper.
 
@@ -182,9 +185,11 @@ def leading_svd(
         rank: triplets needed; None for all.
         generator: source of the test matrix; default: a generator with a fixed seed, so that equal
             matrices give equal results.
+        weight: `weight_of` the matrix, if it is known.
     """
     if rank is not None and _pays(matrix_MN, rank):
-        found = _randomized_svd(matrix_MN, rank, generator)
+        total = weight_of(matrix_MN) if weight is None else weight
+        found = _randomized_svd(matrix_MN, rank, generator, total)
         if found is not None:
             return found
     left_MK, values_K, right_KN = svd(matrix_MN)
@@ -197,23 +202,29 @@ def _pays(matrix_MN: Tensor, rank: int) -> bool:
 
 
 def _randomized_svd(
-    matrix_MN: Tensor, rank: int, generator: torch.Generator | None
+    matrix_MN: Tensor, rank: int, generator: torch.Generator | None, total: float
 ) -> LeadingSVD | None:
-    """Randomized subspace iteration with a Rayleigh-Ritz step and an a-posteriori check.
+    """Randomized block Krylov iteration with a Rayleigh-Ritz step and an a-posteriori check.
 
-    With Q orthonormal and B = A Q, the error of the best rank-R part of B Q^T is exactly
-    ||A||^2 - sum_{i <= R} s_i(B)^2: it is measured, not estimated. What cannot be known without the
-    full spectrum is how far the optimum is; the Ritz values s_i(B) rise monotonically with every
-    product, so the check is that another one no longer lowers the error. None if it still does.
+    Block Golub-Kahan bidiagonalization: blocks of orthonormal U and V with U^T A V = B known from
+    the products themselves. After a product with A^T, U^T A = B V^T exactly; after one with A,
+    A V = U B. The error of the best rank-R part of what is covered is ||A||^2 - sum_{i <= R}
+    s_i(B)^2: it is measured, not estimated. What cannot be known without the full spectrum is how
+    far the optimum is; the s_i(B) rise with every product, so the check is that more products no
+    longer lower the error. None if the blocks fill the matrix before that.
 
-    Source: Halko, Martinsson, Tropp, SIAM Review 53 (2011) 217, algorithms 4.4 and 5.1.
+    Keeping all blocks costs little beside a product, and takes half the products that subspace
+    iteration needs for flat spectra.
+
+    Source: Musco, Musco, NeurIPS 28 (2015) 1396; Halko, Martinsson, Tropp, SIAM Review 53 (2011)
+    217, algorithm 5.1.
     """
     if matrix_MN.shape[0] < matrix_MN.shape[1]:
-        found = _randomized_svd(matrix_MN.mT, rank, generator)
+        found = _randomized_svd(matrix_MN.mT, rank, generator, total)
         if found is None:
             return None
-        left_NR, values_R, right_RM, total, residual = found
-        return LeadingSVD(*fix_signs(right_RM.mT, values_R, left_NR.mT), total, residual)
+        left_NR, values_R, right_RM, covered, residual = found
+        return LeadingSVD(*fix_signs(right_RM.mT, values_R, left_NR.mT), covered, residual)
     if generator is None:
         generator = torch.Generator(device=matrix_MN.device).manual_seed(0)
     width = min(rank + max(16, int(_OVERSAMPLING * rank)), *matrix_MN.shape)
@@ -223,45 +234,71 @@ def _randomized_svd(
         device=matrix_MN.device,
         dtype=matrix_MN.dtype,
     )
-    total = weight_of(matrix_MN)
     # Below this share of the total weight, rounding hides a change of the error.
     noise = total * 10 * torch.finfo(matrix_MN.dtype).eps
-    q_MK = torch.linalg.qr(matrix_MN @ test_NK).Q
-    q_NK = test_NK
+    left_MU = torch.linalg.qr(matrix_MN @ test_NK).Q
+    right_NV = matrix_MN.new_empty(matrix_MN.shape[1], 0)
+    middle_UV = matrix_MN.new_empty(width, 0)  # B
     errors: list[float] = []
-    for step in range(_MAX_PRODUCTS):
-        # A and A^T in turn, each with a QR, which keeps small singular values from drowning. What
-        # is known of A is then q_MK core_KK q_NK^T, so every product gives Ritz values.
-        if step % 2 == 0:
-            q_NK, core_KK = torch.linalg.qr(matrix_MN.mT @ q_MK)
-            core_KK = core_KK.mT
+    while True:
+        if left_MU.shape[1] > right_NV.shape[1]:
+            product_NK = matrix_MN.mT @ left_MU[:, -width:]
+            new_NK, known_VK, carry_KK = _orthogonalized(product_NK, right_NV)
+            right_NV = torch.cat([right_NV, new_NK], 1)
+            rows = middle_UV.shape[0] - width
+            row_KV = torch.cat([known_VK.mT, carry_KK.mT], 1)
+            padded_UV = torch.nn.functional.pad(middle_UV[:rows], (0, width))
+            middle_UV = torch.cat([padded_UV, row_KV])
         else:
-            q_MK, core_KK = torch.linalg.qr(matrix_MN @ q_NK)
-        if not bool(torch.isfinite(core_KK).all()):
+            product_MK = matrix_MN @ right_NV[:, -width:]
+            new_MK, known_UK, carry_KK = _orthogonalized(product_MK, left_MU)
+            left_MU = torch.cat([left_MU, new_MK], 1)
+            columns = middle_UV.shape[1] - width
+            column_UK = torch.cat([known_UK, carry_KK])
+            padded_UV = torch.nn.functional.pad(middle_UV[:, :columns], (0, 0, 0, width))
+            middle_UV = torch.cat([padded_UV, column_UK], 1)
+        if not bool(torch.isfinite(middle_UV).all()):
             raise DecompositionError(
                 f"products of a matrix of shape {tuple(matrix_MN.shape)} are not finite. Check it "
                 "for NaN, Inf and entries near the largest float."
             )
-        ritz_K = svd_values(core_KK).double()
-        error = total - float((ritz_K[:rank] ** 2).sum())
+        ritz = svd_values(middle_UV).double()
+        error = total - float((ritz[:rank] ** 2).sum())
         errors.append(error)
-        if step >= _MIN_PRODUCTS - 1 and errors[-3] - error <= _CONVERGED * max(error, 0.0) + noise:
+        enough = _CONVERGED * max(error, 0.0) + noise
+        if len(errors) >= _MIN_PRODUCTS and errors[-2] - error <= enough:
             break
-    else:
-        return None
-    left_KK, values_K, right_KK = svd(core_KK)
-    left_MK, right_KN = q_MK @ left_KK, right_KK @ q_NK.mT
-    residual = total - weight_of(values_K)
-    if residual < 1e-2 * total:  # the difference of two large numbers: measure it directly instead
+        if max(middle_UV.shape) + width > matrix_MN.shape[1]:
+            return None
+    left_UR, values_R, right_RV = svd(middle_UV)
+    left_MR = left_MU @ left_UR[:, :width]
+    values_R, right_RN = values_R[:width], right_RV[:width] @ right_NV.mT
+    residual = total - weight_of(values_R)
+    if residual < 1e-3 * total:  # the difference of two large numbers: measure it directly instead
         residual = sum(
-            weight_of(torch.addmm(rows_mN, left_mK * values_K, right_KN, alpha=-1))
-            for rows_mN, left_mK in zip(
-                matrix_MN.split(_ROWS_AT_ONCE), left_MK.split(_ROWS_AT_ONCE), strict=True
+            weight_of(torch.addmm(rows_mN, left_mR * values_R, right_RN, alpha=-1))
+            for rows_mN, left_mR in zip(
+                matrix_MN.split(_ROWS_AT_ONCE), left_MR.split(_ROWS_AT_ONCE), strict=True
             )
         )
-    left_MK, values_K, right_KN = fix_signs(left_MK, values_K, right_KN)
+    left_MR, values_R, right_RN = fix_signs(left_MR, values_R, right_RN)
     residual = max(residual, 0.0)
-    return LeadingSVD(left_MK, values_K, right_KN, weight_of(values_K) + residual, residual)
+    return LeadingSVD(left_MR, values_R, right_RN, weight_of(values_R) + residual, residual)
+
+
+def _orthogonalized(block_MK: Tensor, basis_MU: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Q (M, K), X (U, K) and R (K, K) with block = basis X + Q R, Q orthogonal to the basis.
+
+    Twice, for a block that nearly lies in the basis leaves little but rounding, and the QR of that
+    points anywhere.
+    """
+    known_UK = basis_MU.mT @ block_MK
+    q_MK, r_KK = torch.linalg.qr(block_MK - basis_MU @ known_UK)
+    if basis_MU.shape[1] == 0:
+        return q_MK, known_UK, r_KK
+    again_UK = basis_MU.mT @ q_MK
+    q_MK, more_KK = torch.linalg.qr(q_MK - basis_MU @ again_UK)
+    return q_MK, known_UK + again_UK @ r_KK, more_KK @ r_KK
 
 
 def leading_weight(matrix_MN: Tensor, rank: int) -> tuple[float, float]:
@@ -272,7 +309,7 @@ def leading_weight(matrix_MN: Tensor, rank: int) -> tuple[float, float]:
     """
     check_finite(matrix_MN)
     if _pays(matrix_MN, rank):
-        found = _randomized_svd(matrix_MN, rank, None)
+        found = _randomized_svd(matrix_MN, rank, None, weight_of(matrix_MN))
         if found is not None:
             return weight_of(found.values_R[:rank]), found.total_weight
     values_K = svd_values(matrix_MN)
