@@ -348,3 +348,21 @@ def test_sweep_on_the_loss_keeps_the_gauge():
     assert records[-1].loss_after < records[0].loss_before
     assert result.model[0].gauge == "identity"
     assert float((result.model(x) - dense(x)).detach().norm()) < before
+
+
+def test_healing_trains_the_free_numbers_and_the_report_stays_true(tmp_path):
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 32)).eval()
+    data = list(torch.randn(256, 32).split(32))
+    result = mpo.compress(
+        dense, ratio=2, of="layers", layout="svd", gauge="identity", data=data, distill=40
+    )
+    assert [layer.gauge for layer in (result.model[0], result.model[2])] == ["identity"] * 2
+    totals = result.report.totals.parameters
+    assert totals.layers.ratio >= 2
+    assert totals.model.compressed == sum(p.numel() for p in result.model.parameters())
+    losses = result.report.settings["distill"]["held_out_loss"]
+    assert losses["after"] < losses["before"]
+    mpo.save(result, tmp_path / "out")
+    again = mpo.load(tmp_path / "out", model=dense)
+    assert torch.equal(again(data[0]), result.model(data[0]))
