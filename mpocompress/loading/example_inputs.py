@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mpocompress.errors import DataError
 from mpocompress.layers import MPOLinear
+from mpocompress.layers.modes import evaluation_mode
 from mpocompress.loading.batches import Batches
 from mpocompress.loading.huggingface import import_transformers, quiet_transformers
 from mpocompress.loading.source import Source
@@ -142,15 +143,9 @@ def example_inputs(
 @contextmanager
 def _evaluation(module: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients and warnings; afterwards every part is as it was."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
+    with evaluation_mode(module), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _verified(

@@ -6,8 +6,7 @@ weights are kept.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from mpocompress.errors import DataError
 from mpocompress.layers.balance import balance_cores_
+from mpocompress.layers.modes import evaluation_mode
 from mpocompress.tuning.blocks import can_replay, find_blocks, record_calls
 from mpocompress.tuning.distill_loss import (
     Distance,
@@ -167,7 +167,7 @@ def distill_(
         "rows of data": data.rows,
         "the SHA-256 of the start": fingerprint(start),
     }
-    with evaluation(model), evaluation(reference), torch.enable_grad():
+    with evaluation_mode(model), evaluation_mode(reference), torch.enable_grad():
         try:
             balance_cores_(model)
             whole = Distance(model, reference, blocks, options.output_loss, options.hidden_weight)
@@ -441,15 +441,3 @@ def _check_blocks(reference: nn.Module, blocks: Sequence[str]) -> None:
             f"the reference has no module {missing!r}, which the compressed model has. Give the "
             "dense model that was compressed."
         )
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the block; every module's own mode is restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

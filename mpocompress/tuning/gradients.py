@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mpocompress.errors import DataError
+from mpocompress.layers.modes import evaluation_mode
 from mpocompress.tuning.lockstep import Call
 from mpocompress.tuning.moments import CrossMoment, keep_mask, real_rows
 
@@ -125,14 +126,11 @@ def _random_projection(outputs: Any, keep: Tensor | None, generator: torch.Gener
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no gradients of parameters; both restored."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield
+        with evaluation_mode(model):
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode

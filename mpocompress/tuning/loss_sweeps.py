@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import DataError, LoadError, NoLayerMatched
+from mpocompress.layers.modes import evaluation_mode
 from mpocompress.mpo.core_gradient import OpenCore
 from mpocompress.mpo.truncate import Truncation
 from mpocompress.surgery.match import select
@@ -114,15 +115,14 @@ def _prepared(
     model: nn.Module, chains: Sequence[Chain], dense: dict[str, nn.Parameter]
 ) -> Iterator[None]:
     """Evaluation mode; gradients of dense parameters at most. All is restored."""
-    modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     core_flags = [[core.requires_grad for core in chain.layers[0].cores] for chain in chains]
     trained = {id(parameter) for parameter in dense.values()}
     try:
-        model.eval()
-        for parameter, _ in flags:
-            parameter.requires_grad_(id(parameter) in trained)
-        yield
+        with evaluation_mode(model):
+            for parameter, _ in flags:
+                parameter.requires_grad_(id(parameter) in trained)
+            yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
@@ -130,8 +130,6 @@ def _prepared(
         for chain, own in zip(chains, core_flags, strict=True):
             for core, flag in zip(chain.layers[0].cores, own, strict=True):
                 core.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
 
 
 class _Run:

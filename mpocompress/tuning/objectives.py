@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mpocompress.errors import DataError
+from mpocompress.layers.modes import evaluation_mode
 from mpocompress.tuning.lockstep import Call
 from mpocompress.tuning.moments import keep_mask, real_rows
 
@@ -43,17 +44,11 @@ class Distillation:
             )
         self._kind = kind
         self._targets: dict[int, tuple[Call, list[Tensor]]] = {}
-        modes = [(module, module.training) for module in reference.modules()]
-        try:
-            reference.eval()
-            with torch.no_grad():
-                for call in calls:
-                    # A copy: the model may go on to write into what it returned.
-                    rows = [rows.clone() for rows in self._rows(reference, call)]
-                    self._targets[id(call)] = (call, rows)
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with evaluation_mode(reference), torch.no_grad():
+            for call in calls:
+                # A copy: the model may go on to write into what it returned.
+                rows = [rows.clone() for rows in self._rows(reference, call)]
+                self._targets[id(call)] = (call, rows)
 
     def __call__(self, model: nn.Module, call: Call) -> Tensor:
         """The loss on one of the batches, a scalar."""

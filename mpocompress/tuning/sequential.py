@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import DataError, MPOCompressError
+from mpocompress.layers.modes import evaluation_mode
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.contract import apply_cores
 from mpocompress.mpo.fit import fit
@@ -129,7 +130,7 @@ def fit_in_sequence(
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     shared = {parameter for parameter, count in uses.items() if count > 1}
     collector = _Collector([keep_mask(call.kwargs) for call in calls])
-    with _evaluation(model), stopping_layers(list(by_module), compute), _abandoning(pairs):
+    with evaluation_mode(model), stopping_layers(list(by_module), compute), _abandoning(pairs):
         for pair in pairs:
             for runner in pair:
                 runner.start()
@@ -431,14 +432,3 @@ def _abandoning(pairs: Sequence[Pair]) -> Iterator[None]:
         for pair in pairs:
             for runner in pair:
                 runner.abandon()
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
