@@ -6,7 +6,7 @@ Work is done in float32 or wider. Signs are fixed, so that equal matrices give e
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, constant_pad_nd
 
 from mpocompress.errors import DecompositionError
 
@@ -250,7 +250,7 @@ def _randomized_svd(
             right_NV = torch.cat([right_NV, new_NK], 1)
             rows = middle_UV.shape[0] - width
             row_KV = torch.cat([known_VK.mT, carry_KK.mT], 1)
-            padded_UV = torch.nn.functional.pad(middle_UV[:rows], (0, width))
+            padded_UV = constant_pad_nd(middle_UV[:rows], (0, width))
             middle_UV = torch.cat([padded_UV, row_KV])
         else:
             product_MK = matrix_MN @ right_NV[:, -width:]
@@ -258,7 +258,7 @@ def _randomized_svd(
             left_MU = torch.cat([left_MU, new_MK], 1)
             columns = middle_UV.shape[1] - width
             column_UK = torch.cat([known_UK, carry_KK])
-            padded_UV = torch.nn.functional.pad(middle_UV[:, :columns], (0, 0, 0, width))
+            padded_UV = constant_pad_nd(middle_UV[:, :columns], (0, 0, 0, width))
             middle_UV = torch.cat([padded_UV, column_UK], 1)
         if not bool(torch.isfinite(middle_UV).all()):
             raise DecompositionError(
