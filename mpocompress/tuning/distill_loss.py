@@ -10,11 +10,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from mpocompress.errors import DataError
 from mpocompress.tuning.blocks import watched_outputs
-from mpocompress.tuning.lockstep import Call
+from mpocompress.tuning.lockstep import Call, floating_outputs
 from mpocompress.tuning.moments import keep_mask, real_rows
 
 OutputLoss = Literal["auto", "kl", "mse", "cosine"]
@@ -67,7 +66,7 @@ def output_loss(ours: Any, dense: Any, keep: Tensor | None, kind: OutputLoss = "
     if getattr(dense, "logits", None) is not None:
         pairs = [(ours.logits, dense.logits)]
     else:
-        our_leaves, leaves = _floating(ours), _floating(dense)
+        our_leaves, leaves = floating_outputs(ours), floating_outputs(dense)
         if len(our_leaves) != len(leaves) or not leaves:
             raise DataError(
                 f"the compressed model has {len(our_leaves)} floating outputs and the reference "
@@ -146,17 +145,12 @@ def _logits(output: Any, asked_for: bool) -> Tensor | None:
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits if logits.shape[-1] >= 2 else None
-    leaves = _floating(output)
+    leaves = floating_outputs(output)
     if len(leaves) != 1 or leaves[0].ndim < 2 or leaves[0].shape[-1] < 2:
         return None
     if asked_for or (leaves[0].ndim == 2 and leaves[0].shape[-1] <= MAX_CLASSES):
         return leaves[0]
     return None
-
-
-def _floating(output: Any) -> list[Tensor]:
-    leaves = pytree.tree_leaves(output)
-    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def _rows(ours: Tensor, dense: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:

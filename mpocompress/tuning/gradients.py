@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from mpocompress.errors import DataError
 from mpocompress.layers.modes import evaluation_mode
-from mpocompress.tuning.lockstep import Call
+from mpocompress.tuning.lockstep import Call, floating_outputs
 from mpocompress.tuning.moments import CrossMoment, keep_mask, real_rows
 
 # A moment of so many outputs takes half a GB; larger ones (a vocabulary) are not collected.
@@ -110,9 +109,7 @@ def layer_moments(
 def _random_projection(outputs: Any, keep: Tensor | None, generator: torch.Generator) -> Tensor:
     """Sum of v * f over all floating outputs, v standard normal."""
     total: Tensor | None = None
-    for output in pytree.tree_leaves(outputs):
-        if not (isinstance(output, Tensor) and output.is_floating_point()):
-            continue
+    for output in floating_outputs(outputs):
         rows = real_rows(output, keep) if output.ndim >= 2 else output.reshape(-1, 1)
         directions = torch.randn(rows.shape, generator=generator, dtype=torch.float32)
         term = (rows * directions.to(rows)).sum()

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpocompress.errors import DataError
@@ -217,6 +218,12 @@ class OperationRecorder(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         self.note(output)
         return output
+
+
+def floating_outputs(outputs: Any) -> list[Tensor]:
+    """All floating tensors in what a model returned, in the order of its structure."""
+    leaves = pytree.tree_leaves(outputs)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def main_output(output: Any) -> Tensor | None:

@@ -5,11 +5,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from mpocompress.errors import DataError
 from mpocompress.layers.modes import evaluation_mode
-from mpocompress.tuning.lockstep import Call
+from mpocompress.tuning.lockstep import Call, floating_outputs
 from mpocompress.tuning.moments import keep_mask, real_rows
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -68,11 +67,7 @@ class Distillation:
     def _rows(self, model: nn.Module, call: Call) -> Iterator[Tensor]:
         keep = keep_mask(call.kwargs)
         outputs = model(*call.args, **call.kwargs)
-        floating = [
-            output
-            for output in pytree.tree_leaves(outputs)
-            if isinstance(output, Tensor) and output.is_floating_point()
-        ]
+        floating = floating_outputs(outputs)
         if self._kind == "logits":
             logits = getattr(outputs, "logits", None)
             floating = [logits] if isinstance(logits, Tensor) else floating
