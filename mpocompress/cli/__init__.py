@@ -1,0 +1,47 @@
+"""The command line: parse, call the library, print, map errors to exit codes.
+
+Everything heavy is imported inside the commands, so that `--help` answers at once. A command is a
+function that registers with `app`; the order in which its modules are imported is that of the help.
+"""
+
+import json
+import os
+import sys
+
+import typer
+
+from mpocompress.cli.app import app
+from mpocompress.cli.compression import compress
+from mpocompress.cli.inspection import inspect
+from mpocompress.cli.results import densify, report
+from mpocompress.errors import LoadError, MPOCompressError
+
+__all__ = ["app", "compress", "densify", "inspect", "main", "report"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: run a command, print our errors in a line or two, exit with their code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {
+        command.callback.__name__ for command in app.registered_commands if command.callback
+    }
+    if arguments and arguments[0] not in commands | {"--help", "-h", "--version"}:
+        arguments.insert(0, "compress")
+    try:
+        app(args=arguments, prog_name="mpocompress")
+    except MPOCompressError as error:
+        _fail(error, error.exit_code, "--json" in arguments)
+    except Exception as error:
+        if os.environ.get("MPOCOMPRESS_TRACEBACK"):
+            raise
+        text = f"unexpected {type(error).__name__}: {error}"
+        hint = "Set MPOCOMPRESS_TRACEBACK=1 to see where, and please report it."
+        _fail(LoadError(f"{text}. {hint}"), 1, "--json" in arguments)
+
+
+def _fail(error: MPOCompressError, code: int, as_json: bool) -> None:
+    if as_json:
+        what = {"type": type(error).__name__, "message": str(error), "exit_code": code}
+        typer.echo(json.dumps({"error": what}))
+    typer.echo(f"mpocompress: {error}", err=True)
+    raise SystemExit(code)

@@ -1,0 +1,85 @@
+"""The commands on what `compress` has written: `report` and `densify`; and its table."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mpocompress.cli.app import app
+from mpocompress.cli.options import ForceOption, JsonOption, ResultArgument
+from mpocompress.cli.terminal import listed, number, print_table
+from mpocompress.errors import OutputExistsError
+
+if TYPE_CHECKING:
+    from mpocompress.report import CompressionReport
+
+
+@app.command()
+def report(directory: ResultArgument, as_json: JsonOption = False) -> None:
+    """Redraw the report of a result from its report.json."""
+    from mpocompress.api import write_report
+    from mpocompress.report import CompressionReport
+
+    found = CompressionReport.load(directory)
+    write_report(found, directory if directory.is_dir() else directory.parent)
+    if as_json:
+        typer.echo(found.to_json(), nl=False)
+    else:
+        show_report(found, directory)
+
+
+@app.command()
+def densify(
+    directory: ResultArgument,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="A .safetensors or .pt file. Default: DIR's name-dense.safetensors.",
+        ),
+    ] = None,
+    force: ForceOption = False,
+) -> None:
+    """Turn a result back into an ordinary dense checkpoint."""
+    from mpocompress.api import save_dense
+
+    target = output or Path(f"{directory.resolve().name}-dense.safetensors")
+    if target.exists() and not force:
+        raise OutputExistsError(f"{str(target)!r} exists. Use --force to replace it.")
+    save_dense(directory, target)
+    typer.echo(f"{target}  {target.stat().st_size} bytes")
+
+
+def show_report(report: "CompressionReport", directory: Path) -> None:
+    """Print the compressed layers, the totals, the parity and the files."""
+    rows = []
+    for layer in report.compressed_layers:
+        rows.append(
+            [
+                layer.name,
+                "x".join(map(str, layer.shape)),
+                ",".join(f"{out}x{in_}" for out, in_ in layer.layout or []),
+                listed(layer.bond_dims or ()),
+                f"{layer.parameters.dense}",
+                f"{layer.parameters.compressed}",
+                f"{layer.parameters.ratio:.2f}",
+                number(layer.relative_weight_error),
+            ]
+        )
+    columns = ["layer", "out x in", "layout", "bond dims", "dense", "MPO", "ratio", "weight error"]
+    print_table(f"{report.source.name}: {len(rows)} layers compressed", columns, rows)
+    totals = report.totals.parameters
+    typer.echo(
+        f"parameters: model {totals.model.dense} -> {totals.model.compressed} "
+        f"({totals.model.ratio:.2f}x), compressed layers {totals.layers.ratio:.2f}x"
+    )
+    if report.parity is not None:
+        typer.echo(
+            f"ONNX Runtime agrees with PyTorch to {report.parity.max_abs_difference:.1e} "
+            f"at batch sizes {listed(report.parity.batch_sizes)}"
+        )
+    for name, size in report.files.items():
+        typer.echo(f"{directory / name}  {size} bytes")
+    typer.echo(f"{directory / 'report.html'}")
