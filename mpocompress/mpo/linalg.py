@@ -3,6 +3,7 @@
 Work is done in float32 or wider. Signs are fixed, so that equal matrices give equal factors.
 """
 
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,12 @@ _RANDOMIZED_FROM = 768
 # Entries up to which a decomposition in float64 costs at most seconds more than in float32.
 _DOUBLE_UP_TO = 1 << 21
 _RANDOMIZED_FRACTION = 0.2
-_OVERSAMPLING = 0.25  # of the rank, at least 16: flat spectra converge slowly without it
-_MIN_PRODUCTS = 3  # besides the first, that with the test matrix
+# Columns of a block beyond the rank, of the rank and at least. A block must not be narrower than
+# the rank: of a Schmidt value with multiplicity m, blocks of K < m columns find only K vectors.
+# Wider ones cost more than they gain: all blocks are kept, and to the same error a block of the
+# rank needs four fifths of the columns that one of 1.25 times the rank does (measured at 4096).
+_OVERSAMPLING = 0.0625
+_LEAST_OVERSAMPLING = 4
 # Entries whose float64 copy stays in the cache. A copy that does not took ten times as long at
 # 4096x4096, a third of the time of the whole decomposition.
 _IN_CACHE = 1 << 17
@@ -26,11 +31,14 @@ _ROWS_AT_ONCE = 512  # of a residual: no second copy of the matrix
 DOMINANCE = 1.2
 # Every swap raises the volume, so they end; only rounding could go on for ever.
 _SWAPS_PER_COLUMN = 20
-_NEARLY_ORTHONORMAL = 0.9  # least pivot of the Gram matrix's Cholesky factor
-# Stop once another product with A or A^T lowers the squared error by less than this share of it.
-# The error is then at most 1.005 times the least one for flat spectra, the worst case, and below
-# 1.001 for falling ones (measured at 1024 and 4096).
-_CONVERGED = 3e-3
+# Least over largest pivot down to which Cholesky QR in float64 gives a float32 block orthonormal
+# columns; it takes a quarter of the time of Householder's, which was a third of the whole.
+_WELL_CONDITIONED = 1e-3
+# Stop once all further products with A or A^T would lower the squared error by less than this share
+# of it. The error is then at most 1.005 times the least one for flat spectra, the worst case, and
+# below 1.001 for falling ones (measured at 1024 and 4096).
+_CONVERGED = 4e-3
+_SLOWEST = 0.9  # share of a decrease that the next of its kind is taken to keep, at most
 
 
 class LeadingSVD(NamedTuple):
@@ -230,16 +238,17 @@ def _randomized_svd(
         return LeadingSVD(*fix_signs(right_RM.mT, values_R, left_NR.mT), covered, residual)
     if generator is None:
         generator = torch.Generator(device=matrix_MN.device).manual_seed(0)
-    width = min(rank + max(16, int(_OVERSAMPLING * rank)), *matrix_MN.shape)
+    beyond = max(_LEAST_OVERSAMPLING, int(_OVERSAMPLING * rank))
+    width = min(rank + beyond, *matrix_MN.shape)
     test_NK = torch.randn(
         (matrix_MN.shape[1], width),
         generator=generator,
         device=matrix_MN.device,
         dtype=matrix_MN.dtype,
     )
-    # Below this share of the total weight, rounding hides a change of the error.
-    noise = total * 10 * torch.finfo(matrix_MN.dtype).eps
-    left_MU = torch.linalg.qr(matrix_MN @ test_NK).Q
+    # An error below this is the rounding of the total weight, and says nothing.
+    noise = total * 4 * torch.finfo(matrix_MN.dtype).eps
+    left_MU = _orthonormalized(matrix_MN @ test_NK)[0]
     right_NV = matrix_MN.new_empty(matrix_MN.shape[1], 0)
     middle_UV = matrix_MN.new_empty(width, 0)  # B
     errors: list[float] = []
@@ -265,11 +274,9 @@ def _randomized_svd(
                 f"products of a matrix of shape {tuple(matrix_MN.shape)} are not finite. Check it "
                 "for NaN, Inf and entries near the largest float."
             )
-        ritz = svd_values(middle_UV).double()
-        error = total - float((ritz[:rank] ** 2).sum())
+        error = total - _leading_weight_of(middle_UV, rank)
         errors.append(error)
-        enough = _CONVERGED * max(error, 0.0) + noise
-        if len(errors) >= _MIN_PRODUCTS and errors[-2] - error <= enough:
+        if error <= noise or _to_gain(errors) <= _CONVERGED * error:
             break
         if max(middle_UV.shape) + width > matrix_MN.shape[1]:
             return None
@@ -296,19 +303,52 @@ def _orthogonalized(block_MK: Tensor, basis_MU: Tensor) -> tuple[Tensor, Tensor,
     points anywhere.
     """
     known_UK = basis_MU.mT @ block_MK
-    q_MK, r_KK = torch.linalg.qr(block_MK - basis_MU @ known_UK)
+    q_MK, r_KK = _orthonormalized(block_MK - basis_MU @ known_UK)
     if basis_MU.shape[1] == 0:
         return q_MK, known_UK, r_KK
     again_UK = basis_MU.mT @ q_MK
-    q_MK = q_MK - basis_MU @ again_UK
-    # What is left is nearly orthonormal already: Cholesky QR is then exact, and four times as fast.
-    lower_KK, failed = torch.linalg.cholesky_ex(q_MK.mT @ q_MK)
-    if int(failed) == 0 and float(lower_KK.diagonal().min()) > _NEARLY_ORTHONORMAL:
-        more_KK = lower_KK.mT
-        q_MK = torch.linalg.solve_triangular(more_KK, q_MK, upper=True, left=False)
-    else:
-        q_MK, more_KK = torch.linalg.qr(q_MK)
+    q_MK, more_KK = _orthonormalized(q_MK - basis_MU @ again_UK)
     return q_MK, known_UK + again_UK @ r_KK, more_KK @ r_KK
+
+
+def _orthonormalized(block_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """Q (M, K) and R (K, K) of a tall block, by the cheapest way that keeps Q orthonormal."""
+    if block_MK.dtype == torch.float32:
+        wide_MK = block_MK.double()
+        lower_KK, failed = torch.linalg.cholesky_ex(wide_MK.mT @ wide_MK)
+        pivots_K = lower_KK.diagonal()
+        if int(failed) == 0 and bool(pivots_K.min() > _WELL_CONDITIONED * pivots_K.max()):
+            q_MK = torch.linalg.solve_triangular(lower_KK.mT, wide_MK, upper=True, left=False)
+            return q_MK.float(), lower_KK.mT.float()
+    q_MK, r_KK = torch.linalg.qr(block_MK)
+    return q_MK, r_KK
+
+
+def _leading_weight_of(middle_UV: Tensor, rank: int) -> float:
+    """Sum of the `rank` largest squared singular values of a small matrix.
+
+    From its smaller Gram matrix in float64, a tenth of the time of an SVD: what that loses of small
+    singular values is far below the sum.
+    """
+    wide_UV = middle_UV.double()
+    tall = wide_UV.shape[0] > wide_UV.shape[1]
+    gram_KK = wide_UV.mT @ wide_UV if tall else wide_UV @ wide_UV.mT
+    return float(torch.linalg.eigvalsh(gram_KK)[-rank:].sum())
+
+
+def _to_gain(errors: list[float]) -> float:
+    """What further products would take off the last error, if decreases go on to fall as they did.
+
+    A product with A gains more, or less, than one with A^T: each is held against the last of its
+    kind.
+    """
+    if len(errors) < 4:
+        return inf
+    earlier, before, last = (errors[-k - 1] - errors[-k] for k in (3, 2, 1))
+    if last <= 0:
+        return 0.0
+    kept = min(last / earlier, _SLOWEST) if earlier > 0 else _SLOWEST
+    return (before + last) * kept / (1 - kept)
 
 
 def leading_weight(matrix_MN: Tensor, rank: int) -> tuple[float, float]:
