@@ -66,7 +66,7 @@ def whitened(
     sites = {site.name: site for site in find_weights(model).sites}
     chosen = [sites[layer.name] for layer in plan.compressed]
     modules = [site.modules[0] for site in chosen]
-    moments = layer_moments(model, modules, as_batches(data), seed=seed)
+    moments = layer_moments(model, modules, list(as_batches(data)), seed=seed, all_data=True)
     replacements, biases = {}, {}
     for site, layer in zip(chosen, plan.compressed, strict=True):
         module = site.modules[0]

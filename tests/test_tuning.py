@@ -92,6 +92,22 @@ def test_moments_without_rows_or_with_nan_are_refused():
         CrossMoment().add(torch.full((2, 2), float("nan")), torch.ones(2, 2))
 
 
+def test_moment_of_a_wide_activation_with_itself_is_that_of_two_equal_ones():
+    x = inputs(300, 700, dtype=torch.float64)
+    itself, twins = CrossMoment(), CrossMoment()
+    for part in x.split(128):
+        itself.add(part, part)
+        twins.add(part, part.clone())
+    for found, expected in zip(itself.mean(centered=True), twins.mean(centered=True), strict=True):
+        torch.testing.assert_close(found, expected, **F64["apply"])
+    part = itself.empty_like()
+    part.add(x, x)
+    itself.merge(part)
+    torch.testing.assert_close(
+        itself.mean(centered=False)[0], twins.mean(centered=False)[0], **F64["apply"]
+    )
+
+
 def test_padding_does_not_count():
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     keep = keep_mask({"attention_mask": mask})
@@ -178,7 +194,7 @@ def test_output_metric_of_the_last_layer_is_the_identity_and_earlier_ones_are_ja
     linears = [module for module in model if isinstance(module, nn.Linear)]
     x = inputs(4000, 6, dtype=torch.float64)
     calls = [Batch(args=(part,)) for part in x.split(500)]
-    found = layer_moments(model, linears, calls)
+    found = layer_moments(model, linears, calls, all_data=True)
     last = found[linears[1]].output_metric
     torch.testing.assert_close(last, torch.eye(4, dtype=torch.float64), rtol=0.2, atol=0.1)
     with torch.no_grad():
@@ -190,6 +206,16 @@ def test_output_metric_of_the_last_layer_is_the_identity_and_earlier_ones_are_ja
         found[linears[0]].inputs.mean(centered=False)[0], x.mT @ x / len(x), **F64["apply"]
     )
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_moments_stop_once_every_layer_has_seen_enough_rows():
+    model = mlp(6, 8, 4, bias=False)
+    linears = [module for module in model if isinstance(module, nn.Linear)]
+    calls = [Batch(args=(part,)) for part in inputs(4000, 6).split(50)]
+    few = layer_moments(model, linears, calls)
+    every = layer_moments(model, linears, calls, all_data=True)
+    assert {m.inputs.rows for m in few.values()} == {100}  # 8 rows for each of 8 features
+    assert {m.inputs.rows for m in every.values()} == {4000}
 
 
 # -- the fit

@@ -7,7 +7,7 @@ the metric in which errors at this layer hurt the model (the Gauss-Newton metric
 f). A distillation loss would not do: its gradient at the dense model is zero.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,9 @@ from mpocompress.layers.modes import evaluation_mode
 from mpocompress.tuning.lockstep import Call, floating_outputs
 from mpocompress.tuning.moments import CrossMoment, keep_mask, real_rows
 
+# Rows for each feature of the widest layer after which more data would change little: the moments
+# choose bond dimensions and weigh outputs; the fit itself sees all data.
+_ROWS_PER_FEATURE = 8
 # A moment of so many outputs takes half a GB; larger ones (a vocabulary) are not collected.
 _MAX_OUTPUTS = 8192
 
@@ -43,18 +46,25 @@ class LayerMoments:
 
 
 def layer_moments(
-    model: nn.Module, layers: Sequence[nn.Module], calls: Iterable[Call], *, seed: int = 0
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    calls: Sequence[Call],
+    *,
+    seed: int = 0,
+    all_data: bool = False,
 ) -> dict[nn.Module, LayerMoments]:
     """Second moments of inputs and of gradients at the outputs, for every layer that data reaches.
 
     One forward and one backward pass of the dense model per batch; no gradient of any weight is
-    formed. Padding counts neither in the output nor in the layers.
+    formed. Padding counts neither in the output nor in the layers. Batches come in random order,
+    until every layer has seen eight rows for each of its features.
 
     Args:
         model: dense; its `requires_grad` flags and mode are restored.
         layers: modules that are called with one tensor and whose output is a single tensor.
         calls: batches.
-        seed: of the random directions.
+        seed: of the random directions and of the order of the batches.
+        all_data: go on to the last batch.
 
     Raises:
         DataError: the model has no floating output, or its gradients are not finite.
@@ -64,10 +74,10 @@ def layer_moments(
     keep: list[Tensor | None] = [None]
     latest: list[tuple[Tensor, CrossMoment]] = []
 
-    def moment_of(value: Tensor) -> CrossMoment:
+    def moment_of(value: Tensor, like: CrossMoment) -> CrossMoment:
         """Of one batch of inputs; formed once for layers that are called with the same tensor."""
         if not latest or latest[0][0] is not value:
-            moment = CrossMoment()
+            moment = like.empty_like()
             rows = real_rows(value.detach(), keep[0])
             moment.add(rows, rows)
             latest[:] = [(value, moment)]
@@ -76,7 +86,8 @@ def layer_moments(
     def watch(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         values = (*args, *kwargs.values())
         if len(values) == 1 and isinstance(values[0], Tensor):
-            moments[layer].inputs.merge(moment_of(values[0]))
+            inputs = moments[layer].inputs
+            inputs.merge(moment_of(values[0], inputs))
         if not output.requires_grad:
             output = output.detach().requires_grad_()
         if output.shape[-1] > _MAX_OUTPUTS:
@@ -92,7 +103,10 @@ def layer_moments(
     handles = [layer.register_forward_hook(watch, with_kwargs=True) for layer in layers]
     try:
         with _frozen(model), torch.enable_grad():
-            for call in calls:
+            order = torch.randperm(len(calls), generator=generator).tolist()
+            for call in (calls[index] for index in order):
+                if not all_data and _enough(moments):
+                    break
                 keep[0] = keep_mask(call.kwargs)
                 outputs = model(*call.args, **call.kwargs)
                 loss = _random_projection(outputs, keep[0], generator)
@@ -104,6 +118,15 @@ def layer_moments(
             handle.remove()
         latest.clear()
     return {layer: moment for layer, moment in moments.items() if moment.inputs.rows}
+
+
+def _enough(moments: Mapping[nn.Module, LayerMoments]) -> bool:
+    """Whether every layer that was reached has seen rows enough for its moments."""
+    reached = [moment.inputs for moment in moments.values() if moment.inputs.rows]
+    reached += [moment.gradients for moment in moments.values() if moment.gradients.rows]
+    return bool(reached) and all(
+        moment.rows >= _ROWS_PER_FEATURE * moment.features for moment in reached
+    )
 
 
 def _random_projection(outputs: Any, keep: Tensor | None, generator: torch.Generator) -> Tensor:

@@ -13,6 +13,8 @@ from mpocompress.errors import DataError
 # Products of so many rows are formed in float32 and summed in float64: the rounding of a sum then
 # does not grow with the amount of data, at the speed of a float32 product.
 _CHUNK = 4096
+# Columns at once of the moment of x with itself, half of which is known from the other half.
+_BLOCK = 256
 # Arguments that mark real tokens (1) or padding (True), as the common libraries name them.
 _KEEP_MASKS = ("attention_mask", "mask")
 _DROP_MASKS = ("key_padding_mask", "src_key_padding_mask", "padding_mask")
@@ -40,15 +42,31 @@ class CrossMoment:
                 continue
             left_nI, right_nJ = _working(left_nI), _working(right_nJ)
             if self._sums is None:
-                self._sums = _Sums.around(left_nI.mean(0), right_nJ.mean(0))
-            left_nI = left_nI - self._sums.left_shift_I.to(left_nI.dtype)
-            right_nJ = right_nJ - self._sums.right_shift_J.to(right_nJ.dtype)
-            self._sums.product_IJ += (left_nI.mT @ right_nJ).double()
-            self._sums.left_I += left_nI.double().sum(0)
-            self._sums.right_J += right_nJ.double().sum(0)
+                self._sums = _Sums.around(left_nI.mean(0).double(), right_nJ.mean(0).double())
+            sums = self._sums
+            left_nI = left_nI - sums.left_shift_I.to(left_nI.dtype)
+            if left_NI is right_NJ and sums.left_shift_I is sums.right_shift_J:
+                right_nJ = left_nI
+            else:
+                right_nJ = right_nJ - sums.right_shift_J.to(right_nJ.dtype)
+            sums.product_IJ += _product(left_nI, right_nJ)
+            sums.left_I += left_nI.sum(0, dtype=torch.float64)
+            sums.right_J += right_nJ.sum(0, dtype=torch.float64)
             self.rows += left_nI.shape[0]
-        if self._sums is not None and not bool(torch.isfinite(self._sums.product_IJ).all()):
+        if self._sums is not None and not bool(torch.isfinite(self._sums.product_IJ.sum())):
             raise DataError("activations with NaN or Inf; check the data and the model.")
+
+    @property
+    def features(self) -> int:
+        """Of the wider of x and y; 0 before any rows were seen."""
+        return 0 if self._sums is None else max(self._sums.product_IJ.shape)
+
+    def empty_like(self) -> "CrossMoment":
+        """One that has seen nothing, with the same shifts: merged into this one, it costs least."""
+        empty = CrossMoment()
+        if self._sums is not None:
+            empty._sums = _Sums.around(self._sums.left_shift_I, self._sums.right_shift_J)
+        return empty
 
     def merge(self, other: "CrossMoment") -> None:
         """Add what another one has seen."""
@@ -57,6 +75,12 @@ class CrossMoment:
         if self._sums is None:
             self._sums = _Sums.around(other._sums.left_shift_I, other._sums.right_shift_J)
         mine, theirs = self._sums, other._sums
+        self.rows += other.rows
+        if mine.left_shift_I is theirs.left_shift_I and mine.right_shift_J is theirs.right_shift_J:
+            mine.product_IJ += theirs.product_IJ
+            mine.left_I += theirs.left_I
+            mine.right_J += theirs.right_J
+            return
         left_I = theirs.left_shift_I - mine.left_shift_I
         right_J = theirs.right_shift_J - mine.right_shift_J
         mine.product_IJ += (
@@ -67,7 +91,6 @@ class CrossMoment:
         )
         mine.left_I += theirs.left_I + other.rows * left_I
         mine.right_J += theirs.right_J + other.rows * right_J
-        self.rows += other.rows
 
     def mean(self, *, centered: bool) -> tuple[Tensor, Tensor, Tensor]:
         """E[x y^T] (I, J), E[x] (I,), E[y] (J,) in float64; the product without the means if asked.
@@ -101,14 +124,29 @@ class _Sums:
 
     @classmethod
     def around(cls, left_shift_I: Tensor, right_shift_J: Tensor) -> "_Sums":
-        left_I, right_J = left_shift_I.double(), right_shift_J.double()
+        if left_shift_I is not right_shift_J and torch.equal(left_shift_I, right_shift_J):
+            right_shift_J = left_shift_I  # of x with itself
         return cls(
-            left_I,
-            right_J,
-            left_I.new_zeros(len(left_I), len(right_J)),
-            torch.zeros_like(left_I),
-            torch.zeros_like(right_J),
+            left_shift_I,
+            right_shift_J,
+            left_shift_I.new_zeros(len(left_shift_I), len(right_shift_J)),
+            torch.zeros_like(left_shift_I),
+            torch.zeros_like(right_shift_J),
         )
+
+
+def _product(left_nI: Tensor, right_nJ: Tensor) -> Tensor:
+    """Sum of x y^T over rows; of x with itself only the upper blocks are multiplied."""
+    features = left_nI.shape[1]
+    if left_nI is not right_nJ or features < 2 * _BLOCK:
+        return left_nI.mT @ right_nJ
+    product_II = left_nI.new_empty(features, features)
+    for start in range(0, features, _BLOCK):
+        end = min(start + _BLOCK, features)
+        rows_iI = left_nI[:, start:end].mT @ left_nI[:, start:]
+        product_II[start:end, start:] = rows_iI
+        product_II[end:, start:end] = rows_iI[:, end - start :].mT
+    return product_II
 
 
 def _working(rows: Tensor) -> Tensor:
