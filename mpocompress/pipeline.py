@@ -130,6 +130,7 @@ def plan_model(
         opened.module,
         **request.plan_options(),
         data=batches,
+        distill=request.distill,
         seed=request.seed,
         progress=progress,
     )

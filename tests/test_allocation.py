@@ -1,5 +1,7 @@
 """Sharing a budget of stored numbers among layers: pure functions, then plans and results."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -172,6 +174,19 @@ def test_layers_that_matter_more_get_more():
     assert bonds["2"] < before["2"]
     assert "by what an error here does" in plan.compressed[0].reason
     assert mpo.Plan.from_json(plan.to_json()) == plan
+
+
+def test_auto_takes_more_sites_where_two_factors_are_too_narrow_for_healing():
+    options = {"of": "layers", "data": inputs(), "include": ["0", "2"]}
+    one_shot = mpo.plan(network(), ratio=12, **options)
+    healed = mpo.plan(network(), ratio=12, distill=100, **options)
+    assert [len(layer.layout) for layer in one_shot.compressed] == [2, 2]
+    assert [len(layer.layout) for layer in healed.compressed] == [4, 4]
+    assert re.search(r"healing follows, and \d numbers .* lose \d+%", healed.compressed[0].reason)
+    # At a ratio where two factors keep what matters, and where a layout was asked for, they stay.
+    wide = mpo.plan(network(), ratio=1.3, distill=100, **options)
+    asked = mpo.plan(network(), ratio=12, distill=100, layout="svd", **options)
+    assert {len(layer.layout) for plan in (wide, asked) for layer in plan.compressed} == {2}
 
 
 def test_layers_too_small_for_the_ratio_stay_dense():

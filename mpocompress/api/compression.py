@@ -58,6 +58,7 @@ def plan(
     if_smaller: bool = True,
     gauge: Gauge = "none",
     data: Any = None,
+    distill: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Plan:
@@ -72,7 +73,8 @@ def plan(
         of: whether the ratio counts the whole "model" or the compressed "layers" only.
         layout: "auto", "svd", "balanced", (out, in) pairs, text, a `Layout`, or a dict from layer
             pattern to one of these. At a bond dimension, "auto" takes the layout with the least
-            weight error that makes the layer smaller; for a ratio it is "svd".
+            weight error that makes the layer smaller; for a ratio it is "svd", unless that
+            cannot be made small enough, or see `distill`.
         sites: force balanced layouts of so many sites.
         include: globs on qualified names, or regular expressions after "re:"; default: all.
         exclude: likewise; they win.
@@ -80,6 +82,8 @@ def plan(
         gauge: "identity" stores every layer with as many numbers as it has degrees of freedom:
             nothing is lost, and more layers get smaller. "none" stores all entries of the cores.
         data: for a ratio: batches of forward arguments, as in `compress`.
+        distill: steps of healing that will follow. For a ratio, "auto" then takes four sites where
+            two factors would be too narrow for healing to widen, if there is data to tell.
         seed: of the random directions of the gradients.
         progress: called as `progress(layer, done, total)`.
 
@@ -102,6 +106,7 @@ def plan(
         exclude=exclude,
         if_smaller=if_smaller,
         gauge=gauge,
+        healed=distill > 0,
     )
     inventory = find_weights(model)
     moments = None
@@ -226,6 +231,7 @@ def compress(
         exclude=exclude,
         if_smaller=if_smaller,
         gauge=gauge,
+        healed=distill > 0,
     )
     if (plan is None) != options.is_given:
         raise PlanError("compress needs either a plan, or a bond_dim or ratio. Try bond_dim=16.")
@@ -276,7 +282,7 @@ def compress(
                     for module, moment in moments.items()
                     if (metric := moment.output_metric) is not None
                 },
-                options=FitOptions(sweeps=sweeps),
+                options=FitOptions(sweeps=sweeps, output_metric="sites" if distill else "exact"),
                 progress=progress,
             )
         moments = None  # the largest thing that is no longer needed

@@ -23,7 +23,7 @@ from mpocompress.mpo.cores import Cores, bond_dims_of, check_cores, expand_bond_
 from mpocompress.mpo.extrapolation import Extrapolation
 from mpocompress.mpo.factorize import sequential_svd
 from mpocompress.mpo.layout import Layout, LayoutLike, as_layout
-from mpocompress.mpo.metric import Metric
+from mpocompress.mpo.metric import Metric, site_metrics
 from mpocompress.mpo.operator import MPO
 from mpocompress.mpo.sweep import Direction, Observer, Quadratic, Sweeper, SweepRecord
 from mpocompress.mpo.sweep_cost import cheapest_cut
@@ -302,7 +302,7 @@ def _quadratic(work_OI: Tensor, metric: Metric, layout: Layout) -> Quadratic:
             padded_OO = constant_pad_nd(output_OO, [0, missing[0]] * 2)
             padded_OO.diagonal()[output_OO.shape[0] :] = output_OO.diagonal().mean()
             output_OO = padded_OO
-        out_weights = _site_metrics(output_OO, layout)
+        out_weights = site_metrics(output_OO, layout)
         product_OO = reduce(torch.kron, out_weights)
         noise = 100 * torch.finfo(output_OO.dtype).eps
         if bool((product_OO - output_OO).abs().max() <= noise * output_OO.abs().max()):
@@ -314,25 +314,6 @@ def _quadratic(work_OI: Tensor, metric: Metric, layout: Layout) -> Quadratic:
         linear_OI=weighed_OI,
         weight=weight,
     )
-
-
-def _site_metrics(output_OO: Tensor, layout: Layout) -> tuple[Tensor, ...]:
-    """Factors of a metric on the outputs, if it is a Kronecker product over the sites.
-
-    The partial traces, which are positive semidefinite and scaled so that the trace is kept. Of any
-    other metric they give an approximation.
-    """
-    trace = float(output_OO.diagonal().sum())
-    weights = []
-    outside = 1
-    for site, out in enumerate(layout.out_dims):
-        inside = layout.out_features // outside // out
-        legs = output_OO.reshape(outside, out, inside, outside, out, inside)
-        legs = torch.diagonal(torch.diagonal(legs, dim1=0, dim2=3), dim1=1, dim2=3)
-        traced_OO = legs.sum((-1, -2))
-        weights.append(traced_OO if site == 0 else traced_OO / trace)
-        outside *= out
-    return tuple(weights)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,6 +26,7 @@ class PlanOptions:
         exclude: patterns of layers to keep.
         if_smaller: with `bond_dim`: keep layers that would not get smaller.
         gauge: how cores are stored.
+        healed: with `ratio`: healing will follow.
     """
 
     bond_dim: int | None = None
@@ -37,6 +38,7 @@ class PlanOptions:
     exclude: Sequence[str] = ()
     if_smaller: bool = True
     gauge: Gauge = "none"
+    healed: bool = False
 
     @property
     def is_given(self) -> bool:
@@ -67,6 +69,7 @@ class PlanOptions:
                 include=self.include,
                 exclude=self.exclude,
                 gauge=self.gauge,
+                healed=self.healed,
                 progress=progress,
             )
         if self.bond_dim is None:

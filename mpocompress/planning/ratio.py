@@ -1,7 +1,7 @@
 """From an inventory of weights to a plan: bond dimensions that meet a ratio of parameters."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
 from typing import Literal, get_args
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mpocompress.errors import BudgetError, LayoutError, NoLayerMatched, PlanError
 from mpocompress.mpo import Layout
+from mpocompress.mpo.factors import balanced_layout
 from mpocompress.mpo.identity_gauge import Gauge, check_gauge, stored_parameters
 from mpocompress.planning.allocation import (
     Share,
@@ -23,6 +24,13 @@ from mpocompress.planning.layouts import make_candidate
 from mpocompress.planning.plan import LayerPlan, Plan
 from mpocompress.planning.planner import Progress
 from mpocompress.surgery import Inventory, WeightSite, check_finite, select_sites
+
+# With healing, a layer with fewer numbers between its two factors than this, and that lose more
+# than this share of what matters, gets four sites. On a digit classifier such layers heal worst by
+# far, and four sites best; above, all layouts come out alike (benchmarks/digits_extreme.py).
+_NARROW = 16
+_LOST = 0.02
+_SITES = 4
 
 Of = Literal["model", "layers"]
 """What a ratio counts: all parameters of the model, or those of the layers that get compressed."""
@@ -42,6 +50,7 @@ def plan_ratio(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     gauge: Gauge = "none",
+    healed: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Plan bond dimensions that make the parameters `ratio` times fewer, or slightly more so.
@@ -52,11 +61,13 @@ def plan_ratio(
         of: "model" counts all parameters of the model, "layers" those of the compressed layers.
         gains: per layer, see `allocation`; layers without them share the uniform ratio.
         layout: "auto" is the layout ((out, 1), (1, in)), whose errors are known at every bond
-            dimension; otherwise one that is forced, as in `plan_bond_dim`.
+            dimension, except where `_as_auto` finds it a bottleneck; otherwise one that is
+            forced, as in `plan_bond_dim`.
         sites: force balanced layouts of so many sites.
         include: patterns of layers to compress; default: all.
         exclude: patterns of layers to keep.
         gauge: how the cores are stored.
+        healed: the compressed model will be trained to do what the dense one does.
         progress: called once before each layer.
 
     Raises:
@@ -91,12 +102,15 @@ def plan_ratio(
         else:
             parts.append(part)
     rules.check_used()
+    dense = sum(part.share.dense for part in parts)
+    share = _budget(inventory, ratio, of, dense) / dense if dense else 0.0
+    parts = [part if part.forced else _as_auto(part, share, gauge, healed) for part in parts]
     parts, budget = _fitting(parts, inventory, ratio, of, entries)
     for part, bond in zip(parts, _allocate([part.share for part in parts], budget), strict=True):
         entries[part.site] = compress_entry(
             part.site,
             make_candidate(part.layout, bond, gauge=gauge),
-            f"bond dimension from a ratio of {ratio:g} of the {of}, {part.how}",
+            f"bond dimension from a ratio of {ratio:g} of the {of}, {part.how}{part.why}",
         )
     return Plan(
         settings={
@@ -119,6 +133,9 @@ class _Part:
     site: WeightSite
     layout: Layout
     share: Share
+    forced: bool
+    total_gain: float = 0.0
+    why: str = ""
 
     @property
     def how(self) -> str:
@@ -130,25 +147,58 @@ class _Part:
 
 def _part(site: WeightSite, forced: Layout | None, gauge: Gauge, gains: Gains | None) -> _Part:
     layout = forced or Layout.svd(*site.shape)
-    stored = partial(_stored, layout, gauge)
-    dense = site.shape[0] * site.shape[1]
-    top = Share(
-        name=site.name,
-        dense=dense,
-        max_bond_dim=max(layout.max_bond_dims(), default=0),
-        stored=stored,
-    ).within(dense - 1)
     known = None
     if gains is not None and layout.pairs == Layout.svd(*site.shape).pairs:
         known = gains(site)
-    share = Share(
+    share = _share(site, layout, gauge, known)
+    total = 0.0 if known is None else float(known.sum())
+    return _Part(site=site, layout=layout, share=share, forced=forced is not None, total_gain=total)
+
+
+def _share(site: WeightSite, layout: Layout, gauge: Gauge, gains: Tensor | None) -> Share:
+    whole = Share(
         name=site.name,
-        dense=dense,
-        max_bond_dim=top,
-        stored=stored,
-        gains=None if known is None else known[:top],
+        dense=site.shape[0] * site.shape[1],
+        max_bond_dim=max(layout.max_bond_dims(), default=0),
+        stored=partial(_stored, layout, gauge),
     )
-    return _Part(site=site, layout=layout, share=share)
+    top = whole.within(whole.dense - 1)
+    return replace(whole, max_bond_dim=top, gains=None if gains is None else gains[:top])
+
+
+def _as_auto(part: _Part, share: float, gauge: Gauge, healed: bool) -> _Part:
+    """The layer in four sites instead of ((out, 1), (1, in)), where that is a bottleneck.
+
+    A bond dimension D of the latter lets D numbers through, whatever is trained; an MPO of as many
+    parameters has full matrix rank, and healing makes up for its larger error at first. So with
+    healing ahead, few numbers that carry too little of what matters decide for more sites.
+
+    Args:
+        part: of the layout ((out, 1), (1, in)).
+        share: of its parameters that a layer may keep.
+        gauge: how cores are stored.
+        healed: whether healing follows.
+    """
+    if not healed or min(part.site.shape) <= _NARROW:  # as narrow as that from the beginning
+        return part
+    bond = part.share.within(share * part.share.dense)
+    lost = 1.0
+    if bond > 0:
+        gains = part.share.gains
+        if gains is None or bond >= _NARROW:
+            return part
+        lost = 1 - float(gains[:bond].sum()) / part.total_gain
+        if lost <= _LOST:
+            return part
+    layout = balanced_layout(*part.site.shape, _SITES)
+    found = _share(part.site, layout, gauge, None)
+    if found.within(share * found.dense) < 1:
+        return part
+    why = (
+        f"; {_SITES} sites, for healing follows, and {bond} numbers between two factors would lose "
+        f"{lost:.0%} of what matters"
+    )
+    return replace(part, layout=layout, share=found, why=why)
 
 
 def _stored(layout: Layout, gauge: Gauge, bond_dim: int) -> int:
@@ -171,10 +221,7 @@ def _fitting(
     parts = list(parts)
     while parts:
         dense = sum(part.share.dense for part in parts)
-        if of == "layers":
-            budget = int(dense / ratio)
-        else:
-            budget = int(inventory.parameters / ratio) - (inventory.parameters - dense)
+        budget = _budget(inventory, ratio, of, dense)
         least = [
             part for part in parts if part.share.stored(1) * dense <= budget * part.share.dense
         ]
@@ -192,6 +239,13 @@ def _fitting(
     raise NoLayerMatched(
         "nothing to compress: no selected layer gets smaller. See `mpocompress inspect`."
     )
+
+
+def _budget(inventory: Inventory, ratio: float, of: Of, dense: int) -> int:
+    """What layers of `dense` numbers may store together."""
+    if of == "layers":
+        return int(dense / ratio)
+    return int(inventory.parameters / ratio) - (inventory.parameters - dense)
 
 
 def _unreachable(parts: Sequence[_Part], inventory: Inventory, ratio: float, of: Of) -> BudgetError:

@@ -139,11 +139,15 @@ def _product(left_nI: Tensor, right_nJ: Tensor) -> Tensor:
     """Sum of x y^T over rows; of x with itself only the upper blocks are multiplied."""
     features = left_nI.shape[1]
     if left_nI is not right_nJ or features < 2 * _BLOCK:
-        return left_nI.mT @ right_nJ
+        product_IJ = left_nI.mT @ right_nJ
+        # Rounding is not symmetric, and a metric has to be.
+        return (product_IJ + product_IJ.mT) / 2 if left_nI is right_nJ else product_IJ
     product_II = left_nI.new_empty(features, features)
     for start in range(0, features, _BLOCK):
         end = min(start + _BLOCK, features)
         rows_iI = left_nI[:, start:end].mT @ left_nI[:, start:]
+        rows_iI[:, : end - start] += rows_iI[:, : end - start].mT.clone()
+        rows_iI[:, : end - start] /= 2
         product_II[start:end, start:] = rows_iI
         product_II[end:, start:end] = rows_iI[:, end - start :].mT
     return product_II

