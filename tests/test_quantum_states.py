@@ -219,6 +219,15 @@ class TestCrossInterpolation:
         error = float((found.mpo.to_dense()[:, 0] - dense).norm() / dense.norm())
         assert found.relative_error == pytest.approx(error, rel=0.1)
 
+    def test_entropies_of_what_was_not_interpolated_are_refused(self):
+        # All signs random: no matrix product state of a small bond dimension is near.
+        def noise(spins):
+            weights = gaussian(24, seed=4)
+            return torch.sin(1e4 * (spins @ weights).square())
+
+        with pytest.raises(DataError, match="the interpolation is off by .* Raise bond_dim"):
+            state_entanglement(noise, 24, bond_dim=4)
+
     def test_ghz_from_a_start_where_it_does_not_vanish(self):
         found = state_entanglement(ghz, 40, start=ALL_OR_NONE)
         assert found.entropies_nats == pytest.approx([math.log(2)] * 39)

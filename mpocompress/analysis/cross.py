@@ -32,6 +32,10 @@ from mpocompress.mpo.truncate import check_bond_dim
 
 # Configurations that an error adds to the pivots; the sweeps drop those that were not needed.
 _WORST = 8
+# Residual at which pivots end, over the tolerance; times itself where that was not enough.
+_MARGIN = 0.3
+# Rounds without a smaller error before the best one is taken.
+_PATIENCE = 4
 _TOLERANCE = 1e-10
 # Residuals below this share of the largest value are rounding of the function itself.
 _ROUNDING = 1e-14
@@ -179,7 +183,8 @@ def interpolate(
             f"(points, {psi.num_sites}). Give start=..., a configuration where it does not vanish."
         )
     pivots = _Pivots(psi, start, tolerance=tolerance, bond_dim=bond_dim)
-    sweeps = 0
+    sweeps, least, stuck = 0, float("inf"), 0
+    best: tuple[Tensor, ...] = ()
     while True:
         pivots.sweep(to_the_right=False)
         cores = pivots.sweep(to_the_right=True)
@@ -187,17 +192,21 @@ def interpolate(
         error_B = (evaluate_chain(cores, check_BN) - exact_B).abs()
         worst = float(error_B.max())
         converged = worst <= tolerance * psi.largest
-        if converged or sweeps + 2 > max_sweeps:
+        stuck = 0 if worst < least else stuck + 1
+        if worst < least:
+            least, best = worst, cores
+        # At the largest bond dimension new pivots displace old ones: errors go up and down.
+        if converged or sweeps + 2 > max_sweeps or stuck >= _PATIENCE:
             break
         pivots.add(check_BN[error_B.topk(min(_WORST, check_points)).indices])
-    # Half of the check may have become pivots by now: what is reported is measured on fresh points.
+    # Some of the check have become pivots by now: what is reported is measured on fresh points.
     fresh_BN = random_points(check_points)
     fresh_B = psi(fresh_BN)
-    difference_B = evaluate_chain(cores, fresh_BN) - fresh_B
+    difference_B = evaluate_chain(best, fresh_BN) - fresh_B
     norm = float(fresh_B.norm())
     max_error = float(difference_B.abs().max()) / psi.largest
     return CrossInterpolation(
-        mpo=MPO(cores),
+        mpo=MPO(best),
         converged=converged and max_error <= tolerance,
         max_error=max_error,
         relative_error=float(difference_B.norm()) / norm if norm > 0 else max_error,
@@ -212,7 +221,9 @@ class _Pivots:
     def __init__(
         self, psi: AmplitudeFunction, start_BN: Tensor, *, tolerance: float, bond_dim: int
     ) -> None:
-        self._psi, self._tolerance, self._bond_dim = psi, tolerance, bond_dim
+        self._psi, self._bond_dim = psi, bond_dim
+        # Errors of all bonds add up: pivots are taken well below what is asked for in the end.
+        self._tolerance = _MARGIN * tolerance
         sites = psi.num_sites
         # At the ends there is one row, and one column, of no digits.
         self.rows = [start_BN[:1, :0] for _ in range(sites + 1)]
@@ -222,7 +233,8 @@ class _Pivots:
             self.columns[cut] = torch.unique(start_BN[:, cut:], dim=0)
 
     def add(self, points_BN: Tensor) -> None:
-        """Let whole configurations take part in the next choice."""
+        """Let whole configurations take part in the next choice, and choose more closely."""
+        self._tolerance *= _MARGIN
         for cut in range(1, self._psi.num_sites):
             rows, columns = points_BN[:, :cut], points_BN[:, cut:]
             self.rows[cut] = torch.unique(torch.cat((self.rows[cut], rows)), dim=0)

@@ -49,7 +49,7 @@ def profile_figure(
     with _defaults():
         figure, panels = _panels(len(layers))
         for axes, layer in zip(panels, layers, strict=True):
-            places = range(1, len(layer.entropies_nats) + 1)
+            places = range(len(layer.entropies_nats))
             axes.fill_between(places, layer.capacities_nats, color=_RULE, alpha=0.6, linewidth=0)
             axes.plot(
                 places,
@@ -71,7 +71,7 @@ def profile_figure(
             if compare is not None and layer.name in names:
                 other = compare.layer(layer.name)
                 axes.plot(
-                    range(1, len(other.entropies_nats) + 1),
+                    range(len(other.entropies_nats)),
                     other.entropies_nats,
                     color=_LINES[1],
                     marker="s",
@@ -79,7 +79,7 @@ def profile_figure(
                     label=labels[1] or f"{compare.metric} metric",
                 )
             axes.set_title(
-                f"{layer.name or '(model)'} ({layer.kind}): {layer.growth.verdict}",
+                f"layer {layer.name or '(model)'} ({layer.kind}): {layer.growth.verdict}",
                 fontsize=8,
                 color=_INK,
                 parse_math=False,
@@ -111,11 +111,13 @@ def spectra_figure(found: Entanglement) -> "Figure":
                     color=_LINES[bond % len(_LINES)],
                     linewidth=1.3,
                     marker="." if len(values) <= 16 else "",
-                    label=f"bond {bond + 1}",
+                    label=f"bond {bond}",
                 )
             axes.set_yscale("log")
             axes.set_xscale("log")
-            axes.set_title(layer.name or "(model)", fontsize=8, color=_INK, parse_math=False)
+            axes.set_title(
+                f"layer {layer.name or '(model)'}", fontsize=8, color=_INK, parse_math=False
+            )
             _dress(axes, "number", "Schmidt value / largest")
         most = max(range(len(layers)), key=lambda place: len(layers[place].schmidt_values))
         _legend(figure, panels[most])
@@ -141,9 +143,9 @@ def training_figure(recorder: EntanglementRecorder) -> "Figure":
                     [entropies[bond] for entropies in history],
                     color=_LINES[bond % len(_LINES)],
                     linewidth=1.5,
-                    label=f"bond {bond + 1}",
+                    label=f"bond {bond}",
                 )
-            axes.set_title(name or "(model)", fontsize=8, color=_INK, parse_math=False)
+            axes.set_title(f"layer {name or '(model)'}", fontsize=8, color=_INK, parse_math=False)
             axes.set_ylim(bottom=0)
             _dress(axes, "step", "entropy (nats)")
         most = max(range(len(names)), key=lambda place: len(panels[place].lines))
@@ -166,18 +168,23 @@ def state_figure(states: Mapping[str, StateEntanglement]) -> "Figure":
     from matplotlib.figure import Figure
 
     with _defaults():
-        figure = Figure(figsize=(6.4, 4.0), facecolor=_PAPER, layout="constrained")
+        figure = Figure(figsize=(7.0, 4.0), facecolor=_PAPER, layout="constrained")
         axes = figure.add_subplot()
         cuts = range(1, found[0].num_sites)
         axes.plot(cuts, found[0].page_nats, color=_MUTED, linestyle=":", label="Haar-random (Page)")
         axes.axhline(0, color=_MUTED, linestyle="--", linewidth=1, label="product state")
         for place, (label, state) in enumerate(states.items()):
+            # In turn wide and thin, the thin ones above, so that of two lines that coincide, as a
+            # found state and the exact one, both are seen.
+            thin = place % 2
             axes.plot(
                 cuts,
                 state.entropies_nats,
                 color=_LINES[place % len(_LINES)],
                 marker="o",
-                markersize=3.5,
+                linewidth=1.2 if thin else 2.4,
+                markersize=3 if thin else 6.5,
+                zorder=3 if thin else 2,
                 label=label,
             )
         _dress(axes, "sites left of the cut", "entropy (nats)")
@@ -215,7 +222,7 @@ def _legend(figure: "Figure", axes: "Axes") -> None:
         handles,
         labels,
         loc="outside lower center",
-        ncols=min(len(labels), 6),
+        ncols=min(len(labels), int(figure.get_figwidth() / 1.2)),
         fontsize=8,
         frameon=False,
         labelcolor=_INK,

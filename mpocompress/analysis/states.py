@@ -19,6 +19,7 @@ from mpocompress.mpo.linalg import svd_values
 from mpocompress.mpo.truncate import check_bond_dim
 
 Method = Literal["exact", "cross"]
+_FAR_OFF = 0.1
 
 
 class StateEntanglement(EntropyProfile):
@@ -71,13 +72,14 @@ def state_entanglement(
             where possible.
         renyi_orders: orders of the Rényi entropies; `inf` is allowed.
         tolerance: of the interpolation, relative to the largest |psi|; see `cross_interpolation`.
-        bond_dim: of the interpolation, at most. What it cannot carry is in `relative_error`.
+        bond_dim: of the interpolation, at most. What it cannot carry is in `relative_error`, which
+            is refused above 0.1.
         start: configurations where psi does not vanish, to start the interpolation from.
         seed: of the interpolation.
 
     Raises:
-        DataError: not one finite number a row, psi = 0, too many amplitudes, or a complex function
-            that is to be interpolated.
+        DataError: not one finite number a row, psi = 0, too many amplitudes, a complex function
+            that is to be interpolated, or an interpolation that is far off.
         BondDimError: a bond dimension below 1.
     """
     check_bond_dim(bond_dim)
@@ -103,6 +105,13 @@ def state_entanglement(
         check_points=2000,
         seed=seed,
     )
+    if not found.relative_error <= _FAR_OFF:
+        raise DataError(
+            f"the interpolation is off by {found.relative_error:.2g} of the state's norm at bond "
+            f"dimension {max(found.bond_dims)}, so its entanglement would mean nothing. Raise "
+            "bond_dim; a state whose entropy grows with the volume has no compact form. "
+            "cross_interpolation returns what there is."
+        )
     return _profile(
         found.mpo.schmidt_spectra(),
         num_sites,
