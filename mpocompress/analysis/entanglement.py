@@ -169,7 +169,8 @@ def entanglement(
     moments: dict[nn.Module, LayerMoments] = {}
     if data is not None:
         modules = [module for weight in weights for module in weight.modules]
-        moments = layer_moments(model, modules, forward_calls(data, model), seed=seed)
+        calls = list(forward_calls(data, model))
+        moments = layer_moments(model, modules, calls, seed=seed, all_data=True)
     layers = []
     for done, weight in enumerate(weights):
         if progress is not None:
