@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mpocompress._version import __version__
 
 if TYPE_CHECKING:
+    from mpocompress import analysis
     from mpocompress.api import (
         CompressionResult,
         compress,
@@ -50,6 +51,9 @@ _HOME = {
     "verify": "mpocompress.export",
 }
 
+# Rooms that are used by their own name, as in `mpo.analysis.entanglement(model)`.
+_ROOMS = frozenset({"analysis"})
+
 __all__ = [
     "MPO",
     "CompressionReport",
@@ -59,6 +63,7 @@ __all__ = [
     "MPOLinear",
     "Plan",
     "__version__",
+    "analysis",
     "compress",
     "densify",
     "distill",
@@ -72,6 +77,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)

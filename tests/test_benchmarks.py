@@ -164,3 +164,60 @@ def test_quantized_twin_has_the_bytes_and_the_error_of_its_bits(monkeypatch):
             <= float(step) / 2 * (1 + TOL[torch.float32]["dense"]["rtol"])
         )
         assert rounded is not weight
+
+
+@pytest.fixture
+def expressive_power(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("expressive_power")
+
+
+def test_entropies_of_networks_beside_their_references(expressive_power, monkeypatch, capsys):
+    monkeypatch.setattr(expressive_power, "SPINS", 6)
+    monkeypatch.setattr(expressive_power, "BONDS", (1, 4))
+    monkeypatch.setattr(expressive_power, "DEPTHS", (1, 4))
+    entropies = expressive_power.measure_entropies(seeds=3, seed=0)
+    references = expressive_power.measure_references(seeds=3, seed=0)
+    assert len(entropies) == 2 * 2 * 2
+    assert all(0 <= row["entropy_nats"] <= 3 * math.log(2) for row in entropies)
+    product, chain, haar = references
+    assert product["entropy_nats"] < 1e-9
+    assert chain["entropy_nats"] <= math.log(4)
+    assert haar["entropy_nats"] > chain["entropy_nats"]
+    expressive_power.print_entropies(entropies, references)
+    assert "product state 0; Haar-random" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("deep", "error", "held"),
+    [
+        (2.0, 1e-4, [True, True, True]),
+        (1.05, 1e-4, [False, True, True]),
+        (0.5, 2e-3, [False, False, False]),
+        (2.0, -1e-4, [True, True, False]),
+    ],
+)
+def test_expressive_power_is_judged_by_the_numbers(expressive_power, deep, error, held):
+    def row(entropy, **fields):
+        return {"entropy_nats": entropy, "standard_error": 0.1, **fields}
+
+    entropies = [
+        row(deep if depth == 4 else 1.0, gain=8.0, depth=depth, bond_dim=bond)
+        for depth in (1, 4)
+        for bond in expressive_power.BONDS
+    ]
+    chains = [row(0.5, state="MPS", bond_dim=bond) for bond in expressive_power.BONDS]
+    found = expressive_power.claims(entropies, chains, [{"absolute_error": error}])
+    assert list(found.values()) == held
+
+
+def test_expressive_power_needs_a_spread():
+    finished = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "expressive_power.py", "--seeds", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert finished.returncode == 2
+    assert "--seeds 1: a spread needs at least 2" in finished.stderr

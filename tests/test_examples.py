@@ -296,3 +296,23 @@ mkdir -p "$4/bin" && cp "{tmp_path}/recording-python" "$4/bin/python"
 def test_scripts_are_valid_bash(script):
     finished = run(["bash", "-n", ROOT / script])
     assert (finished.returncode, finished.stderr) == (0, "")
+
+
+def test_the_tour_of_entanglement_draws_its_pictures(tmp_path):
+    finished = run(
+        [
+            *(sys.executable, ROOT / "examples" / "entanglement.py"),
+            *("--out", tmp_path, "--epochs", "2", "--steps", "3"),
+        ]
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "profile.png",
+        "spectra.png",
+        "state.png",
+        "training.png",
+    ]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in tmp_path.iterdir())
+    accuracy = float(re.search(r"not trained on: ([\d.]+)", finished.stdout)[1])
+    assert accuracy > 0.5
+    assert finished.stdout.count("mpo    2x2,2x4,4x2,2x4,4x2,2x2") == 2

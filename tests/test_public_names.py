@@ -20,6 +20,7 @@ PUBLIC = frozenset(
         "MPOLinear",
         "Plan",
         "__version__",
+        "analysis",
         "compress",
         "densify",
         "distill",

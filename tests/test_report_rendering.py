@@ -108,6 +108,13 @@ def test_large_report_stays_small_and_shows_the_largest_layers():
     assert "Shown are 48 of 60 compressed layers" in html
 
 
+def test_chains_show_the_entropy_at_every_bond():
+    chain = compressed_layer("chain", sites=4) | {"entropies_nats": [0.5, 1.234, 0.75]}
+    html = report_of(chain, compressed_layer("pair")).to_html()
+    assert "entropy by bond 0.50, 1.23, 0.75" in html
+    assert html.count("entropy by bond") == 1  # a single bond has its entropy in the table
+
+
 def test_long_spectra_are_thinned_out():
     html = report_of(compressed_layer("fc", 8192, 8192, 2048)).to_html()
     assert len(html) < 100_000

@@ -208,6 +208,21 @@ class Metric:
             weighed_OI = self.ridged_output_OO @ weighed_OI
         return weighed_OI
 
+    def whiten(self, matrix_OI: Tensor) -> Tensor:
+        """G^½ X C^½, whose Frobenius norm is `norm(X)`, in the metric's dtype.
+
+        Symmetric roots, unlike triangular ones, do not depend on the order of the features, and
+        are Kronecker products where the moments are: they do not mix sites that are independent.
+
+        Raises:
+            ContractionError: the shapes do not fit.
+        """
+        self.check(matrix_OI)
+        white_OI = matrix_OI.to(self.dtype) @ _symmetric_root(self.ridged_input_II)
+        if self.ridged_output_OO is not None:
+            white_OI = _symmetric_root(self.ridged_output_OO) @ white_OI
+        return white_OI
+
     def norm(self, matrix_OI: Tensor) -> float:
         """sqrt(tr(G X C Xᵀ))."""
         self.check(matrix_OI)
@@ -316,3 +331,8 @@ def _ridged(matrix_NN: Tensor, ridge: float) -> Tensor:
     symmetric_NN = (matrix_NN + matrix_NN.mT) / 2
     symmetric_NN.diagonal().add_(ridge * float(matrix_NN.diagonal().mean()))
     return symmetric_NN
+
+
+def _symmetric_root(matrix_NN: Tensor) -> Tensor:
+    values_N, vectors_NN = torch.linalg.eigh(matrix_NN)
+    return (vectors_NN * values_N.clamp_min(0.0).sqrt()) @ vectors_NN.mT

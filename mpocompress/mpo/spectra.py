@@ -7,10 +7,12 @@ effective bond dimension.
 """
 
 from collections.abc import Sequence
+from math import inf, log
 
 import torch
 from torch import Tensor
 
+from mpocompress.errors import DecompositionError
 from mpocompress.mpo import linalg
 from mpocompress.mpo.canonical import Center, move_center
 
@@ -35,3 +37,35 @@ def entropy_nats(spectrum_S: Tensor) -> float:
     if float(total) == 0.0:
         return 0.0
     return max(0.0, float(torch.special.entr(weights / total).sum()))
+
+
+def renyi_entropy_nats(spectrum_S: Tensor, order: float) -> float:
+    """Rényi entropy ln(sum p_i^a) / (1 - a) of one Schmidt spectrum, in nats.
+
+    Args:
+        spectrum_S: Schmidt values; neither squared nor normalized.
+        order: a, not negative. 1 is the entanglement entropy, 0 the logarithm of the number of
+            values that are not zero up to rounding, `inf` that of 1 over the largest p.
+
+    Raises:
+        DecompositionError: a negative order, or NaN.
+
+    Source: Rényi, Proc. Fourth Berkeley Symposium 1 (1961) 547.
+    """
+    if not order >= 0:
+        raise DecompositionError(f"order {order!r} of a Rényi entropy: it is not negative. Try 2.")
+    if order == 1:
+        return entropy_nats(spectrum_S)
+    values = spectrum_S.detach().double()
+    largest = float(values.max()) if values.numel() else 0.0
+    if largest == 0.0:
+        return 0.0
+    weights = (values / largest) ** 2
+    if order == 0:
+        # Relative to the largest value: what rounding leaves of a zero in the spectrum's dtype.
+        noise = spectrum_S.numel() * torch.finfo(spectrum_S.dtype).eps
+        return log(int((weights > noise**2).sum()))
+    total = float(weights.sum())
+    if order == inf:
+        return log(total)
+    return max(0.0, (log(float((weights**order).sum())) - order * log(total)) / (1 - order))

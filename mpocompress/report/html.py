@@ -24,6 +24,7 @@ from mpocompress.report.schema import CompressionReport, LayerReport
 class _Spectrum:
     name: str
     svg: Markup
+    entropies: str
 
 
 def render_html(report: CompressionReport) -> str:
@@ -88,7 +89,8 @@ def _spectrum(layer: LayerReport, place: int, lowest: float) -> _Spectrum:
     ]
     alt = f"Schmidt values of {wording.visible(layer.name)}. {'; '.join(ends)}."
     svg = to_svg(figure, alt=alt, key=f"spectrum-{place}")
-    return _Spectrum(name=layer.name, svg=Markup(svg))  # as above
+    entropies = wording.entropy_profile_text(layer)
+    return _Spectrum(name=layer.name, svg=Markup(svg), entropies=entropies)  # as above
 
 
 @cache

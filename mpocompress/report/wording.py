@@ -169,6 +169,12 @@ def entropy_text(layer: LayerReport) -> str:
     return "–" if entropy is None else f"{entropy:.2f}"
 
 
+def entropy_profile_text(layer: LayerReport) -> str:
+    """Entanglement entropies along the chain, in nats: "0.95, 1.60, 0.91"; "" with one bond."""
+    entropies = layer.entropies_nats or []
+    return ", ".join(f"{entropy:.2f}" for entropy in entropies) if len(entropies) > 1 else ""
+
+
 def effective_bond_dim_text(layer: LayerReport) -> str:
     """Effective bond dimension at the middle bond: exp of the entropy in nats."""
     entropy = layer.middle_entropy_nats

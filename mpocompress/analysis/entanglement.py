@@ -1,0 +1,308 @@
+"""Entanglement of a model's weights, of MPO layers and of dense ones alike.
+
+Each weight is a chain of sites. Across every bond it has Schmidt values: those of the MPO, or for
+a dense weight those of its exact MPO in a layout, which are the singular values of its unfoldings.
+How fast they fall says what a truncation at that bond would lose.
+
+In the *weight metric* every entry counts the same. In the *data metric* the matrix is whitened by
+the second moment C of the layer's inputs on data (and, if asked for, by that of the gradients at
+its outputs, G): G^½ W C^½. A direction that the data never takes then carries no entanglement. For
+the layout ((out, 1), (1, in)) its Schmidt values are what the best fit to the data cuts off.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mpocompress.analysis.calls import forward_calls
+from mpocompress.analysis.growth import EntropyProfile, Frozen, profile_fields
+from mpocompress.errors import ConversionError, DataError, LayoutError
+from mpocompress.layers import MPOLinear
+from mpocompress.mpo import MPO, Layout, LayoutLike
+from mpocompress.mpo.factors import balanced_layout, resolve_layout
+from mpocompress.mpo.linalg import svd_values, working_dtype
+from mpocompress.mpo.metric import Metric
+from mpocompress.planning import Progress
+from mpocompress.surgery import WeightSite, check_finite, find_weights, select
+from mpocompress.tuning import LayerMoments, layer_moments
+
+MetricName = Literal["weight", "data"]
+Layouts = LayoutLike | Literal["svd", "balanced"] | Mapping[str, LayoutLike]
+
+
+class LayerEntanglement(EntropyProfile):
+    """The entanglement of one weight at every bond.
+
+    Attributes:
+        name: of the layer.
+        kind: "mpo" for an MPO layer, "dense" for one seen through its exact MPO.
+        layout: (out, in) of each site.
+        bond_dims: of the MPO as it is stored; of a dense weight the maximal ones.
+    """
+
+    name: str
+    kind: Literal["mpo", "dense"]
+    layout: tuple[tuple[int, int], ...]
+    bond_dims: tuple[int, ...]
+
+
+class Entanglement(Frozen):
+    """The entanglement of a model's weights.
+
+    Attributes:
+        metric: "weight" or "data".
+        layers: in model order.
+    """
+
+    metric: MetricName
+    layers: tuple[LayerEntanglement, ...]
+
+    def layer(self, name: str) -> LayerEntanglement:
+        """The layer of this name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(
+            f"{name!r}; there are {', '.join(repr(layer.name) for layer in self.layers)}"
+        )
+
+    def weakest(self) -> tuple[LayerEntanglement, ...]:
+        """Layers by the share of the possible entanglement that they have, least first."""
+        return tuple(sorted(self.layers, key=lambda layer: layer.filling))
+
+    def __str__(self) -> str:
+        rows = [("layer", "kind", "sites", "peak entropy (nats)", "of", "filling", "growth")]
+        for layer in self.layers:
+            peak = layer.peak_entropy_nats
+            capacity = max(layer.capacities_nats, default=0.0)
+            rows.append(
+                (
+                    layer.name or "(model)",
+                    layer.kind,
+                    ",".join(f"{out}x{in_}" for out, in_ in layer.layout),
+                    f"{peak:.3f}",
+                    f"{capacity:.3f}",
+                    f"{100 * layer.filling:.0f} %",
+                    layer.growth.verdict,
+                )
+            )
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Weight:
+    """One weight to measure: an MPO layer, or a dense weight with all modules that use it."""
+
+    name: str
+    source: MPOLinear | WeightSite
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The modules that are called with its inputs."""
+        return (self.source,) if isinstance(self.source, MPOLinear) else self.source.modules
+
+
+def entanglement(
+    model: nn.Module,
+    *,
+    layout: Layouts | None = None,
+    sites: int = 6,
+    metric: MetricName = "weight",
+    data: Any = None,
+    output_metric: bool = False,
+    ridge: float = 1e-3,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    renyi_orders: Sequence[float] = (2.0,),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Entanglement:
+    """Measure Schmidt values and entropies along all MPO layers and convertible dense layers.
+
+    Args:
+        model: only looked at. A single `MPOLinear` or `nn.Linear` is a model, too, named "".
+        layout: of dense layers: "svd", "balanced" (two sites), pairs, text or a `Layout` for all of
+            them, or a mapping from patterns of names to these; default: `sites` balanced sites.
+            MPO layers keep theirs.
+        sites: number of sites of dense layers that `layout` says nothing of.
+        metric: "weight", or "data" for the whitened weight; see this module.
+        data: batches of forward arguments for the data metric.
+        output_metric: in the data metric, also weigh the outputs by what the model's output feels.
+        ridge: of both second moments, relative to their mean diagonals.
+        include: patterns of layers; default: all.
+        exclude: likewise; they win.
+        renyi_orders: orders of the Rényi entropies; `inf` is allowed.
+        seed: of the random directions for `output_metric`.
+        progress: called as `progress(layer, done, total)`.
+
+    Raises:
+        NoLayerMatched: nothing to measure, or a pattern that matches nothing.
+        ConversionError: NaN or Inf in a weight.
+        LayoutError: a layout does not fit a layer.
+        DataError: no data for the data metric, or none that reaches a layer.
+
+    A padded layer has the entanglement of the padded matrix. Dense weights, and in the data metric
+    all of them, are decomposed bond by bond in float32 or wider: cost is that of an SVD of the
+    unfolding in the middle.
+    """
+    if metric not in ("weight", "data"):
+        raise DataError(f"metric {metric!r}: there are 'weight' and 'data'.")
+    if (metric == "data") != (data is not None):
+        raise DataError(
+            "metric='data' needs data=..., batches of forward arguments."
+            if data is None
+            else "data is used in the data metric only: say metric='data' too."
+        )
+    weights = _weights(model, include, exclude)
+    layouts = _layouts(weights, layout, sites)
+    moments: dict[nn.Module, LayerMoments] = {}
+    if data is not None:
+        modules = [module for weight in weights for module in weight.modules]
+        calls = list(forward_calls(data, model))
+        moments = layer_moments(model, modules, calls, seed=seed, all_data=True)
+    layers = []
+    for done, weight in enumerate(weights):
+        if progress is not None:
+            progress(weight.name, done, len(weights))
+        whitening = _metric_of(weight, moments, output_metric, ridge) if data is not None else None
+        layers.append(_measure(weight, layouts[weight.name], whitening, renyi_orders))
+    return Entanglement(metric=metric, layers=tuple(layers))
+
+
+def unfolding_spectra(matrix_OI: Tensor, layout: Layout) -> list[Tensor]:
+    """Schmidt values of the exact MPO of a dense matrix at every bond, without making it."""
+    tensor = layout.split(matrix_OI.to(working_dtype(matrix_OI.dtype)))
+    sizes, spectra, left = tensor.shape, [], 1
+    for size in sizes[:-1]:
+        left *= size
+        unfolding_LR = tensor.reshape(left, -1)
+        spectra.append(
+            svd_values(unfolding_LR if left >= unfolding_LR.shape[1] else unfolding_LR.mT)
+        )
+    return spectra
+
+
+def _weights(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> list[_Weight]:
+    inventory = find_weights(model)
+    sites = {site.name: site for site in inventory.sites}
+    found: dict[str, _Weight] = {}
+    seen: set[tuple[int, ...]] = set()
+    for name, module in model.named_modules():
+        if name in sites:
+            found[name] = _Weight(name, sites[name])
+        elif isinstance(module, MPOLinear):
+            cores = tuple(map(id, module.cores.parameters()))
+            if cores not in seen:  # layers that share their cores are one weight
+                found[name] = _Weight(name, module)
+            seen.add(cores)
+    chosen = select(
+        list(found),
+        include,
+        exclude,
+        aliases={name: site.names[1:] for name, site in sites.items()},
+        refused=inventory.refused,
+    )
+    return [weight for name, weight in found.items() if name in chosen]
+
+
+def _layouts(weights: Sequence[_Weight], layout: Layouts | None, sites: int) -> dict[str, Layout]:
+    """The layout of every weight; of several patterns that match, the first one holds."""
+    dense = {
+        weight.name: weight.source.shape
+        for weight in weights
+        if isinstance(weight.source, WeightSite)
+    }
+    rules: dict[str, LayoutLike] = {}
+    if isinstance(layout, Mapping):
+        for pattern, rule in layout.items():
+            for name in select(list(dense), [pattern]):
+                rules.setdefault(name, rule)
+    elif layout is not None:
+        rules = dict.fromkeys(dense, layout)
+    found = {w.name: w.source.layout for w in weights if isinstance(w.source, MPOLinear)}
+    for name, shape in dense.items():
+        try:
+            found[name] = (
+                resolve_layout(rules[name], *shape)
+                if name in rules
+                else balanced_layout(*shape, sites)
+            )
+        except LayoutError as error:
+            raise LayoutError(f"layer {name!r}: {error}") from error
+    return found
+
+
+def _metric_of(
+    weight: _Weight, moments: Mapping[nn.Module, LayerMoments], output_metric: bool, ridge: float
+) -> Metric:
+    total = LayerMoments()
+    for module in weight.modules:
+        if module in moments:
+            total.inputs.merge(moments[module].inputs)
+            total.gradients.merge(moments[module].gradients)
+    if not total.inputs.rows:
+        raise DataError(
+            f"layer {weight.name!r}: the data does not reach it. Exclude it, or measure it in the "
+            "weight metric."
+        )
+    inputs_II = _symmetric(total.inputs.mean(centered=False)[0])
+    gradients_OO = total.output_metric if output_metric else None
+    if output_metric and gradients_OO is None:
+        raise DataError(
+            f"layer {weight.name!r}: it has too many outputs for a metric on them. Drop "
+            "output_metric, or exclude the layer."
+        )
+    outputs_OO = None if gradients_OO is None else _symmetric(gradients_OO)
+    return Metric(inputs_II, outputs_OO, ridge=ridge, output_ridge=ridge)
+
+
+def _symmetric(matrix_NN: Tensor) -> Tensor:
+    """Without the rounding of products in float32, which `Metric` takes for a mistake."""
+    return (matrix_NN + matrix_NN.mT) / 2
+
+
+def _measure(
+    weight: _Weight, layout: Layout, metric: Metric | None, orders: Sequence[float]
+) -> LayerEntanglement:
+    source = weight.source
+    return LayerEntanglement.model_validate(
+        {
+            "name": weight.name,
+            "kind": "mpo" if isinstance(source, MPOLinear) else "dense",
+            "layout": layout.pairs,
+            "bond_dims": (
+                source.bond_dims if isinstance(source, MPOLinear) else layout.max_bond_dims()
+            ),
+            **profile_fields(_spectra(weight, layout, metric), layout.max_bond_dims(), orders),
+        }
+    )
+
+
+def _spectra(weight: _Weight, layout: Layout, metric: Metric | None) -> list[Tensor]:
+    source = weight.source
+    if isinstance(source, WeightSite):
+        check_finite(source)
+        matrix_OI = source.matrix()
+    else:
+        cores = [core.detach().double() for core in source.cores]
+        if not all(bool(torch.isfinite(core).all()) for core in cores):
+            raise ConversionError(
+                f"layer {weight.name!r}: a core has NaN or Inf entries. Repair the checkpoint, or "
+                "exclude the layer."
+            )
+        if metric is None:
+            # The gauge holds to the rounding of the cores only, so nothing is taken for known.
+            return MPO(cores).schmidt_spectra()
+        matrix_OI = source.to_dense()
+    return unfolding_spectra(matrix_OI if metric is None else metric.whiten(matrix_OI), layout)
