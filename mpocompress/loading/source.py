@@ -21,7 +21,8 @@ from mpocompress.loading.huggingface import find_folder, load_folder, read_folde
 from mpocompress.loading.safe_pickle import check_layers, read_pickle
 
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-_LATER_SUFFIXES = {".onnx": "ONNX files", ".pt2": "exported programs"}
+ONNX_SUFFIX = ".onnx"
+_LATER_SUFFIXES = {".pt2": "exported programs"}
 _SUPPORTED = (
     ".pt, .pth, .ckpt or .bin (torch.save), .safetensors, or a Hugging Face folder with config.json"
 )
@@ -56,6 +57,11 @@ class Source:
     tokenizer_folder: Path | None = None
 
 
+def is_onnx(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is named like an ONNX file, a graph and no module: see `load_onnx`."""
+    return Path(path).suffix.lower() == ONNX_SUFFIX
+
+
 def load_source(
     path: str | os.PathLike[str], *, factory: str | None = None, trust_pickle: bool = False
 ) -> Source:
@@ -83,6 +89,11 @@ def load_source(
     if not place.is_file():
         raise LoadError(f"{place} is neither a file nor a folder.")
     suffix = place.suffix.lower()
+    if is_onnx(place):
+        raise LoadError(
+            f"{place} is an ONNX file: a graph, which PyTorch does not run. Compress it with the "
+            "command line, or load the PyTorch model that it was made of."
+        )
     if suffix in _LATER_SUFFIXES:
         raise LoadError(
             f"{place}: {_LATER_SUFFIXES[suffix]} ({suffix}) are not read by this version. "

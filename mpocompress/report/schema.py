@@ -203,7 +203,7 @@ class LayerReport(_Frozen):
 
 
 class Parity(_Frozen):
-    """ONNX Runtime against the compressed PyTorch model, on the same inputs.
+    """ONNX Runtime against what the file should compute, on the same inputs.
 
     Args:
         max_abs_difference: largest absolute difference over all outputs and batches.
@@ -214,6 +214,8 @@ class Parity(_Frozen):
             output has no classes.
         passed: whether the difference is within the tolerance.
         outputs: names of the outputs that were compared.
+        reference: the compressed PyTorch model or, for ONNX input, the original graph with the
+            dense weights that the cores stand for.
     """
 
     max_abs_difference: NonNegativeFloat
@@ -223,6 +225,7 @@ class Parity(_Frozen):
     argmax_agreement: float | None = Field(default=None, ge=0, le=1)
     passed: bool
     outputs: list[str]
+    reference: Literal["pytorch", "graph"] = "pytorch"
 
 
 class CompressionReport(_Frozen):
