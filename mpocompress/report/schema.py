@@ -21,8 +21,10 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -226,6 +228,14 @@ class Parity(_Frozen):
     passed: bool
     outputs: list[str]
     reference: Literal["pytorch", "graph"] = "pytorch"
+
+    @model_serializer(mode="wrap")
+    def _leave_out_pytorch(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Reports from before there was a choice are written back as they were.
+        fields: dict[str, Any] = handler(self)
+        if self.reference == "pytorch":
+            del fields["reference"]
+        return fields
 
 
 class CompressionReport(_Frozen):
