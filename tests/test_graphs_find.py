@@ -57,6 +57,16 @@ def test_shapes_of_reshapes_are_buffers_and_no_parameters():
     assert (entry.kind, entry.parameters, entry.bytes) == ("buffer", 0, 16)
 
 
+def test_a_bias_of_one_row_is_a_bias():
+    proto = model(
+        [node("MatMul", "x W", "a"), node("Add", "a b", "y")],
+        {"W": weight(24, 24), "b": vector(24)[None]},
+        inputs={"x": ["batch", 24]},
+        outputs={"y": ["batch", 24]},
+    )
+    assert [entry.kind for entry in inventory(proto).kept] == ["bias"]
+
+
 W = {"W": weight(24, 24)}
 
 REFUSED = {

@@ -40,6 +40,13 @@ def lossless(graph: OnnxModel, sites: int | None = None) -> dict:
     return weights
 
 
+def reference(graph: OnnxModel, weights: dict, folder: Path) -> Path:
+    """The original products with the matrices that the cores stand for, written to a file."""
+    proto, computed = with_matrices(graph, weights)
+    write_graph(proto, Path(), folder / "reference.onnx", computed=computed)
+    return folder / "reference.onnx"
+
+
 def feed(*shape: int, name: str = "x", seed: int = 7) -> dict[str, np.ndarray]:
     return {name: np.random.default_rng(seed).standard_normal(shape).astype(np.float32)}
 
@@ -91,7 +98,7 @@ PRODUCTS = {
 
 @pytest.mark.parametrize("sites", [None, 1, 2, 3], ids=["svd", "1 site", "2 sites", "3 sites"])
 @pytest.mark.parametrize("case", PRODUCTS)
-def test_cores_compute_what_the_weight_computed(case, sites):
+def test_cores_compute_what_the_weight_computed(case, sites, tmp_path):
     nodes, shape, input_shape = PRODUCTS[case]
     stored = {
         "W": weight(12, 20, seed=1).reshape(shape),
@@ -115,7 +122,7 @@ def test_cores_compute_what_the_weight_computed(case, sites):
     made = with_cores(graph, weights)
     onnx.checker.check_model(made, full_check=True)
     np.testing.assert_allclose(run(made, x)[0], expected, **ONNX)
-    np.testing.assert_allclose(run(with_matrices(graph, weights), x)[0], expected, **ONNX)
+    np.testing.assert_allclose(run(reference(graph, weights, tmp_path), x)[0], expected, **ONNX)
     assert "W" not in {tensor.name for tensor in made.graph.initializer}
     assert "Einsum" not in {entry.op_type for entry in made.graph.node}
 
@@ -344,3 +351,15 @@ def test_parity_finds_a_wrong_core(tmp_path):
     assert not found.passed
     assert 0.005 < found.max_relative_difference < 0.02  # two cores, each 1 % too large; a bias
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_the_reference_of_a_large_model_goes_to_a_data_file(tmp_path):
+    graph = opened(mlp())
+    weights = lossless(graph)
+    proto, computed = with_matrices(graph, weights)
+    assert all(not t.raw_data for t in proto.graph.initializer if t.name in computed)
+    path = tmp_path / "reference.onnx"
+    files = write_graph(proto, Path(), path, computed=computed, single_file_bytes=1)
+    assert files["reference.onnx.data"] >= 4 * 64 * (48 + 40)
+    x = feed(4, 48)
+    np.testing.assert_allclose(run(path, x)[0], run(graph.proto, x)[0], **ONNX)

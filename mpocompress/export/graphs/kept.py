@@ -49,7 +49,8 @@ def describe(tensor: TensorProto, consumers: Sequence[Consumer]) -> tuple[str, s
         tensor: the stored tensor.
         consumers: who reads it in the end, behind whatever only rearranges it.
     """
-    dims = len(tensor.dims)
+    # One row is a vector: scikit-learn writes biases so.
+    dims = len(tensor.dims) if sum(size > 1 for size in tensor.dims) > 1 else 1
     if not consumers:
         return "other", "nothing in the graph reads it"
     first = consumers[0]

@@ -1,12 +1,13 @@
 """A compressed graph in ONNX Runtime against the original one with the densified weights."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from onnx import ModelProto
+from torch import Tensor
 
 from mpocompress.errors import DataError, ParityError
 from mpocompress.export.calls import first_line
@@ -30,7 +31,7 @@ _QUANTIZERS = frozenset(
 
 def compare_graphs(
     path: Path,
-    reference: ModelProto,
+    reference: tuple[ModelProto, Mapping[str, Callable[[], Tensor]]],
     folder: Path,
     inputs: GraphInputs,
     feeds: Iterable[Feed] | None,
@@ -46,7 +47,7 @@ def compare_graphs(
 
     Args:
         path: the compressed file; for the time of the run the reference is written beside it.
-        reference: is changed, see `write_graph`.
+        reference: as `with_matrices` gives it; is changed, see `write_graph`.
         folder: of the external data of the reference.
         inputs: of both.
         feeds: data, or None.
@@ -61,7 +62,7 @@ def compare_graphs(
     """
     beside = path.with_name(_REFERENCE)
     try:
-        write_graph(reference, folder, beside)
+        write_graph(reference[0], folder, beside, computed=reference[1])
         dense = Session(beside, folder, f"the dense graph of {inputs.name}")
         compressed = Session(path, path.parent, f"the compressed graph of {inputs.name}")
         comparison = _Comparison()

@@ -1,9 +1,10 @@
 """Put cores in the place of weights in an ONNX graph; all else stays what and where it is."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
-from onnx import ModelProto, NodeProto
+from onnx import ModelProto, NodeProto, TensorProto
 from torch import Tensor
 
 from mpocompress.export.graphs.chain import Chain, GraphBuilder
@@ -15,7 +16,7 @@ from mpocompress.export.graphs.model import (
     copy_without_graph,
     label,
 )
-from mpocompress.export.graphs.tensors import from_torch
+from mpocompress.export.graphs.tensors import ONNX_FLOATS, from_torch
 from mpocompress.mpo import MPO
 
 # Stored tensors need not be inputs since then; older files list each of them as an input, too.
@@ -63,27 +64,41 @@ def with_matrices(
     model: OnnxModel,
     weights: Mapping[GraphSite, MPO],
     vectors: Mapping[str, Tensor] | None = None,
-) -> ModelProto:
+) -> tuple[ModelProto, dict[str, Callable[[], Tensor]]]:
     """The model with its own products, of the dense matrices that the cores stand for.
 
     The reference for `with_cores`: nothing is shared with it but where the weights are.
+
+    Returns:
+        The model, in which these matrices have a name, type and shape only, and what computes each
+        of them by name: together they may need more memory than there is.
     """
     builder = GraphBuilder(model.names)
     operands: dict[GraphSite, str] = {}
+    computed: dict[str, Callable[[], Tensor]] = {}
+    described: list[TensorProto] = []
 
     def replace(site: GraphSite, product: Product) -> list[NodeProto]:
         if site not in operands:
-            dense_OI = weights[site].to(dtype=torch.float64).to_dense()
-            matrix = dense_OI.mT if product.transposed else dense_OI
-            operands[site] = builder.store(matrix.to(site.operand_dtype), f"{site.name}.dense")
+            operands[site] = name = builder.free(f"{site.name}.dense")
+            computed[name] = partial(_dense, weights[site], product.transposed, site.operand_dtype)
+            shape = site.shape[::-1] if product.transposed else site.shape
+            described.append(
+                TensorProto(name=name, data_type=ONNX_FLOATS[site.operand_dtype], dims=shape)
+            )
         node = NodeProto()
         node.CopyFrom(product.node)
         node.input[1] = operands[site]
         return [node]
 
     made = _rewritten(model, weights, replace, vectors or {})
-    made.graph.initializer.extend(builder.tensors)
-    return made
+    made.graph.initializer.extend(described)
+    return made, computed
+
+
+def _dense(mpo: MPO, transposed: bool, dtype: torch.dtype) -> Tensor:
+    dense_OI = mpo.to(dtype=torch.float64).to_dense()
+    return (dense_OI.mT if transposed else dense_OI).to(dtype)
 
 
 def _write_product(builder: GraphBuilder, chain: Chain, product: Product, model: OnnxModel) -> None:

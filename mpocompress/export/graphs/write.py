@@ -1,13 +1,16 @@
 """Write an ONNX model: one file while protobuf can hold it, with a data file beside it above."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from onnx import ModelProto, StringStringEntryProto, TensorProto
+from torch import Tensor
 
 from mpocompress.errors import SaveError
 from mpocompress.export.graphs.tensors import (
     embed,
     external,
+    from_torch,
     is_external,
     num_bytes,
     raw_bytes,
@@ -21,7 +24,12 @@ _CHUNK = 1 << 24
 
 
 def write_graph(
-    proto: ModelProto, folder: Path, path: Path, *, single_file_bytes: int = SINGLE_FILE_BYTES
+    proto: ModelProto,
+    folder: Path,
+    path: Path,
+    *,
+    computed: Mapping[str, Callable[[], Tensor]] | None = None,
+    single_file_bytes: int = SINGLE_FILE_BYTES,
 ) -> dict[str, int]:
     """Write a model whose external data, if any, lies in `folder`.
 
@@ -29,6 +37,8 @@ def write_graph(
         proto: is changed: its tensors get their bytes, or a new place for them.
         folder: of the file that the model was read from.
         path: of the new file.
+        computed: what gives the numbers of initializers that have a type and shape only; asked for
+            one at a time.
         single_file_bytes: with more bytes of tensors than this they go to `<path>.data`.
 
     Returns:
@@ -41,7 +51,10 @@ def write_graph(
     data_path = path.with_name(f"{path.name}.data")
     try:
         if sum(map(num_bytes, tensors_of(proto))) > single_file_bytes:
-            _write_data(proto, folder, data_path)
+            _write_data(proto, folder, data_path, computed or {})
+        for tensor in proto.graph.initializer:
+            if tensor.name in (computed or {}) and not is_external(tensor):
+                tensor.CopyFrom(from_torch((computed or {})[tensor.name](), tensor.name))
         for tensor in tensors_of(proto):
             if not (is_external(tensor) and data_path.exists() and _is_in(tensor, data_path)):
                 embed(tensor, folder)
@@ -59,7 +72,12 @@ def _is_in(tensor: TensorProto, data_path: Path) -> bool:
     return any(e.key == "location" and e.value == data_path.name for e in tensor.external_data)
 
 
-def _write_data(proto: ModelProto, folder: Path, data_path: Path) -> None:
+def _write_data(
+    proto: ModelProto,
+    folder: Path,
+    data_path: Path,
+    computed: Mapping[str, Callable[[], Tensor]],
+) -> None:
     with data_path.open("wb") as file:
         for tensor in proto.graph.initializer:
             size = num_bytes(tensor)
@@ -67,7 +85,9 @@ def _write_data(proto: ModelProto, folder: Path, data_path: Path) -> None:
                 continue
             file.write(b"\0" * (-file.tell() % _ALIGNMENT))
             offset = file.tell()
-            if is_external(tensor):
+            if tensor.name in computed:
+                file.write(from_torch(computed[tensor.name](), tensor.name).raw_data)
+            elif is_external(tensor):
                 place = external(tensor, folder)
                 with place.path.open("rb") as source:
                     source.seek(place.offset)
