@@ -232,7 +232,24 @@ def twice(proto):
     proto.graph.node.append(proto.graph.node[0])
 
 
+def other_tensor(**fields):
+    def edit(proto):
+        tensor = proto.graph.initializer[0]
+        for name, value in fields.items():
+            if name == "dims":
+                del tensor.dims[:]
+                tensor.dims.extend(value)
+            else:
+                setattr(tensor, name, value)
+
+    return edit
+
+
 DAMAGED = {
+    "unknown type": (other_tensor(data_type=99), "'fc0.weight' has the unknown type 99"),
+    "negative size": (other_tensor(dims=[-64, 48]), r"'fc0.weight' has the shape \(-64, 48\)"),
+    "too large": (other_tensor(dims=[1 << 40, 48]), "for which its data is too short"),
+    "hidden": (other_tensor(name="h0"), "value 'h0' has two sources"),
     "old": (old, r"uses opset 9; 11 and later are read.*convert_version"),
     "sparse": (sparse, "holds sparse tensors"),
     "two sources": (twice, "value 'h0' has two sources"),

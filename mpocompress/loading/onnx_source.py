@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 
 from mpocompress.errors import LoadError
-from mpocompress.export.graphs import OnnxModel, external_files
+from mpocompress.export.graphs import OnnxModel, external_files, flaw, tensors_of
 from mpocompress.loading.safe_pickle import describe_foreign_file
 
 OLDEST_OPSET = 11
@@ -83,7 +83,14 @@ def _check(model: OnnxModel, size: int) -> None:
     if graph.sparse_initializer or model.proto.training_info:
         what = "sparse tensors" if graph.sparse_initializer else "a training graph"
         raise LoadError(f"{model.name} holds {what}, which is not converted. Export it without.")
+    for tensor in tensors_of(model.proto):
+        if reason := flaw(tensor):
+            raise LoadError(
+                f"{model.name}: tensor {tensor.name!r} {reason}. The file is damaged; copy or "
+                "export it again."
+            )
     names = [output for node in graph.node for output in node.output if output]
+    names += [tensor.name for tensor in graph.initializer]
     if len(set(names)) < len(names):
         double = next(name for name in names if names.count(name) > 1)
         raise LoadError(

@@ -7,7 +7,13 @@ from mpocompress.export.graphs.model import OnnxModel
 from mpocompress.export.graphs.parity import compare_graphs, raise_if_failed, tolerance_of
 from mpocompress.export.graphs.rewrite import with_cores, with_matrices
 from mpocompress.export.graphs.sessions import Feed, GraphInputs
-from mpocompress.export.graphs.tensors import external_files, read_array, to_torch
+from mpocompress.export.graphs.tensors import (
+    external_files,
+    flaw,
+    read_array,
+    tensors_of,
+    to_torch,
+)
 from mpocompress.export.graphs.write import write_graph
 
 __all__ = [
@@ -20,10 +26,12 @@ __all__ = [
     "compare_graphs",
     "external_files",
     "find_graph_weights",
+    "flaw",
     "graph_sites",
     "input_moments",
     "raise_if_failed",
     "read_array",
+    "tensors_of",
     "to_torch",
     "tolerance_of",
     "with_cores",

@@ -68,18 +68,6 @@ def continues(node: NodeProto, position: int, model: OnnxModel) -> bool:
     )
 
 
-def trace(model: OnnxModel, value: str) -> WeightPath | None:
-    """The path that ends at a value; None if it is not such a constant."""
-    nodes: list[NodeProto] = []
-    while value not in model.stored:
-        node = model.producers.get(value)
-        if node is None or not continues(node, 0, model):
-            return None
-        nodes.append(node)
-        value = node.input[0]
-    return WeightPath(value, tuple(reversed(nodes)))
-
-
 def operand_shape(model: OnnxModel, path: WeightPath) -> tuple[int, ...] | None:
     """Sizes of the operand; None if a Reshape is given by something else than positive sizes."""
     shape = tuple(model.stored[path.stored].dims)

@@ -81,6 +81,17 @@ def num_bytes(tensor: TensorProto) -> int:
     return prod(tensor.dims) * itemsize
 
 
+def flaw(tensor: TensorProto) -> str | None:
+    """What is wrong with the description of a tensor, or None; the numbers are not looked at."""
+    if tensor.data_type not in TensorProto.DataType.values() or not tensor.data_type:
+        return f"has the unknown type {tensor.data_type}"
+    if any(size < 0 for size in tensor.dims):
+        return f"has the shape {tuple(tensor.dims)}"
+    if tensor.HasField("raw_data") and num_bytes(tensor) > tensor.ByteSize():
+        return f"has the shape {tuple(tensor.dims)}, for which its data is too short"
+    return None
+
+
 def is_external(tensor: TensorProto) -> bool:
     """Whether the bytes lie in another file."""
     return bool(tensor.data_location == TensorProto.EXTERNAL)
