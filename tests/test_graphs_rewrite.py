@@ -363,3 +363,30 @@ def test_the_reference_of_a_large_model_goes_to_a_data_file(tmp_path):
     assert files["reference.onnx.data"] >= 4 * 64 * (48 + 40)
     x = feed(4, 48)
     np.testing.assert_allclose(run(path, x)[0], run(graph.proto, x)[0], **ONNX)
+
+
+def test_int4_blocks_are_read_as_onnx_runtime_reads_them():
+    generator = np.random.default_rng(0)
+    ints = generator.integers(-8, 8, (64, 20))
+    scale = generator.uniform(0.01, 0.02, (2, 20)).astype(np.float32)
+    proto = model(
+        [
+            node("DequantizeLinear", "W scale", "d", axis=0, block_size=32),
+            node("MatMul", "x d", "y"),
+        ],
+        {"scale": scale},
+        inputs={"x": ["batch", 64]},
+        outputs={"y": ["batch", 20]},
+        opset=21,
+    )
+    packed = helper.make_tensor("W", TensorProto.INT4, ints.shape, ints.reshape(-1).tolist())
+    proto.graph.initializer.append(packed)
+    proto.ir_version = 10
+    graph = opened(proto)
+    weights = lossless(graph)
+    (site,) = weights
+    dense = ints * np.repeat(scale, 32, axis=0)
+    np.testing.assert_allclose(site.matrix().numpy(), dense.T, **TOL[torch.float32]["dense"])
+    assert site.bytes == 64 * 20 // 2 + scale.nbytes
+    x = feed(4, 64)
+    np.testing.assert_allclose(run(with_cores(graph, weights), x)[0], x["x"] @ dense, **ONNX)

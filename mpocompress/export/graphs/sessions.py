@@ -1,6 +1,7 @@
 """ONNX Runtime sessions of graphs, and what they take: feeds from batches, and made-up ones."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,8 +110,6 @@ class GraphInputs:
     def _shaped(
         self, specs: Sequence[InputSpec], shapes: Sequence[tuple[int, ...]]
     ) -> list[InputSpec]:
-        from dataclasses import replace
-
         fits = len(shapes) == len(specs) and all(
             len(shape) == len(spec.shape)
             and all(
