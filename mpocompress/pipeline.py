@@ -5,13 +5,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from mpocompress import api, saving
 from mpocompress._version import __version__
-from mpocompress.errors import DataError
+from mpocompress.errors import DataError, LoadError
 from mpocompress.export import export_onnx, verify
 from mpocompress.loading import (
     Batch,
@@ -19,14 +19,18 @@ from mpocompress.loading import (
     ExampleInputs,
     Source,
     example_inputs,
+    is_onnx,
     load_batches,
     load_source,
     module_from_state,
 )
-from mpocompress.planning import LayoutChoice, Of, Plan, Progress
+from mpocompress.planning import LayoutChoice, Of, Plan, PlanOptions, Progress
 from mpocompress.report import CompressionReport, Parity
 from mpocompress.report import Source as ReportSource
 from mpocompress.surgery import Inventory, find_weights
+
+if TYPE_CHECKING:
+    from mpocompress.loading.onnx_source import OnnxSource
 
 NO_MODULE = (
     "a bare state dict cannot be run, so no ONNX file was written; give its architecture with "
@@ -90,6 +94,25 @@ class Opened:
         """What the weights are called if nothing is known of their modules."""
         return "matrix" if self.source.kind == "state_dict" else None
 
+    def inventory(self) -> Inventory:
+        """All weights and buffers."""
+        return find_weights(self.module)
+
+
+@dataclass(kw_only=True)
+class OpenedGraph:
+    """A loaded ONNX graph."""
+
+    source: "OnnxSource"
+    notes: list[str] = field(default_factory=list)
+    kind: str | None = None
+
+    def inventory(self) -> Inventory:
+        """All stored tensors."""
+        from mpocompress.export.graphs import find_graph_weights
+
+        return find_graph_weights(self.source.model)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
@@ -115,14 +138,46 @@ def open_model(
     return Opened(source=source, module=module, notes=list(source.notes))
 
 
+def open_any(
+    path: str | Path, *, factory: str | None = None, trust_pickle: bool = False
+) -> Opened | OpenedGraph:
+    """Load a checkpoint or an ONNX graph.
+
+    Raises:
+        LoadError: see `load_source` and `load_onnx`.
+    """
+    if is_onnx(path):
+        return _open_graph(path, factory)
+    return open_model(path, factory=factory, trust_pickle=trust_pickle)
+
+
+def _open_graph(path: str | Path, factory: str | None) -> OpenedGraph:
+    from mpocompress.loading.onnx_source import load_onnx
+
+    if factory is not None:
+        raise LoadError(
+            f"--model {factory} builds a PyTorch module, but {path} brings its own graph. Drop "
+            "--model, or give the PyTorch checkpoint."
+        )
+    source = load_onnx(path)
+    return OpenedGraph(source=source, notes=list(source.notes))
+
+
 def plan_model(
     path: str | Path, request: Request, *, progress: Progress | None = None
-) -> tuple[Plan, Opened, Inventory]:
+) -> tuple[Plan, Opened | OpenedGraph, Inventory]:
     """Load and plan, but change and write nothing: what `--dry-run` shows.
 
     Raises:
-        MPOCompressError: bad input, see `load_source` and `plan`.
+        MPOCompressError: bad input, see `load_source`, `load_onnx` and `plan`.
     """
+    if is_onnx(path):
+        from mpocompress.api.graphs import plan_graph
+
+        graph = _open_graph(path, request.factory)
+        options = PlanOptions(**request.plan_options())
+        plan, inventory = plan_graph(graph.source.model, options, progress=progress)
+        return plan, graph, inventory
     opened = open_model(path, factory=request.factory, trust_pickle=request.trust_pickle)
     # A bond dimension is planned from the weights alone; only budgets look at the data.
     batches = None if request.data is None or request.ratio is None else load_batches(request.data)
@@ -134,7 +189,7 @@ def plan_model(
         seed=request.seed,
         progress=progress,
     )
-    return plan, opened, find_weights(opened.module)
+    return plan, opened, opened.inventory()
 
 
 def convert(
@@ -145,14 +200,16 @@ def convert(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Compress a checkpoint into a directory: cores, verified ONNX, report.
+    """Compress a checkpoint or an ONNX file into a directory: cores, verified ONNX, report.
 
     Everything appears at the end, all at once; a run that fails leaves nothing behind.
 
     Raises:
-        ParityError: ONNX Runtime and PyTorch disagree.
-        MPOCompressError: bad input, see `load_source`, `plan` and `staged_output`.
+        ParityError: ONNX Runtime and PyTorch, or the compressed and the dense graph, disagree.
+        MPOCompressError: bad input, see `load_source`, `load_onnx`, `plan` and `staged_output`.
     """
+    if is_onnx(path):
+        return _convert_graph(path, directory, request, force=force, progress=progress)
     clock = api.Clock()
     with saving.staged_output(directory, force=force) as scratch:
         with clock("loading"):
@@ -204,6 +261,63 @@ def convert(
         )
         api.write_report(report, scratch)
     return Conversion(directory=Path(directory), report=report, notes=tuple(notes))
+
+
+def _convert_graph(
+    path: str | Path,
+    directory: str | Path,
+    request: Request,
+    *,
+    force: bool,
+    progress: Progress | None,
+) -> Conversion:
+    """As `convert`, for an ONNX file."""
+    from mpocompress.api import graphs
+
+    if request.distill:
+        raise DataError(
+            f"--distill {request.distill} trains with gradients, which an ONNX graph does not "
+            "have. Drop it, or compress the PyTorch model that the file was made of."
+        )
+    clock = api.Clock()
+    with saving.staged_output(directory, force=force) as scratch:
+        with clock("loading"):
+            opened = _open_graph(path, request.factory)
+            source = opened.source
+            data = None if request.data is None else load_batches(request.data)
+            calls = graphs.calls_of_graph(source.model, data=data, shapes=request.inputs)
+        result = graphs.compress_graph(
+            source.model,
+            PlanOptions(**request.plan_options()),
+            feeds=calls.feeds,
+            sweeps=request.sweeps,
+            seed=request.seed,
+            source=ReportSource(name=source.name, sha256=source.sha256),
+            progress=progress,
+        )
+        clock.add(result.report.seconds)
+        if calls.feeds is not None and request.ratio is not None:
+            opened.notes.append(
+                "an ONNX graph has no gradients, so all layers got the same ratio; the data only "
+                "fitted them"
+            )
+        with clock("saving"):
+            graphs.save_graph(source.model, result, scratch / saving.CORES_FILE)
+        if progress is not None:
+            progress("writing ONNX", 0, 2)
+        with clock("export"):
+            graphs.write_compressed(source.model, result, scratch / saving.ONNX_FILE)
+        if progress is not None:
+            progress("verifying in ONNX Runtime", 1, 2)
+        with clock("verification"):
+            parity = graphs.verify_graph(
+                source.model, result, scratch / saving.ONNX_FILE, calls, seed=request.seed
+            )
+        report = api.with_files(result.report, scratch).model_copy(
+            update={"parity": parity, "seconds": clock.total()}
+        )
+        api.write_report(report, scratch)
+    return Conversion(directory=Path(directory), report=report, notes=tuple(opened.notes))
 
 
 def _export(

@@ -61,14 +61,15 @@ class Manifest(_Record):
     Attributes:
         format_version: of the file.
         tool_version: that wrote it.
-        source: "module", or "state_dict" if the architecture was never known.
+        source: "module", "state_dict" if the architecture was never known, or "onnx", where names
+            are those of the graph.
         layers: the compressed ones.
         aliases: name of a state entry to the name under which its tensor is stored.
     """
 
     format_version: int = FORMAT_VERSION
     tool_version: str = __version__
-    source: Literal["module", "state_dict"] = "module"
+    source: Literal["module", "state_dict", "onnx"] = "module"
     layers: tuple[LayerRecord, ...] = ()
     aliases: dict[str, str] = {}
 
@@ -103,8 +104,43 @@ def save_model(
         storages.add(storage)
         tensors[name] = detached if whole else detached.clone(memory_format=torch.contiguous_format)
     manifest = Manifest(source=source, layers=tuple(_layer_records(model)), aliases=aliases)
+    _save_tensors(tensors, manifest, path)
+
+
+def save_graph_weights(
+    weights: Mapping[str, MPO], others: Mapping[str, Tensor], path: str | Path
+) -> None:
+    """Write the weights of an ONNX graph to one safetensors file.
+
+    Args:
+        weights: cores by the name of the weight.
+        others: the other tensors of the graph, by name.
+        path: of the file.
+
+    Raises:
+        SaveError: the file cannot be written.
+    """
+    records = tuple(
+        LayerRecord(
+            names=(name,),
+            kind="linear",
+            shape=mpo.shape,
+            layout=mpo.layout.pairs,
+            bond_dims=mpo.bond_dims,
+        )
+        for name, mpo in weights.items()
+    )
+    cores = {
+        f"{_prefix(name)}cores.{site}": core.contiguous()
+        for name, mpo in weights.items()
+        for site, core in enumerate(mpo.cores)
+    }
+    _save_tensors({**others, **cores}, Manifest(source="onnx", layers=records), path)
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], manifest: Manifest, path: str | Path) -> None:
     try:
-        save_file(tensors, path, metadata={_METADATA_KEY: manifest.model_dump_json()})
+        save_file(dict(tensors), path, metadata={_METADATA_KEY: manifest.model_dump_json()})
     except (OSError, SafetensorError) as error:
         raise SaveError(f"cannot write {str(path)!r}: {error}.") from error
 

@@ -118,8 +118,8 @@ def test_missing_file(tmp_path):
     [
         ("net.h5", r"unknown kind of file '\.h5'.*\.safetensors"),
         ("net", "unknown kind of file ''"),
-        ("net.onnx", r"ONNX files \(\.onnx\) are not read by this version"),
-        ("net.pt2", r"exported programs \(\.pt2\) are not read by this version"),
+        ("net.onnx", r"is an ONNX file: a graph, which PyTorch does not run"),
+        ("net.pt2", r"reading a \.pt2 file may run code from it.*--trust-pickle"),
     ],
 )
 def test_unsupported_extension(name, message, tmp_path):

@@ -245,7 +245,7 @@ def compress(
                 )
         with clock("planning"):
             plan = _plan(inventory, options, moments, progress)
-    _check_belongs(plan, inventory)
+    check_belongs(plan, inventory)
     if not plan.compressed:
         reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in plan.layers[:3])
         raise NoLayerMatched(f"nothing to compress: every layer stays dense ({reasons}).")
@@ -292,7 +292,7 @@ def compress(
         for done, entry in enumerate(planned):
             if progress is not None:
                 progress(entry.site.name, done, len(planned))
-            mpos[entry.site], outcomes[entry.site.name] = _factorize(
+            mpos[entry.site], outcomes[entry.site.name] = factorize_site(
                 entry, fitted, seed, gauges[entry.site.name]
             )
     with clock("surgery"):
@@ -310,7 +310,7 @@ def compress(
         settings=settings,
     )
     if ratio is not None:
-        _check_ratio(report, ratio, of)
+        check_ratio(report, ratio, of)
     result = CompressionResult(model=compressed, report=report, plan=plan)
     if calls is not None and distill:
         healing = DistillOptions(seed=seed)
@@ -318,7 +318,7 @@ def compress(
     return result
 
 
-def _check_ratio(report: CompressionReport, ratio: float, of: Of) -> None:
+def check_ratio(report: CompressionReport, ratio: float, of: Of) -> None:
     """A budget holds for what comes out, whatever the plan predicted."""
     totals = report.totals.parameters
     reached = totals.model.ratio if of == "model" else totals.layers.ratio
@@ -329,7 +329,7 @@ def _check_ratio(report: CompressionReport, ratio: float, of: Of) -> None:
         )
 
 
-def _factorize(
+def factorize_site(
     entry: SitePlan, fitted: Mapping[WeightSite, FittedWeight], seed: int, gauge: Gauge
 ) -> tuple[MPO | IdentityGauge, Outcome]:
     """The fitted MPO or, without data or where data did not come by, the sequential SVD."""
@@ -356,7 +356,7 @@ def _in_gauge(mpo: MPO, gauge: Gauge) -> MPO | IdentityGauge:
     return mpo if gauge == "none" else fix_identity_gauge(mpo.cores, shape=mpo.shape)
 
 
-def _check_belongs(plan: Plan, inventory: Inventory) -> None:
+def check_belongs(plan: Plan, inventory: Inventory) -> None:
     """Refuse a plan that was made for another model, by name and shape."""
     shapes = {site.name: site.shape for site in inventory.sites}
     for layer in plan.layers:

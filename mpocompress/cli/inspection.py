@@ -37,12 +37,11 @@ def inspect(
     """List every parameter of MODEL: shape, kind, share, spectrum, best ratio at an error."""
     from mpocompress import pipeline
     from mpocompress.analysis import inspect_inventory
-    from mpocompress.surgery import find_weights
 
-    opened = pipeline.open_model(model, factory=factory, trust_pickle=trust_pickle)
+    opened = pipeline.open_any(model, factory=factory, trust_pickle=trust_pickle)
     with progress_bar() as progress:
         found = inspect_inventory(
-            find_weights(opened.module),
+            opened.inventory(),
             relative_error=error,
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),

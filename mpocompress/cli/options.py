@@ -9,7 +9,8 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A .pt or .pth file (state dict or module), .safetensors, or a Hugging Face folder.",
+        help="A .pt or .pth file (state dict or module), .pt2, .safetensors, .onnx, or a Hugging "
+        "Face folder.",
     ),
 ]
 ResultArgument = Annotated[

@@ -76,8 +76,10 @@ def show_report(report: "CompressionReport", directory: Path) -> None:
         f"({totals.model.ratio:.2f}x), compressed layers {totals.layers.ratio:.2f}x"
     )
     if report.parity is not None:
+        reference = {"pytorch": "PyTorch", "graph": "the dense graph of the same weights"}
         typer.echo(
-            f"ONNX Runtime agrees with PyTorch to {report.parity.max_abs_difference:.1e} "
+            f"ONNX Runtime agrees with {reference[report.parity.reference]} to "
+            f"{report.parity.max_abs_difference:.1e} "
             f"at batch sizes {listed(report.parity.batch_sizes)}"
         )
     for name, size in report.files.items():

@@ -6,7 +6,7 @@ from mpocompress.loading.example_inputs import (
     example_inputs,
     parse_input_spec,
 )
-from mpocompress.loading.source import Source, load_source
+from mpocompress.loading.source import Source, is_onnx, load_source
 
 __all__ = [
     "Batch",
@@ -17,6 +17,7 @@ __all__ = [
     "as_batch",
     "as_batches",
     "example_inputs",
+    "is_onnx",
     "load_batches",
     "load_source",
     "module_from_state",

@@ -16,14 +16,16 @@ from mpocompress.loading.checkpoint import (
     find_model,
     read_safetensors,
 )
+from mpocompress.loading.exported_program import PT2_SUFFIX, read_program
 from mpocompress.loading.factory import build_module, fill_module
 from mpocompress.loading.huggingface import find_folder, load_folder, read_folder_weights
 from mpocompress.loading.safe_pickle import check_layers, read_pickle
 
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-_LATER_SUFFIXES = {".onnx": "ONNX files", ".pt2": "exported programs"}
+ONNX_SUFFIX = ".onnx"
 _SUPPORTED = (
-    ".pt, .pth, .ckpt or .bin (torch.save), .safetensors, or a Hugging Face folder with config.json"
+    ".pt, .pth, .ckpt or .bin (torch.save), .pt2 (torch.export), .safetensors, or a Hugging Face "
+    "folder with config.json"
 )
 
 
@@ -41,7 +43,8 @@ class Source:
         name: the file's or folder's name, without directories.
         sha256: of the file. Of a folder: of the listing that `sha256sum` prints for its config.json
             and weight files in sorted order.
-        format: "torch module", "torch state_dict", "safetensors" or "hugging face folder".
+        format: "torch module", "torch state_dict", "torch exported program", "safetensors" or
+            "hugging face folder".
         notes: what a user should know about how it was read, one sentence each.
         tokenizer_folder: where a Hugging Face tokenizer may lie, for example inputs.
     """
@@ -56,6 +59,11 @@ class Source:
     tokenizer_folder: Path | None = None
 
 
+def is_onnx(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is named like an ONNX file, a graph and no module: see `load_onnx`."""
+    return Path(path).suffix.lower() == ONNX_SUFFIX
+
+
 def load_source(
     path: str | os.PathLike[str], *, factory: str | None = None, trust_pickle: bool = False
 ) -> Source:
@@ -63,8 +71,8 @@ def load_source(
 
     Args:
         path: `.pt`, `.pth`, `.ckpt` or `.bin` of `torch.save` (a state dict, a module made of
-            `torch.nn` layers, or a training checkpoint that holds one), `.safetensors`, or a
-            Hugging Face model folder.
+            `torch.nn` layers, or a training checkpoint that holds one), `.pt2` of `torch.export`,
+            `.safetensors`, or a Hugging Face model folder.
         factory: `MODULE:FACTORY`, code that builds the module; it is then filled with the
             checkpoint's tensors, strictly.
         trust_pickle: unpickle whatever the file holds, running any code that it names.
@@ -83,12 +91,12 @@ def load_source(
     if not place.is_file():
         raise LoadError(f"{place} is neither a file nor a folder.")
     suffix = place.suffix.lower()
-    if suffix in _LATER_SUFFIXES:
+    if is_onnx(place):
         raise LoadError(
-            f"{place}: {_LATER_SUFFIXES[suffix]} ({suffix}) are not read by this version. "
-            f"Supported are {_SUPPORTED}."
+            f"{place} is an ONNX file: a graph, which PyTorch does not run. Compress it with the "
+            "command line, or load the PyTorch model that it was made of."
         )
-    if suffix not in (*_PICKLE_SUFFIXES, ".safetensors"):
+    if suffix not in (*_PICKLE_SUFFIXES, PT2_SUFFIX, ".safetensors"):
         raise LoadError(f"{place}: unknown kind of file {suffix!r}. Supported are {_SUPPORTED}.")
     if not os.access(place, os.R_OK):
         raise LoadError(f"{place} cannot be read: permission denied.")
@@ -97,7 +105,10 @@ def load_source(
 
     notes: tuple[str, ...] = ()
     model: nn.Module | dict[str, Tensor]
-    if suffix == ".safetensors":
+    if suffix == PT2_SUFFIX:
+        model, notes = read_program(place, trust_pickle=trust_pickle)
+        kind_of_file = "torch exported program"
+    elif suffix == ".safetensors":
         model, notes = clean_state(read_safetensors(place), place)
         kind_of_file = "safetensors"
     else:

@@ -167,6 +167,17 @@ def what_was_done(report: CompressionReport) -> tuple[Sentence, ...]:
     )
 
 
+# What the file was held against: in a title, and as the subject of a sentence with both sides.
+_REFERENCES = {
+    "pytorch": ("PyTorch", "ONNX Runtime and the compressed PyTorch model"),
+    "graph": (
+        "the original graph",
+        "In ONNX Runtime the file and the original graph, with the dense weights that the cores "
+        "stand for,",
+    ),
+}
+
+
 def onnx_verdict(report: CompressionReport) -> Verdict:
     """Whether the ONNX file agrees with PyTorch, in words."""
     parity = report.parity
@@ -176,7 +187,7 @@ def onnx_verdict(report: CompressionReport) -> Verdict:
                 title="There is no ONNX file.", text=(as_sentence(report.onnx_note),), tone="bad"
             )
         if onnx_bytes(report) is not None:
-            text = "Its outputs were not compared with PyTorch's in this run."
+            text = "Its outputs were not compared with the model's in this run."
             return Verdict(title="The ONNX file was not checked.", text=(text,), tone="bad")
         return Verdict(
             title="There is no ONNX file.",
@@ -194,21 +205,20 @@ def onnx_verdict(report: CompressionReport) -> Verdict:
         if parity.argmax_agreement is None
         else f" Both picked the same class for {percent(parity.argmax_agreement)} of the rows."
     )
+    short, both = _REFERENCES[parity.reference]
     if parity.passed:
         return Verdict(
-            title="The ONNX file agrees with PyTorch.",
+            title=f"The ONNX file agrees with {short}.",
             text=(
-                f"ONNX Runtime and the compressed PyTorch model gave the same outputs {where}: "
+                f"{both} gave the same outputs {where}: "
                 f"{numbers}.{classes} This checks the export, not how well the compressed model "
                 "still does its job.",
             ),
             tone="good",
         )
     return Verdict(
-        title="The ONNX file does not agree with PyTorch: do not use it.",
-        text=(
-            f"ONNX Runtime and the compressed PyTorch model differ {where}: {numbers}.{classes}",
-        ),
+        title=f"The ONNX file does not agree with {short}: do not use it.",
+        text=(f"{both} differ {where}: {numbers}.{classes}",),
         tone="bad",
     )
 

@@ -21,8 +21,10 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -203,7 +205,7 @@ class LayerReport(_Frozen):
 
 
 class Parity(_Frozen):
-    """ONNX Runtime against the compressed PyTorch model, on the same inputs.
+    """ONNX Runtime against what the file should compute, on the same inputs.
 
     Args:
         max_abs_difference: largest absolute difference over all outputs and batches.
@@ -214,6 +216,8 @@ class Parity(_Frozen):
             output has no classes.
         passed: whether the difference is within the tolerance.
         outputs: names of the outputs that were compared.
+        reference: the compressed PyTorch model or, for ONNX input, the original graph with the
+            dense weights that the cores stand for.
     """
 
     max_abs_difference: NonNegativeFloat
@@ -223,6 +227,15 @@ class Parity(_Frozen):
     argmax_agreement: float | None = Field(default=None, ge=0, le=1)
     passed: bool
     outputs: list[str]
+    reference: Literal["pytorch", "graph"] = "pytorch"
+
+    @model_serializer(mode="wrap")
+    def _leave_out_pytorch(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Reports from before there was a choice are written back as they were.
+        fields: dict[str, Any] = handler(self)
+        if self.reference == "pytorch":
+            del fields["reference"]
+        return fields
 
 
 class CompressionReport(_Frozen):

@@ -3,6 +3,7 @@
 from mpocompress.tuning.distill import DistillOptions, DistillResult, check_steps, distill_
 from mpocompress.tuning.distill_state import DistillRecord
 from mpocompress.tuning.gradients import LayerMoments, layer_moments
+from mpocompress.tuning.independent import fit_alone
 from mpocompress.tuning.loss_sweeps import sweep_on_loss
 from mpocompress.tuning.objectives import Distillation, Loss
 from mpocompress.tuning.sensitivity import gain_of_bonds
@@ -24,6 +25,7 @@ __all__ = [
     "SitePlan",
     "check_steps",
     "distill_",
+    "fit_alone",
     "fit_in_sequence",
     "gain_of_bonds",
     "layer_moments",

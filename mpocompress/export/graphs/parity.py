@@ -1,0 +1,255 @@
+"""A compressed graph in ONNX Runtime against the original one with the densified weights."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from onnx import ModelProto
+from torch import Tensor
+
+from mpocompress.errors import DataError, ParityError
+from mpocompress.export.calls import first_line
+from mpocompress.export.graphs.find import GraphSite
+from mpocompress.export.graphs.model import OnnxModel
+from mpocompress.export.graphs.sessions import Feed, GraphInputs, Session
+from mpocompress.export.graphs.write import write_graph
+from mpocompress.export.inputs import symbols
+from mpocompress.export.verify import ParityResult
+
+# Of batches made up for one batch size, the sizes of other open dimensions, from the guessed ones.
+_OTHER_SIZES = (lambda size: size, lambda size: size // 2 + 1, lambda size: size + 3)
+_REFERENCE = "reference.onnx"
+_QUANTIZERS = frozenset(
+    {
+        *("QuantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "QLinearMatMul"),
+        *("QLinearConv", "MatMulInteger", "MatMulNBits"),
+    }
+)
+
+
+def compare_graphs(
+    path: Path,
+    reference: tuple[ModelProto, Mapping[str, Callable[[], Tensor]]],
+    folder: Path,
+    inputs: GraphInputs,
+    feeds: Iterable[Feed] | None,
+    *,
+    batch_sizes: Sequence[int] = (1, 3, 7),
+    tolerance: float = 1e-4,
+    seed: int = 0,
+) -> ParityResult:
+    """Run the written file and the reference on the same feeds.
+
+    With feeds, each is compared as it comes and the first one again at each batch size; without,
+    inputs are made up, with other sizes of all open dimensions for each batch size.
+
+    Args:
+        path: the compressed file; for the time of the run the reference is written beside it.
+        reference: as `with_matrices` gives it; is changed, see `write_graph`.
+        folder: of the external data of the reference.
+        inputs: of both.
+        feeds: data, or None.
+        batch_sizes: to try besides.
+        tolerance: largest difference of an output, relative to its largest entry.
+        seed: of what is made up.
+
+    Raises:
+        DataError: the reference does not run on the feeds.
+        ParityError: the compressed graph does not run where the reference does.
+        LoadError: ONNX Runtime cannot open one of them.
+    """
+    beside = path.with_name(_REFERENCE)
+    try:
+        write_graph(reference[0], folder, beside, computed=reference[1])
+        dense = Session(beside, folder, f"the dense graph of {inputs.name}")
+        compressed = Session(path, path.parent, f"the compressed graph of {inputs.name}")
+        comparison = _Comparison()
+        made_up = feeds is None
+        refused: DataError | None = None
+        for rows, feed, optional in _all_feeds(dense, inputs, feeds, batch_sizes, seed):
+            try:
+                expected = _run(dense, feed, inputs, made_up)
+            except DataError as error:
+                if not optional:
+                    raise
+                refused = error  # a batch size that the graph itself does not take
+                continue
+            try:
+                actual = compressed.run(feed)
+            except Exception as error:
+                raise ParityError(
+                    f"the compressed graph does not run where the dense one does: "
+                    f"{first_line(error)}. Please report this; the model's name helps."
+                ) from error
+            for name, ours, theirs in zip(dense.outputs, actual, expected, strict=True):
+                comparison.add(name, _arrays(ours), _arrays(theirs))
+            comparison.count(rows)
+        if refused is not None and not comparison.samples:
+            raise refused
+    finally:
+        beside.unlink(missing_ok=True)
+        beside.with_name(f"{_REFERENCE}.data").unlink(missing_ok=True)
+    return comparison.result(tolerance)
+
+
+def _run(dense: Session, feed: Feed, inputs: GraphInputs, made_up: bool) -> list[object]:
+    try:
+        return dense.run(feed)
+    except Exception as error:
+        shown = ", ".join(f"{name} {array.shape}" for name, array in feed.items())
+        how = "inputs that were made up" if made_up else "the data"
+        raise DataError(
+            f"{inputs.name} does not run on {how} ({shown}): {first_line(error)}. It takes "
+            f"{inputs.describe()}; give --data, or the shape of each input as --input."
+        ) from error
+
+
+def _all_feeds(
+    dense: Session,
+    inputs: GraphInputs,
+    feeds: Iterable[Feed] | None,
+    batch_sizes: Sequence[int],
+    seed: int,
+) -> Iterator[tuple[int, Feed, bool]]:
+    """Rows, feed, and whether the dense graph may refuse it."""
+    free = bool(inputs.batch_symbols)
+    if feeds is not None:
+        first: Feed | None = None
+        for feed in feeds:
+            first = first or feed
+            yield _rows(feed), feed, False
+        if first is None:
+            raise DataError("the data contains no batches.")
+        for rows in batch_sizes if free else ():
+            cut = {
+                name: array[np.arange(rows) % len(array)] if array.ndim else array
+                for name, array in first.items()
+            }
+            yield rows, cut, True
+        return
+    generator = torch.Generator().manual_seed(seed)
+    examples = symbols(inputs.specs)
+    for index, rows in enumerate(batch_sizes if free else (1,)):
+        other = _OTHER_SIZES[index % len(_OTHER_SIZES)]
+        batch = dict.fromkeys(inputs.batch_symbols, rows)
+        varied = inputs.made_up({n: other(s) for n, s in examples.items()} | batch, generator)
+        try:
+            dense.run(varied)
+        except Exception:
+            # Sizes that belong together, or that the graph limits: those of the guess then.
+            varied = inputs.made_up(examples | batch, generator)
+        yield _rows(varied), varied, free
+
+
+def _rows(feed: Feed) -> int:
+    return next((len(array) for array in feed.values() if array.ndim), 1)
+
+
+def _arrays(value: object) -> list[np.ndarray]:
+    """The numbers of an output: a tensor, or a sequence of tensors or of maps from classes."""
+    if isinstance(value, np.ndarray):
+        return [value]
+    if isinstance(value, list):
+        if value and isinstance(value[0], dict):
+            return [np.array([list(row.values()) for row in value])]
+        return [array for entry in value for array in _arrays(entry)]
+    return [] if value is None else [np.asarray(value)]
+
+
+@dataclass(slots=True)
+class _Output:
+    difference: float = 0.0
+    largest: float = 0.0
+    exact: bool = False
+
+    @property
+    def relative(self) -> float:
+        if not self.difference:
+            return 0.0
+        if self.exact:
+            return max(1.0, self.difference)
+        return self.difference / self.largest if self.largest else float("inf")
+
+
+@dataclass(slots=True)
+class _Comparison:
+    """Running figures over all feeds."""
+
+    outputs: dict[str, _Output] = field(default_factory=dict)
+    batch_sizes: set[int] = field(default_factory=set)
+    samples: int = 0
+    argmax_rows: int = 0
+    argmax_equal: int = 0
+
+    def count(self, rows: int) -> None:
+        self.batch_sizes.add(rows)
+        self.samples += rows
+
+    def add(self, name: str, ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
+        output = self.outputs.setdefault(name, _Output())
+        if [array.shape for array in ours] != [array.shape for array in theirs]:
+            raise ParityError(
+                f"output {name!r} has shapes {[array.shape for array in ours]} in the compressed "
+                f"graph, but {[array.shape for array in theirs]} in the dense one. Please report "
+                "this; the model's name helps."
+            )
+        for actual, expected in zip(ours, theirs, strict=True):
+            if not np.issubdtype(expected.dtype, np.floating) and expected.dtype.name != "bfloat16":
+                output.exact = True
+                output.difference = max(output.difference, float(np.sum(actual != expected)))
+                continue
+            a, b = actual.astype(np.float64), expected.astype(np.float64)
+            with np.errstate(invalid="ignore"):
+                gap = np.abs(a - b)
+            gap[(a == b) | (np.isnan(a) & np.isnan(b))] = 0  # equal infinities, NaN on both sides
+            gap[~np.isfinite(gap)] = np.inf
+            output.difference = max(output.difference, float(gap.max(initial=0)))
+            output.largest = max(output.largest, float(np.abs(b[np.isfinite(b)]).max(initial=0)))
+            if b.ndim == 2 and b.shape[1] > 1:
+                self.argmax_rows += len(b)
+                self.argmax_equal += int((a.argmax(1) == b.argmax(1)).sum())
+
+    def result(self, tolerance: float) -> ParityResult:
+        relative = {name: output.relative for name, output in self.outputs.items()}
+        worst = max(relative, key=lambda name: relative[name])
+        return ParityResult(
+            max_abs_difference=max(output.difference for output in self.outputs.values()),
+            max_relative_difference=relative[worst],
+            tolerance=tolerance,
+            batch_sizes=tuple(sorted(self.batch_sizes)),
+            argmax_agreement=self.argmax_equal / self.argmax_rows if self.argmax_rows else None,
+            passed=relative[worst] <= tolerance,
+            outputs=tuple(self.outputs),
+            samples=self.samples,
+            worst_output=worst,
+        )
+
+
+def raise_if_failed(found: ParityResult) -> None:
+    """Do nothing if the tolerance is met.
+
+    Raises:
+        ParityError: it is not; the message has the figures.
+    """
+    if found.passed:
+        return
+    raise ParityError(
+        f"the compressed graph and the dense one of the same weights disagree in output "
+        f"{found.worst_output!r}: relative difference {found.max_relative_difference:.3g} "
+        f"(absolute {found.max_abs_difference:.3g}) over {found.samples} samples in batches of "
+        f"{', '.join(map(str, found.batch_sizes))}; allowed is {found.tolerance:.3g}. Exclude the "
+        "layers after which numbers become very large or very small."
+    )
+
+
+def tolerance_of(model: OnnxModel, sites: Sequence[GraphSite]) -> float:
+    """How far two graphs of the same weights may be apart.
+
+    1e-4 in float32 and wider. Half types round every activation; and where activations are
+    quantized, rounding in another order moves some of them by a whole step.
+    """
+    half = any(site.operand_dtype.itemsize < 4 for site in sites)
+    quantized = any(node.op_type in _QUANTIZERS for node in model.graph.node)
+    return 5e-2 if half or quantized else 1e-4

@@ -1,0 +1,286 @@
+"""ONNX in, ONNX out, as a stranger uses it: files of other frameworks on the command line."""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from safetensors.numpy import load_file
+
+from mpocompress.cli import main
+from tests.onnx_graphs import (
+    conv_net,
+    keras_dense,
+    mlp,
+    model,
+    node,
+    rows,
+    run,
+    save,
+    vector,
+    weight,
+)
+from tests.tolerances import TOL
+
+pytestmark = pytest.mark.onnx
+
+
+def command(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    code = 0
+    try:
+        main(list(arguments))
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    streams = capsys.readouterr()
+    return code, streams.out, streams.err
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def checked_result(here: Path, source: str, directory: str = "out") -> dict:
+    """The report of a result, after everything that holds for each of them."""
+    report = json.loads((here / directory / "report.json").read_text())
+    assert report["parity"]["passed"]
+    assert report["parity"]["reference"] == "graph"
+    assert report["source"]["name"] == source
+    files = {file.name: file.stat().st_size for file in (here / directory).iterdir()}
+    assert report["files"] == {
+        name: size for name, size in files.items() if not name.startswith("report.")
+    }
+    made = onnx.load(here / directory / "model.onnx", load_external_data=False)
+    total = report["totals"]["bytes"]["model"]
+    stored = sum(numpy_helper.to_array(t).nbytes for t in made.graph.initializer)
+    # Sizes of reshapes and the like are not weights.
+    assert total["compressed"] <= stored <= total["compressed"] + 1000
+    assert total["compressed"] < total["dense"]
+    entries = {entry.key: entry.value for entry in made.metadata_props}
+    assert json.loads(entries["mpocompress.layers"]).keys() == {
+        layer["name"] for layer in report["layers"] if layer["status"] == "compressed"
+    }
+    assert entries["mpocompress.source_sha256"] == report["source"]["sha256"]
+    assert not [file for file in here.iterdir() if file.name.startswith(".")]
+    return report
+
+
+def smaller(here: Path, source: str, directory: str = "out") -> bool:
+    return (here / directory / "model.onnx").stat().st_size < (here / source).stat().st_size
+
+
+KERAS_INPUT = "input_1:0"
+
+
+@pytest.mark.parametrize("opset", [11, 13, 22])
+def test_a_keras_network(here, capsys, opset):
+    save(keras_dense(opset), here / "keras.onnx")
+    images = rows(64, 4, 4, 3)
+    np.savez(here / "data.npz", **{KERAS_INPUT: images})
+    code, out, err = command(
+        capsys, "keras.onnx", "--ratio", "2", "--data", "data.npz", "-o", "out"
+    )
+    assert code == 0, err
+    assert "agrees with the dense graph of the same weights" in out
+    assert "no gradients, so all layers got the same ratio" in err
+    report = checked_result(here, "keras.onnx")
+    assert smaller(here, "keras.onnx")
+    assert report["totals"]["parameters"]["model"]["ratio"] >= 2
+    assert report["parity"]["batch_sizes"] == [1, 3, 7, 32]
+    made = onnx.load(here / "out" / "model.onnx")
+    assert [entry.version for entry in made.opset_import] == [opset]
+    before, after = (
+        run(path, {KERAS_INPUT: images})[0] for path in ("keras.onnx", "out/model.onnx")
+    )
+    assert after.shape == before.shape == (64, 10)
+    assert np.abs(after - before).max() < 0.5
+
+
+def test_a_scikit_learn_classifier(here, capsys):
+    from skl2onnx import to_onnx
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    x = rows(300, 64)
+    classes = (x[:, 0] > x[:, 0].mean()).astype(int) + (x[:, 1] > x[:, 1].mean())
+    network = make_pipeline(StandardScaler(), MLPClassifier((128, 96), max_iter=20, random_state=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it has not converged
+        network.fit(x, classes)
+    (here / "sklearn.onnx").write_bytes(to_onnx(network, x[:1]).SerializeToString())
+    np.savez(here / "data.npz", X=x)
+    code, _, err = command(
+        capsys, "sklearn.onnx", "--ratio", "3", "--data", "data.npz", "-o", "out"
+    )
+    assert code == 0, err
+    report = checked_result(here, "sklearn.onnx")
+    assert smaller(here, "sklearn.onnx")
+    assert [layer["name"] for layer in report["layers"] if layer["status"] == "compressed"] == [
+        "coefficient",
+        "coefficient1",
+    ]
+    labels, scores = run(here / "out" / "model.onnx", {"X": x})
+    assert (labels == network.predict(x)).mean() > 0.9
+    assert list(scores[0]) == [0, 1, 2]
+
+
+def test_a_convolutional_network_keeps_its_kernels(here, capsys):
+    save(conv_net(), here / "conv.onnx")
+    code, _, err = command(capsys, "conv.onnx", "--bond-dim", "8", "-o", "out")
+    assert code == 0, err
+    report = checked_result(here, "conv.onnx")
+    assert smaller(here, "conv.onnx")
+    by_name = {layer["name"]: layer for layer in report["layers"]}
+    assert by_name["fc"]["status"] == "compressed"
+    assert by_name["conv1.weight"]["status"] == "kept"
+    assert by_name["conv1.weight"]["reason"] == "a convolution kernel is not a linear weight"
+
+
+def test_external_data(here, capsys):
+    (here / "model").mkdir()
+    save(mlp(), here / "model" / "net.onnx", external=True)
+    code, _, err = command(capsys, "model/net.onnx", "--bond-dim", "8", "-o", "out")
+    assert code == 0, err
+    checked_result(here, "net.onnx")
+    assert not (here / "out" / "model.onnx.data").exists()
+    before = (here / "model" / "net.onnx.data").stat().st_size
+    assert (here / "out" / "model.onnx").stat().st_size < before
+
+
+def test_options_reach_the_graph(here, capsys):
+    save(mlp(), here / "net.onnx")
+    arguments = ["--bond-dim", "4", "--layout", "8x6,8x8", "--include", "fc0", "-o", "out"]
+    code, _, err = command(capsys, "net.onnx", *arguments)
+    assert code == 0, err
+    by_name = {layer["name"]: layer for layer in checked_result(here, "net.onnx")["layers"]}
+    assert by_name["fc0"]["layout"] == [[8, 6], [8, 8]]
+    assert by_name["fc1"]["reason"] == "not selected by the include and exclude patterns"
+    code, out, _ = command(capsys, "net.onnx", "--bond-dim", "4", "--exclude", "fc0", "--dry-run")
+    assert code == 0
+    assert "nothing was written" in out
+    code, _, err = command(capsys, "net.onnx", "--bond-dim", "4", "--include", "fc7")
+    assert code == 2
+    assert "include pattern 'fc7' matches no layer. Nearest names: 'fc0', 'fc1'" in err
+    assert {file.name for file in here.iterdir()} == {"net.onnx", "out"}
+
+
+def test_inspect_lists_every_tensor(here, capsys):
+    save(conv_net(), here / "conv.onnx")
+    code, out, _ = command(capsys, "inspect", "conv.onnx", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert sum(entry["parameters"] for entry in found["entries"]) == found["parameters"]
+    convertible = [entry["name"] for entry in found["entries"] if entry["convertible"]]
+    assert convertible == ["fc"]
+
+
+def test_equal_runs_give_equal_files(here, capsys):
+    save(mlp(), here / "net.onnx")
+    for name in ("a", "b"):
+        assert command(capsys, "net.onnx", "--bond-dim", "8", "-o", name)[0] == 0
+    for name in ("model.onnx", "model.mpo.safetensors"):
+        assert (here / "a" / name).read_bytes() == (here / "b" / name).read_bytes(), name
+
+
+def test_densify_gives_the_weights_of_the_graph(here, capsys):
+    save(mlp(), here / "net.onnx")
+    assert command(capsys, "net.onnx", "--bond-dim", "8", "--layout", "svd", "-o", "out")[0] == 0
+    assert command(capsys, "densify", "out", "-o", "dense.safetensors")[0] == 0
+    dense = load_file(here / "dense.safetensors")
+    original = {t.name: numpy_helper.to_array(t) for t in mlp().graph.initializer}
+    assert dense.keys() == original.keys()
+    np.testing.assert_array_equal(dense["fc0.bias"], original["fc0.bias"])
+    made = onnx.load(here / "out" / "model.onnx")
+    stored = {t.name: numpy_helper.to_array(t) for t in made.graph.initializer}
+    expected = (stored["fc0.cores.1"] @ stored["fc0.cores.0"]).T
+    np.testing.assert_allclose(dense["fc0.weight"], expected, **TOL[torch.float32]["dense"])
+
+
+def test_a_batch_size_that_the_graph_fixes(here, capsys):
+    proto = mlp()
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 5
+    save(proto, here / "net.onnx")
+    code, _, err = command(capsys, "net.onnx", "--bond-dim", "8", "-o", "out")
+    assert code == 0, err
+    assert checked_result(here, "net.onnx")["parity"]["batch_sizes"] == [5]
+
+
+def test_inputs_that_must_fit_together_are_given_by_shape(here, capsys):
+    proto = model(
+        [
+            node("Concat", "a b", "x", axis=1),
+            node("MatMul", "x W", "y"),
+        ],
+        {"W": weight(48, 64)},
+        inputs={"a": ["batch", "left"], "b": ["batch", "right"]},
+        outputs={"y": ["batch", 64]},
+    )
+    save(proto, here / "net.onnx")
+    code, _, err = command(capsys, "net.onnx", "--bond-dim", "8", "-o", "out")
+    assert code == 2
+    assert "does not run on inputs that were made up" in err
+    assert "'a': float32 (batch, left); 'b': float32 (batch, right)" in err
+    arguments = ["--input", "1x20", "--input", "1x28"]
+    code, _, err = command(capsys, "net.onnx", "--bond-dim", "8", *arguments, "-o", "out")
+    assert code == 0, err
+    code, _, err = command(capsys, "net.onnx", "--bond-dim", "8", "--input", "1x20", "-o", "no")
+    assert code == 2
+    assert "shapes 1x20 do not fit net.onnx" in err
+    assert {file.name for file in here.iterdir()} == {"net.onnx", "out"}
+
+
+def without_weights() -> onnx.ModelProto:
+    return model(
+        [node("Mul", "x s", "y")],
+        {"s": vector(8)},
+        inputs={"x": ["batch", 8]},
+        outputs={"y": ["batch", 8]},
+    )
+
+
+def test_what_cannot_be_compressed_leaves_nothing_behind(here, capsys):
+    save(without_weights(), here / "none.onnx")
+    save(mlp(sizes=(3, 4)), here / "tiny.onnx")
+    save(mlp(), here / "cut.onnx")
+    (here / "cut.onnx").write_bytes((here / "cut.onnx").read_bytes()[:-100])
+    save(mlp(), here / "lost.onnx", external=True)
+    (here / "lost.onnx.data").unlink()
+    nan = mlp()
+    broken = weight(48, 64).T.copy()
+    broken[3, 5] = np.nan
+    nan.graph.initializer[0].CopyFrom(numpy_helper.from_array(broken, "fc0.weight"))
+    save(nan, here / "nan.onnx")
+    before = sorted(here.iterdir())
+    cases = {
+        "none.onnx": "there is no layer that can be converted",
+        "tiny.onnx": "nothing to compress: every weight stays dense",
+        "cut.onnx": "no complete ONNX file",
+        "lost.onnx": "there is no such file beside the model",
+        "missing.onnx": "missing.onnx does not exist",
+        "nan.onnx": "1 of 3072 weights are NaN or Inf, the first is nan at row 3, column 5",
+    }
+    for name, message in cases.items():
+        code, _, err = command(capsys, name, "--bond-dim", "8")
+        assert code == 2, name
+        assert message in err
+        assert "Traceback" not in err
+    for option, message in (
+        (("--distill", "5", "--data", "data.npz"), "gradients, which an ONNX graph does not have"),
+        (("--model", "a:b"), "--model a:b builds a PyTorch module"),
+        (("--data", "none.npz"), "none.npz does not exist"),
+    ):
+        code, _, err = command(capsys, "tiny.onnx", "--bond-dim", "1", *option)
+        assert code == 2
+        assert message in err
+    code, _, err = command(capsys, "tiny.onnx", "--ratio", "50")
+    assert code == 3
+    assert "cannot be met" in err
+    assert sorted(here.iterdir()) == before
