@@ -23,10 +23,11 @@ if TYPE_CHECKING:
         plan,
         save,
         sweep,
+        tensorize,
     )
     from mpocompress.errors import MPOCompressError
     from mpocompress.export import export_onnx, verify
-    from mpocompress.layers import MPOLinear
+    from mpocompress.layers import MPOLinear, TensorContractionLayer, TensorRegressionLayer
     from mpocompress.mpo import MPO, Layout
     from mpocompress.planning import Plan
     from mpocompress.report import CompressionReport
@@ -46,7 +47,10 @@ _HOME = {
     "load": "mpocompress.api",
     "plan": "mpocompress.api",
     "save": "mpocompress.api",
+    "TensorContractionLayer": "mpocompress.layers",
+    "TensorRegressionLayer": "mpocompress.layers",
     "sweep": "mpocompress.api",
+    "tensorize": "mpocompress.api",
     "verify": "mpocompress.export",
 }
 
@@ -58,6 +62,8 @@ __all__ = [
     "MPOCompressError",
     "MPOLinear",
     "Plan",
+    "TensorContractionLayer",
+    "TensorRegressionLayer",
     "__version__",
     "compress",
     "densify",
@@ -67,6 +73,7 @@ __all__ = [
     "plan",
     "save",
     "sweep",
+    "tensorize",
     "verify",
 ]
 

@@ -19,6 +19,8 @@ PUBLIC = frozenset(
         "MPOCompressError",
         "MPOLinear",
         "Plan",
+        "TensorContractionLayer",
+        "TensorRegressionLayer",
         "__version__",
         "compress",
         "densify",
@@ -28,6 +30,7 @@ PUBLIC = frozenset(
         "plan",
         "save",
         "sweep",
+        "tensorize",
         "verify",
     }
 )
