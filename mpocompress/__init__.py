@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         save,
         sweep,
         tensorize,
+        train,
     )
     from mpocompress.errors import MPOCompressError
     from mpocompress.export import export_onnx, verify
@@ -51,6 +52,7 @@ _HOME = {
     "TensorRegressionLayer": "mpocompress.layers",
     "sweep": "mpocompress.api",
     "tensorize": "mpocompress.api",
+    "train": "mpocompress.api",
     "verify": "mpocompress.export",
 }
 
@@ -74,6 +76,7 @@ __all__ = [
     "save",
     "sweep",
     "tensorize",
+    "train",
     "verify",
 ]
 

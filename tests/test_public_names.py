@@ -31,6 +31,7 @@ PUBLIC = frozenset(
         "save",
         "sweep",
         "tensorize",
+        "train",
         "verify",
     }
 )
