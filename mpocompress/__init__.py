@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         train,
     )
     from mpocompress.errors import MPOCompressError
+    from mpocompress.estimators import MPOClassifier, MPORegressor
     from mpocompress.export import export_onnx, verify
     from mpocompress.layers import MPOLinear, TensorContractionLayer, TensorRegressionLayer
     from mpocompress.mpo import MPO, Layout
@@ -38,8 +39,10 @@ _HOME = {
     "CompressionResult": "mpocompress.api",
     "Layout": "mpocompress.mpo",
     "MPO": "mpocompress.mpo",
+    "MPOClassifier": "mpocompress.estimators",
     "MPOCompressError": "mpocompress.errors",
     "MPOLinear": "mpocompress.layers",
+    "MPORegressor": "mpocompress.estimators",
     "Plan": "mpocompress.planning",
     "compress": "mpocompress.api",
     "densify": "mpocompress.api",
@@ -61,8 +64,10 @@ __all__ = [
     "CompressionReport",
     "CompressionResult",
     "Layout",
+    "MPOClassifier",
     "MPOCompressError",
     "MPOLinear",
+    "MPORegressor",
     "Plan",
     "TensorContractionLayer",
     "TensorRegressionLayer",
