@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 import mpocompress
 from mpocompress.mpo import Layout
 
-PACKAGES = ("mpocompress", "torch", "numpy", "scikit-learn", "tensorly", "tensorly-torch")
+HAS_TLTORCH = find_spec("tltorch") is not None
+PACKAGES = ("mpocompress", "torch", "numpy", "scikit-learn")
+PACKAGES += ("tensorly", "tensorly-torch") if HAS_TLTORCH else ()
 SPEED_ROWS = 256
 # TensorLy-Torch's layers are trained at both rates; the table has the better one, in its favour.
 TLTORCH_RATES = (2e-3, 1e-2)
@@ -276,6 +279,8 @@ def main(claim: str, datasets: dict[str, Callable[[int], Problem]], default_out:
         help="JSON that runs are added to; those that are in it are not repeated",
     )
     options = parser.parse_args()
+    if not HAS_TLTORCH and any(method.startswith("TensorLy") for method in options.methods):
+        parser.error("TensorLy-Torch is missing; run: pip install '.[bench]', or give --methods")
     torch.set_num_threads(1)
     content: dict[str, Any] = {"claim": claim, "runs": []}
     if options.out.exists():
