@@ -24,10 +24,13 @@ if TYPE_CHECKING:
         plan,
         save,
         sweep,
+        tensorize,
+        train,
     )
     from mpocompress.errors import MPOCompressError
+    from mpocompress.estimators import MPOClassifier, MPORegressor
     from mpocompress.export import export_onnx, verify
-    from mpocompress.layers import MPOLinear
+    from mpocompress.layers import MPOLinear, TensorContractionLayer, TensorRegressionLayer
     from mpocompress.mpo import MPO, Layout
     from mpocompress.planning import Plan
     from mpocompress.report import CompressionReport
@@ -37,8 +40,10 @@ _HOME = {
     "CompressionResult": "mpocompress.api",
     "Layout": "mpocompress.mpo",
     "MPO": "mpocompress.mpo",
+    "MPOClassifier": "mpocompress.estimators",
     "MPOCompressError": "mpocompress.errors",
     "MPOLinear": "mpocompress.layers",
+    "MPORegressor": "mpocompress.estimators",
     "Plan": "mpocompress.planning",
     "compress": "mpocompress.api",
     "densify": "mpocompress.api",
@@ -47,7 +52,11 @@ _HOME = {
     "load": "mpocompress.api",
     "plan": "mpocompress.api",
     "save": "mpocompress.api",
+    "TensorContractionLayer": "mpocompress.layers",
+    "TensorRegressionLayer": "mpocompress.layers",
     "sweep": "mpocompress.api",
+    "tensorize": "mpocompress.api",
+    "train": "mpocompress.api",
     "verify": "mpocompress.export",
 }
 
@@ -59,9 +68,13 @@ __all__ = [
     "CompressionReport",
     "CompressionResult",
     "Layout",
+    "MPOClassifier",
     "MPOCompressError",
     "MPOLinear",
+    "MPORegressor",
     "Plan",
+    "TensorContractionLayer",
+    "TensorRegressionLayer",
     "__version__",
     "analysis",
     "compress",
@@ -72,6 +85,8 @@ __all__ = [
     "plan",
     "save",
     "sweep",
+    "tensorize",
+    "train",
     "verify",
 ]
 

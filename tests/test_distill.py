@@ -14,9 +14,10 @@ from mpocompress.layers.balance import balance_cores_
 from mpocompress.loading import Batch
 from mpocompress.tuning import DistillOptions, distill_
 from mpocompress.tuning.blocks import can_replay, find_blocks
-from mpocompress.tuning.distill import LEARNING_RATES, _rate
+from mpocompress.tuning.distill import LEARNING_RATES
 from mpocompress.tuning.distill_loss import Distance, output_loss
 from mpocompress.tuning.minibatches import TrainingData
+from mpocompress.tuning.schedule import warm_cosine
 from tests.tolerances import TOL
 
 F32, F64 = TOL[torch.float32], TOL[torch.float64]
@@ -171,7 +172,7 @@ def test_modes_flags_and_the_reference_are_as_they_were(dense, small):
 
 
 def test_the_schedule_warms_up_and_decays():
-    rates = [_rate(step, 1000, 1.0) for step in range(1000)]
+    rates = [warm_cosine(step, 1000, 1.0) for step in range(1000)]
     assert rates[0] == pytest.approx(1 / 20)
     assert max(rates) == rates[20] == 1.0
     assert rates[20:] == sorted(rates[20:], reverse=True)

@@ -30,6 +30,7 @@ ROOMS = (
     ("report",),
     ("loading", "saving"),
     ("api",),
+    ("estimators",),
     ("pipeline",),
     ("cli",),
 )
@@ -54,6 +55,9 @@ RESTRICTIONS = (
         ("onnx", "onnxruntime", "onnxscript", "onnx_ir", "torch.onnx"),
         ("export/*", "loading/*onnx*.py"),
         "ONNX is known to export/ and to an ONNX input module in loading/ only",
+    ),
+    Restriction(
+        ("sklearn",), ("estimators.py",), "scikit-learn is an extra, known to estimators only"
     ),
     Restriction(("typer", "click", "rich"), ("cli/*",), "the terminal is known to cli"),
     Restriction(
@@ -179,6 +183,7 @@ PLANTED = {
     "torch.onnx": ("api.py", "import torch\ntorch.onnx.export", "ONNX is known"),
     "typer": ("api.py", "import typer", "terminal"),
     "rich": ("tuning/sweeps.py", "from rich.progress import track", "terminal"),
+    "sklearn": ("tuning/train.py", "from sklearn.base import BaseEstimator", "scikit-learn"),
     "tensorly": ("mpo/factorize.py", "from tensorly import tt_matrix", "TensorLy"),
     "torch.nn": ("mpo/cores.py", "import torch.nn as nn", "no torch.nn"),
     "torch.nn as a name": ("mpo/cores.py", "from torch import nn", "no torch.nn"),

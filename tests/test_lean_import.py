@@ -15,6 +15,7 @@ HEAVY = frozenset(
         "onnxscript",
         "onnx_ir",
         "tensorly",
+        "sklearn",
         "matplotlib",
         "transformers",
         "safetensors",

@@ -16,9 +16,13 @@ PUBLIC = frozenset(
         "CompressionReport",
         "CompressionResult",
         "Layout",
+        "MPOClassifier",
         "MPOCompressError",
         "MPOLinear",
+        "MPORegressor",
         "Plan",
+        "TensorContractionLayer",
+        "TensorRegressionLayer",
         "__version__",
         "analysis",
         "compress",
@@ -29,6 +33,8 @@ PUBLIC = frozenset(
         "plan",
         "save",
         "sweep",
+        "tensorize",
+        "train",
         "verify",
     }
 )

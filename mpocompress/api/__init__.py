@@ -3,6 +3,8 @@
 from mpocompress.api.compression import compress, plan
 from mpocompress.api.files import densify, load, save, save_dense, with_files, write_report
 from mpocompress.api.result import Clock, CompressionResult
+from mpocompress.api.tensorization import tensorize
+from mpocompress.api.training import train
 from mpocompress.api.tune import distill, sweep
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "save",
     "save_dense",
     "sweep",
+    "tensorize",
+    "train",
     "with_files",
     "write_report",
 ]

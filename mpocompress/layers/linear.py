@@ -1,18 +1,35 @@
 """`MPOLinear`: an `nn.Linear` whose weight is a matrix product operator."""
 
 from collections.abc import Sequence
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor, nn
 
-from mpocompress.errors import ContractionError
+from mpocompress.errors import ContractionError, DataError
 from mpocompress.layers.gauged_cores import GaugedCores
 from mpocompress.mpo import MPO, Layout, LayoutLike, apply_cores
 from mpocompress.mpo.contract import ContractionPlans, plan_contractions
 from mpocompress.mpo.dense import to_dense
 from mpocompress.mpo.factors import resolve_layout
 from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge, check_gauge, fix_identity_gauge
+from mpocompress.mpo.initialize import initial_cores
+
+# nn.Linear draws its weights uniformly from +-in_features**-0.5: a third of that squared.
+_GAIN_OF_LINEAR = 3**-0.5
+
+
+def check_gain(gain: float | None) -> float:
+    """The gain, or that of `nn.Linear` for None.
+
+    Raises:
+        DataError: it is not a finite number above 0.
+    """
+    if gain is None:
+        return _GAIN_OF_LINEAR
+    if isinstance(gain, bool) or not 0 < gain < inf:
+        raise DataError(f"gain {gain!r}: it is above 0. Try 1, or 2**0.5 before a ReLU.")
+    return gain
 
 
 class MPOLinear(nn.Module):
@@ -34,15 +51,18 @@ class MPOLinear(nn.Module):
         layout: "balanced" (two sites), "svd", (out, in) pairs, text or a `Layout`.
         bond_dim: bond dimension, for all bonds or one for each; clipped to the maximal one, which
             None stands for.
+        gain: the weights start with the mean square gain^2 / in_features: then activations of
+            mean square v come out with gain^2 v, whatever the number of sites and the bond
+            dimension (`mpo.initialize` has the derivation, for gradients too). 1 keeps them, 2**0.5
+            keeps them before a ReLU. None: 3**-0.5, which is what `nn.Linear` starts with.
+        generator: of the start; torch's global one by default, as in `nn.Linear`.
         device: where the parameters live.
         dtype: of the parameters.
 
     Raises:
         LayoutError: the layout does not fit (out_features, in_features).
         BondDimError: a bond dimension below 1.
-
-    Weights start with the variance that `nn.Linear` gives them, 1 / (3 in_features), whatever the
-    number of sites and the bond dimension; so activations start at the same scale.
+        DataError: a gain that is not above 0.
     """
 
     in_features: int
@@ -58,23 +78,22 @@ class MPOLinear(nn.Module):
         *,
         layout: LayoutLike = "balanced",
         bond_dim: int | Sequence[int] | None = 16,
+        gain: float | None = None,
+        generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         sites = resolve_layout(layout, out_features, in_features)
-        mpo = MPO.random(
-            sites,
-            bond_dim,
-            variance=1 / (3 * in_features),
-            device=torch.device(device) if device is not None else None,
-            dtype=dtype,
+        variance = check_gain(gain) ** 2 / in_features
+        cores = initial_cores(
+            sites, bond_dim, variance=variance, dtype=dtype, device=device, generator=generator
         )
-        mpo = MPO(mpo.cores, shape=(out_features, in_features))
         offset = None
         if bias:
             bound = in_features**-0.5
-            offset = torch.empty(out_features, device=device, dtype=dtype).uniform_(-bound, bound)
-        self._set_up(mpo, offset)
+            offset = torch.empty(out_features, device=device, dtype=dtype)
+            offset.uniform_(-bound, bound, generator=generator)
+        self._set_up(MPO(cores, shape=(out_features, in_features)), offset)
 
     def _set_up(self, weight: MPO | IdentityGauge, bias: Tensor | None) -> None:
         super().__init__()

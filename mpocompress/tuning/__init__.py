@@ -8,7 +8,10 @@ from mpocompress.tuning.loss_sweeps import sweep_on_loss
 from mpocompress.tuning.objectives import Distillation, Loss
 from mpocompress.tuning.sensitivity import gain_of_bonds
 from mpocompress.tuning.sequential import FitOptions, FittedWeight, SitePlan, fit_in_sequence
+from mpocompress.tuning.supervised import Supervised, SupervisedLoss, supervised_loss
 from mpocompress.tuning.sweep_options import LocalOptions, LossSweepOptions, LossSweepRecord
+from mpocompress.tuning.train import train_
+from mpocompress.tuning.train_options import TrainOptions, TrainRecord, TrainResult
 
 __all__ = [
     "DistillOptions",
@@ -23,11 +26,18 @@ __all__ = [
     "LossSweepOptions",
     "LossSweepRecord",
     "SitePlan",
+    "Supervised",
+    "SupervisedLoss",
+    "TrainOptions",
+    "TrainRecord",
+    "TrainResult",
     "check_steps",
     "distill_",
     "fit_alone",
     "fit_in_sequence",
     "gain_of_bonds",
     "layer_moments",
+    "supervised_loss",
     "sweep_on_loss",
+    "train_",
 ]

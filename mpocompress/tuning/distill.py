@@ -34,13 +34,13 @@ from mpocompress.tuning.distill_state import (
 from mpocompress.tuning.lockstep import Call, main_output
 from mpocompress.tuning.minibatches import TrainingData
 from mpocompress.tuning.moments import keep_mask
+from mpocompress.tuning.schedule import warm_cosine
 
 # Tried by "auto", each for a fraction of the steps: pretrained transformers like the first, small
 # nets of MPOs with several sites the last.
 LEARNING_RATES = (1e-4, 1e-3, 3e-3)
 _TRIAL_SHARE, _TRIAL_STEPS = 0.05, (20, 100)
 _BETAS = (0.9, 0.99)
-_WARM_UP_STEPS, _WARM_UP_SHARE = 20, 0.05
 _EVALUATIONS = 25
 
 Loss = Callable[[Call], Tensor]
@@ -274,7 +274,7 @@ class _Trainer:
         losses: list[float] = []
         patience = self._options.patience or math.inf
         while state.step < phase.steps and state.stale < patience:
-            rate = _rate(state.step, phase.steps, state.learning_rate)
+            rate = warm_cosine(state.step, phase.steps, state.learning_rate)
             losses.append(self._step(phase, optimizer, state.step, rate))
             state.step += 1
             self._report(f"distillation ({phase.name})", state.step, phase.steps)
@@ -327,7 +327,7 @@ class _Trainer:
             self._report("trying learning rates", done, len(LEARNING_RATES))
             optimizer = _adam(self._parameters)
             for step in range(steps):
-                self._step(phase, optimizer, step, _rate(step, steps, peak))
+                self._step(phase, optimizer, step, warm_cosine(step, steps, peak))
             loss = self._evaluate()
             found.append((loss if math.isfinite(loss) else math.inf, peak))
             _assign(self._parameters, start)
@@ -336,14 +336,6 @@ class _Trainer:
     def _report(self, what: str, done: int, total: int) -> None:
         if self._progress is not None:
             self._progress(what, done, total)
-
-
-def _rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up, then a cosine that ends just above zero."""
-    warm_up = min(_WARM_UP_STEPS, max(1, round(_WARM_UP_SHARE * steps)))
-    if step < warm_up:
-        return peak * (step + 1) / warm_up
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
 
 
 def _adam(parameters: Sequence[nn.Parameter]) -> torch.optim.Adam:

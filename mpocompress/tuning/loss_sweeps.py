@@ -16,7 +16,7 @@ Source: Jahromi, Orús, "Variational Tensor Neural Networks for Deep Learning", 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import isfinite, sqrt
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,15 @@ from torch import Tensor, nn
 
 from mpocompress.errors import DataError, LoadError, NoLayerMatched
 from mpocompress.layers.modes import evaluation_mode
-from mpocompress.mpo.core_gradient import OpenCore
 from mpocompress.mpo.truncate import Truncation
 from mpocompress.surgery.match import select
-from mpocompress.tuning.chains import Chain, find_chains, opened_layers
+from mpocompress.tuning.chains import Chain, find_chains
+from mpocompress.tuning.local_problem import (
+    LocalProblem,
+    dense_parameters,
+    local_optimizer,
+    only_gradients_of,
+)
 from mpocompress.tuning.lockstep import Call
 from mpocompress.tuning.objectives import Loss
 from mpocompress.tuning.prefix import FrozenPrefix
@@ -38,9 +43,6 @@ from mpocompress.tuning.sweep_state import SweepState, read_state, write_state
 # After an update that was rolled back the steps in this layer get shorter, after one that was kept
 # they grow again: large steps pay as long as they work.
 _SHRINK, _GROW, _SHORTEST = 0.5, 1.25, 2.0**-10
-_MOMENTUM = 0.9
-# Dense parameters that begin at zero have no size of their own to take steps relative to.
-_SMALLEST_RMS = 1e-2
 
 
 def sweep_on_loss(
@@ -96,40 +98,9 @@ def sweep_on_loss(
             f"all MPO layers ({', '.join(sorted(names)[:3])}) are frozen. Switch requires_grad on "
             "for the cores that may change."
         )
-    dense = _dense_parameters(model) if options.train_dense else {}
-    with _prepared(model, chains, dense):
+    dense = dense_parameters(model) if options.train_dense else {}
+    with evaluation_mode(model), only_gradients_of(model, chains, list(dense.values())):
         return _Run(model, chains, dense, loss, calls, options, state, progress).run()
-
-
-def _dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    cores = {id(core) for chain in find_chains(model).values() for core in chain.layers[0].cores}
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) not in cores
-    }
-
-
-@contextmanager
-def _prepared(
-    model: nn.Module, chains: Sequence[Chain], dense: dict[str, nn.Parameter]
-) -> Iterator[None]:
-    """Evaluation mode; gradients of dense parameters at most. All is restored."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    core_flags = [[core.requires_grad for core in chain.layers[0].cores] for chain in chains]
-    trained = {id(parameter) for parameter in dense.values()}
-    try:
-        with evaluation_mode(model):
-            for parameter, _ in flags:
-                parameter.requires_grad_(id(parameter) in trained)
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        # Cores that changed their shape are new parameters.
-        for chain, own in zip(chains, core_flags, strict=True):
-            for core, flag in zip(chain.layers[0].cores, own, strict=True):
-                core.requires_grad_(flag)
 
 
 class _Run:
@@ -278,14 +249,10 @@ class _Run:
         chain.move_center_(first, last)
         cores, center = chain.cores, chain.center
         dense = {name: tensor.detach().clone() for name, tensor in self._dense.items()}
-        theta_LOIR = self._solve(chain, first, last, batches)
-        if bool(torch.isfinite(theta_LOIR).all()):
+        problem = self._solve(chain, first, last, batches)
+        if bool(torch.isfinite(problem.core).all()):
             for limits in self._limits(chain) if first < last else (None,):
-                if limits is None:
-                    chain.put(chain.with_core(first, theta_LOIR), (first, first))
-                else:
-                    split = chain.with_pair(first, theta_LOIR, limits, to_the_right=to_the_right)
-                    chain.put(*split)
+                problem.close(limits, to_the_right=to_the_right)
                 loss = self._judge()
                 if loss <= self._loss:  # false for NaN
                     self._loss = loss
@@ -314,16 +281,13 @@ class _Run:
 
     # -- one local problem
 
-    def _solve(self, chain: Chain, first: int, last: int, batches: Iterator[int]) -> Tensor:
+    def _solve(self, chain: Chain, first: int, last: int, batches: Iterator[int]) -> LocalProblem:
         """Gradient steps on the open core; the layers keep their cores."""
         local = self._options.local
-        merged = chain.merged(first, last)
-        core = merged[first].clone(memory_format=torch.contiguous_format).requires_grad_()
-        opened = OpenCore(merged, first, shape=chain.shape, calls=local.steps)
-        parameters = [core, *self._dense.values()]
-        optimizer = self._optimizer(parameters, chain.step_scale)
-        manual = local.gradient == "manual"
-        with torch.enable_grad(), opened_layers(chain.layers, opened, core, manual=manual):
+        problem = LocalProblem(chain, first, last, calls=local.steps)
+        parameters = [problem.core, *self._dense.values()]
+        optimizer = local_optimizer(parameters, local, chain.step_scale)
+        with torch.enable_grad(), problem.opened(manual=local.gradient == "manual"):
             if local.optimizer == "lbfgs":
                 number = next(batches)
                 # Its type promises a float, but a tensor is what torch's own closures return.
@@ -332,7 +296,7 @@ class _Run:
                 for _ in range(local.steps):
                     self._gradient(next(batches), parameters)
                     optimizer.step()
-        return core.detach()
+        return problem
 
     def _gradient(self, number: int, parameters: Sequence[Tensor]) -> Tensor:
         """Put the gradient of one batch's loss into `grad` of the open parameters."""
@@ -348,28 +312,6 @@ class _Run:
                 torch.zeros_like(parameter) if gradient is None else gradient.contiguous()
             )
         return loss.detach()
-
-    def _optimizer(self, parameters: Sequence[Tensor], scale: float) -> torch.optim.Optimizer:
-        local = self._options.local
-        rate = local.rate * scale
-        if local.optimizer == "lbfgs":
-            return torch.optim.LBFGS(
-                parameters,
-                lr=rate,
-                max_iter=local.steps,
-                max_eval=local.steps,
-                line_search_fn="strong_wolfe",
-            )
-        groups: list[dict[str, Any]] = []
-        for position, parameter in enumerate(parameters):
-            size = float(parameter.detach().norm()) / sqrt(parameter.numel())
-            if position:
-                size = max(size, _SMALLEST_RMS)
-            own = size if local.optimizer == "adam" else size**2 * parameter.numel()
-            groups.append({"params": [parameter], "lr": rate * own})
-        if local.optimizer == "adam":
-            return torch.optim.Adam(groups)
-        return torch.optim.SGD(groups, momentum=_MOMENTUM)
 
     # -- going on
 

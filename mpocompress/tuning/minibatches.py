@@ -22,10 +22,12 @@ class Minibatch:
     Attributes:
         args: positional forward arguments.
         kwargs: forward arguments by name.
+        labels: targets, one entry a row, where there are any.
     """
 
     args: tuple[Tensor, ...] = ()
     kwargs: Mapping[str, Tensor] = field(default_factory=dict)
+    labels: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -37,6 +39,7 @@ class Minibatch:
         return Minibatch(
             tuple(t[rows.to(t.device)] for t in self.args),
             {name: t[rows.to(t.device)] for name, t in self.kwargs.items()},
+            None if self.labels is None else self.labels[rows.to(self.labels.device)],
         )
 
 
@@ -52,13 +55,20 @@ class TrainingData:
         held_out: share of the rows (of batches that are not cut: of the batches) that is never
             trained on, at least one; 0 for none.
         seed: of the order and of what is held out.
+        labelled: whether the batches' labels go along.
 
     Raises:
         DataError: no batches, a batch size below 1, or a share outside [0, 1).
     """
 
     def __init__(
-        self, calls: Sequence[Call], *, batch_size: int | None, held_out: float, seed: int
+        self,
+        calls: Sequence[Call],
+        *,
+        batch_size: int | None,
+        held_out: float,
+        seed: int,
+        labelled: bool = False,
     ) -> None:
         if not calls:
             raise DataError("there are no batches to train on.")
@@ -71,7 +81,14 @@ class TrainingData:
             )
         self._seed = seed
         self._size = batch_size or MINIBATCH
-        given = [Minibatch(tuple(call.args), dict(call.kwargs)) for call in calls]
+        given = [
+            Minibatch(
+                tuple(call.args),
+                dict(call.kwargs),
+                getattr(call, "labels", None) if labelled else None,
+            )
+            for call in calls
+        ]
         whole, parts = _sorted_out(given, batch_size)
         self._whole = whole
         self._pools = _pooled(parts)
@@ -133,7 +150,7 @@ def _sorted_out(
     whole: list[Minibatch] = []
     parts: list[Minibatch] = []
     for batch in given:
-        tensors = (*batch.args, *batch.kwargs.values())
+        tensors = (*batch.args, *batch.kwargs.values(), *_labels(batch))
         divisible = all(t.ndim and t.shape[0] == batch.rows for t in tensors)
         wanted = batch_size is not None or batch.rows > LARGE_BATCH or len(given) == 1
         (parts if divisible and wanted else whole).append(batch)
@@ -144,7 +161,11 @@ def _pooled(parts: Sequence[Minibatch]) -> list[Minibatch]:
     """Batches whose arguments differ in the first dimension only, as one."""
     groups: dict[tuple[object, ...], list[Minibatch]] = {}
     for batch in parts:
-        named = (*enumerate(batch.args), *sorted(batch.kwargs.items()))
+        named = (
+            *enumerate(batch.args),
+            *sorted(batch.kwargs.items()),
+            *enumerate(_labels(batch), -1),
+        )
         key = tuple((name, t.shape[1:], t.dtype) for name, t in named)
         groups.setdefault(key, []).append(batch)
     return [
@@ -153,9 +174,16 @@ def _pooled(parts: Sequence[Minibatch]) -> list[Minibatch]:
         else Minibatch(
             tuple(torch.cat(tensors) for tensors in zip(*(b.args for b in group), strict=True)),
             {name: torch.cat([b.kwargs[name] for b in group]) for name in group[0].kwargs},
+            torch.cat([label for b in group for label in _labels(b)])
+            if _labels(group[0])
+            else None,
         )
         for group in groups.values()
     ]
+
+
+def _labels(batch: Minibatch) -> tuple[Tensor, ...]:
+    return () if batch.labels is None else (batch.labels,)
 
 
 def _split(count: int, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,114 @@
+"""The scikit-learn estimators: scikit-learn's own checks, what they learn, what they refuse."""
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_breast_cancer, make_friedman1
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV, train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import PolynomialFeatures
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from mpocompress import MPOClassifier, MPORegressor
+from mpocompress.layers import MPOLinear
+
+SMALL = {"hidden_layer_sizes": (64,), "bond_dim": 4, "epochs": 40}
+
+
+@parametrize_with_checks(
+    [
+        MPOClassifier(**SMALL),
+        MPORegressor(**SMALL),
+        MPOClassifier(**SMALL, method="adam"),
+        MPORegressor(**SMALL, grow=True),
+    ]
+)
+def test_scikit_learns_own_checks(estimator, check):
+    check(estimator)
+
+
+def test_a_classifier_learns_real_data_with_labels_of_any_type():
+    X, y = load_breast_cancer(return_X_y=True)
+    names = np.array(["malignant", "benign"])[y]
+    X_train, X_test, y_train, y_test = train_test_split(X, names, random_state=0, stratify=y)
+    model = MPOClassifier(**SMALL, random_state=0).fit(X_train, y_train)
+    assert model.score(X_test, y_test) > 0.93
+    assert list(model.classes_) == ["benign", "malignant"]
+    np.testing.assert_allclose(model.predict_proba(X_test).sum(axis=1), 1)
+    assert isinstance(model.network_[0], MPOLinear)
+    assert model.history_.score_name == "accuracy"
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(again.predict_proba(X_test), model.predict_proba(X_test))
+
+
+def test_a_regressor_learns_and_takes_several_targets():
+    X, y = make_friedman1(1200, noise=0.5, random_state=0)
+    model = MPORegressor(**SMALL, random_state=0).fit(X[:900], y[:900])
+    assert model.score(X[900:], y[900:]) > 0.85
+    both = MPORegressor(**SMALL, random_state=0).fit(X[:900], np.stack([y, -y], 1)[:900])
+    assert both.predict(X[900:]).shape == (300, 2)
+
+
+def test_bonds_grow_to_the_cap():
+    X, y = make_friedman1(400, random_state=0)
+    model = MPORegressor(**SMALL, grow=True, random_state=0).fit(X, y)
+    assert model.history_.history[0].bond_dims["0"] == (1,)
+    assert model.network_[0].bond_dims == (4,)
+
+
+def test_pipelines_and_grid_searches():
+    X, y = make_friedman1(200, n_features=5, random_state=0)
+    pipeline = make_pipeline(PolynomialFeatures(2), MPORegressor((16,), epochs=5, random_state=0))
+    search = GridSearchCV(pipeline, {"mporegressor__bond_dim": [1, 2]}, cv=2).fit(X, y)
+    assert set(search.best_params_) == {"mporegressor__bond_dim"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "gelu"}, "activation 'gelu'"),
+        ({"hidden_layer_sizes": ()}, "hidden_layer_sizes is empty"),
+        ({"bond_dim": 0}, "bond dimension"),
+        ({"epochs": 0}, "epochs 0"),
+        ({"method": "sgd"}, "method 'sgd'"),
+    ],
+)
+def test_impossible_parameters_are_value_errors_at_fit(change, message):
+    X, y = make_friedman1(50, random_state=0)
+    with pytest.raises(ValueError, match=message):
+        MPORegressor(**change).fit(X, y)
+
+
+def test_bad_data_gives_scikit_learns_kind_of_error():
+    X, y = make_friedman1(50, random_state=0)
+    with pytest.raises(NotFittedError, match="not fitted"):
+        MPORegressor().predict(X)
+    with pytest.raises(ValueError, match="Input X contains NaN"):
+        MPORegressor().fit(np.where(X > 0.9, np.nan, X), y)
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        MPORegressor().fit(X, y[:-1])
+    with pytest.raises(ValueError, match="Unknown label type"):
+        MPOClassifier().fit(X, y)
+    with pytest.raises(ValueError, match="one class"):
+        MPOClassifier().fit(X, np.zeros(50, dtype=int))
+    model = MPORegressor((8,), epochs=1).fit(X, y)
+    with pytest.raises(ValueError, match="9 features, but MPORegressor is expecting 10"):
+        model.predict(X[:, :9])
+
+
+def test_without_scikit_learn_the_extra_is_named():
+    code = (
+        "import sys; sys.modules['sklearn'] = None; sys.modules['sklearn.base'] = None\n"
+        "import mpocompress\n"
+        "try:\n    mpocompress.MPOClassifier\n"
+        "except ImportError as error:\n    print(type(error).__name__, error)\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert "MissingExtraError" in finished.stdout
+    assert "mpocompress[sklearn]" in finished.stdout
