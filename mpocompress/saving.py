@@ -23,16 +23,21 @@ from torch import Tensor, nn
 
 from mpocompress._version import __version__
 from mpocompress.errors import ContractionError, LoadError, OutputExistsError, SaveError
-from mpocompress.layers import MPOLinear
+from mpocompress.layers import MPOLayer
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge
-from mpocompress.surgery import copy_with_replacements
+from mpocompress.surgery import adapter_for, copy_with_replacements
 
 FORMAT_VERSION = 1
 CORES_FILE = "model.mpo.safetensors"
 ONNX_FILE = "model.onnx"
 ONNX_DATA_FILE = "model.onnx.data"
 REPORT_FILES = ("report.json", "report.md", "report.html")
+_DENSE = {
+    "linear": "an nn.Linear",
+    "embedding": "an nn.Embedding",
+    "conv": "a convolution",
+}  # what a kind is called where it is missing
 _METADATA_KEY = "mpocompress"
 _ALIGNMENT = 64  # bytes: what torch's allocator gives
 # All that a run may write; nothing else in an output directory is ever touched. The report comes
@@ -45,14 +50,34 @@ class _Record(BaseModel):
 
 
 class LayerRecord(_Record):
-    """One compressed layer: all of its names, the matrix's shape, its sites, how it is stored."""
+    """One compressed layer: all of its names, the matrix's shape, its sites, how it is stored.
+
+    Attributes:
+        names: all qualified names of the module.
+        kind: of the weight, such as "linear".
+        shape: (out, in) of the matrix.
+        layout: (out, in) of each site.
+        bond_dims: of the inner bonds.
+        gauge: how the cores are stored.
+        dense_shape: of the dense weight; None if it is the matrix itself.
+        transposed: whether the dense weight, seen as (first dimension, all others), is (in, out).
+    """
 
     names: tuple[str, ...]
-    kind: Literal["linear"]
+    kind: str
     shape: tuple[int, int]
     layout: tuple[tuple[int, int], ...]
     bond_dims: tuple[int, ...]
     gauge: Gauge = "none"
+    dense_shape: tuple[int, ...] | None = None
+    transposed: bool = False
+
+    def dense(self, matrix_OI: Tensor) -> Tensor:
+        """The weight of the dense layer for this matrix."""
+        if self.dense_shape is None:
+            return matrix_OI  # the same object for all that are tied
+        weight = matrix_OI.mT if self.transposed else matrix_OI
+        return weight.reshape(self.dense_shape).contiguous()
 
 
 class Manifest(_Record):
@@ -111,19 +136,21 @@ def save_model(
 
 def _layer_records(model: nn.Module) -> Iterator[LayerRecord]:
     names: dict[int, list[str]] = {}
-    layers: dict[int, MPOLinear] = {}
+    layers: dict[int, MPOLayer] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, MPOLinear):
+        if isinstance(module, MPOLayer):
             names.setdefault(id(module), []).append(name)
             layers[id(module)] = module
     for key, layer in layers.items():
         yield LayerRecord(
             names=tuple(names[key]),
-            kind="linear",
+            kind=layer.kind,
             shape=(layer.out_features, layer.in_features),
             layout=layer.layout.pairs,
             bond_dims=layer.bond_dims,
             gauge=layer.gauge,
+            dense_shape=layer.dense_shape,
+            transposed=layer.dense_transposed,
         )
 
 
@@ -177,31 +204,33 @@ def load_model(path: str | Path, skeleton: nn.Module) -> nn.Module:
     replacements: dict[nn.Module, nn.Module] = {}
     for record in manifest.layers:
         for name in record.names:
-            module = modules.get(name)
-            if not isinstance(module, nn.Linear):
-                found = "nothing" if module is None else f"a {type(module).__name__}"
-                raise LoadError(
-                    f"layer {name!r} of the saved result is an MPO, but the model given has "
-                    f"{found} there instead of an nn.Linear. Give the architecture that was "
-                    "compressed, or use `mpocompress densify`."
-                )
-            if (module.out_features, module.in_features) != record.shape:
-                raise LoadError(
-                    f"layer {name!r} is {record.shape[0]}x{record.shape[1]} in the saved result, "
-                    f"but {module.out_features}x{module.in_features} in the model given."
-                )
-        linear = modules[record.names[0]]
-        replacements[linear] = _layer(record, tensors, linear)
+            _check_skeleton(record, name, modules.get(name))
+        dense = modules[record.names[0]]
+        adapter = adapter_for(dense)
+        if adapter is not None:
+            replacements[dense] = adapter.build(dense, _weight(record, tensors))
     model = copy_with_replacements(skeleton, replacements)
     _assign_state(model, tensors, manifest.aliases)
     return model
 
 
-def _layer(record: LayerRecord, tensors: Mapping[str, Tensor], linear: nn.Module) -> MPOLinear:
-    name = record.names[0]
-    weight = _weight(record, tensors)
-    layer = MPOLinear.from_mpo(weight, tensors.get(f"{_prefix(name)}bias"))
-    return layer.train(linear.training)
+def _check_skeleton(record: LayerRecord, name: str, module: nn.Module | None) -> None:
+    """The module of the skeleton is what was compressed."""
+    adapter = None if module is None else adapter_for(module)
+    if module is None or adapter is None or adapter.kind != record.kind:
+        found = "nothing" if module is None else f"a {type(module).__name__}"
+        wanted = _DENSE.get(record.kind, f"a layer of the kind {record.kind!r}")
+        raise LoadError(
+            f"layer {name!r} of the saved result is an MPO, but the model given has "
+            f"{found} there instead of {wanted}. Give the architecture that was "
+            "compressed, or use `mpocompress densify`."
+        )
+    shape = tuple(adapter.matrix(module).shape)
+    if shape != record.shape:
+        raise LoadError(
+            f"layer {name!r} is {record.shape[0]}x{record.shape[1]} in the saved result, "
+            f"but {shape[0]}x{shape[1]} in the model given."
+        )
 
 
 def _weight(record: LayerRecord, tensors: Mapping[str, Tensor]) -> MPO | IdentityGauge:
@@ -285,7 +314,7 @@ def densify_state(path: str | Path) -> dict[str, Tensor]:
             weight = _weight(record, tensors)
             weights[shared] = weight.to_dense().contiguous()
         for name in record.names:
-            tensors[f"{_prefix(name)}weight"] = weights[shared]
+            tensors[f"{_prefix(name)}weight"] = record.dense(weights[shared])
     for record in manifest.layers:
         for name in record.names:
             prefix = f"{_prefix(name)}cores."

@@ -42,6 +42,7 @@ from mpocompress.tuning import (
     fit_in_sequence,
     gain_of_bonds,
     layer_moments,
+    tied_heads,
 )
 
 
@@ -79,7 +80,9 @@ def plan(
         if_smaller: at a bond dimension: keep layers dense that would not get smaller.
         gauge: "identity" stores every layer with as many numbers as it has degrees of freedom:
             nothing is lost, and more layers get smaller. "none" stores all entries of the cores.
-        data: for a ratio: batches of forward arguments, as in `compress`.
+        data: batches of forward arguments, as in `compress`; for a ratio. At a bond dimension they
+            are not looked at, but without any, embedding tables are kept unless they are included
+            by name: truncated without regard to how often each row is used, they lose the most.
         seed: of the random directions of the gradients.
         progress: called as `progress(layer, done, total)`.
 
@@ -109,17 +112,18 @@ def plan(
         moments = _selected_moments(
             model, inventory, options, calls_of(data, model), seed=seed, progress=progress
         )
-    return _plan(inventory, options, moments, progress)
+    return _plan(inventory, options, moments, data is not None, progress)
 
 
 def _plan(
     inventory: Inventory,
     options: PlanOptions,
     moments: Mapping[nn.Module, LayerMoments] | None,
+    tables: bool,
     progress: Progress | None,
 ) -> Plan:
     gains = None if moments is None else partial(gain_of_bonds, moments=moments)
-    return options.make(inventory, gains=gains, progress=progress)
+    return options.make(inventory, gains=gains, tables=tables, progress=progress)
 
 
 def _selected_moments(
@@ -238,7 +242,7 @@ def compress(
                     model, inventory, options, calls, seed=seed, progress=progress
                 )
         with clock("planning"):
-            plan = _plan(inventory, options, moments, progress)
+            plan = _plan(inventory, options, moments, calls is not None, progress)
     _check_belongs(plan, inventory)
     if not plan.compressed:
         reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in plan.layers[:3])
@@ -276,6 +280,7 @@ def compress(
                     for module, moment in moments.items()
                     if (metric := moment.output_metric) is not None
                 },
+                heads={entry.site: tied_heads(entry.site, moments) for entry in planned},
                 options=FitOptions(sweeps=sweeps),
                 progress=progress,
             )

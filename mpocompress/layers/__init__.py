@@ -1,5 +1,8 @@
 """Trainable layers whose weights are matrix product operators."""
 
+from mpocompress.layers.base import MPOLayer
+from mpocompress.layers.conv import MPOConv
+from mpocompress.layers.embedding import MPOEmbedding
 from mpocompress.layers.linear import MPOLinear
 
-__all__ = ["MPOLinear"]
+__all__ = ["MPOConv", "MPOEmbedding", "MPOLayer", "MPOLinear"]

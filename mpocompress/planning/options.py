@@ -44,9 +44,14 @@ class PlanOptions:
         return self.bond_dim is not None or self.ratio is not None
 
     def make(
-        self, inventory: Inventory, *, gains: Gains | None = None, progress: Progress | None = None
+        self,
+        inventory: Inventory,
+        *,
+        gains: Gains | None = None,
+        tables: bool = True,
+        progress: Progress | None = None,
     ) -> Plan:
-        """The plan for a model.
+        """The plan for a model; see `plan_ratio` for `gains`, `plan_bond_dim` for `tables`.
 
         Raises:
             PlanError: neither a bond dimension nor a ratio, or both.
@@ -67,6 +72,7 @@ class PlanOptions:
                 include=self.include,
                 exclude=self.exclude,
                 gauge=self.gauge,
+                tables=tables,
                 progress=progress,
             )
         if self.bond_dim is None:
@@ -80,5 +86,6 @@ class PlanOptions:
             exclude=self.exclude,
             if_smaller=self.if_smaller,
             gauge=self.gauge,
+            tables=tables,
             progress=progress,
         )

@@ -1,6 +1,10 @@
 """Find, match and replace weights in a model."""
 
-from mpocompress.surgery import adapt_linear  # noqa: F401  # registers its adapter
+from mpocompress.surgery import (  # noqa: F401  # they register their adapters
+    adapt_conv,
+    adapt_embedding,
+    adapt_linear,
+)
 from mpocompress.surgery.adapter import WeightAdapter, adapter_for, register
 from mpocompress.surgery.find import check_finite, find_weights, tied_names
 from mpocompress.surgery.inventory import Inventory, KeptEntry, WeightSite

@@ -167,6 +167,7 @@ class _Survey:
 
     def _sharing_refusal(self, parameter: nn.Parameter) -> str | None:
         """Somebody else who holds the very parameter, and whom nobody would replace."""
+        transposed = set()
         for use in self.uses[id(parameter)]:
             adapter = adapter_for(use.owner)
             if adapter is None or adapter.parameter(use.owner) is not parameter:
@@ -174,6 +175,9 @@ class _Survey:
                     f"its weight is also the parameter '{use.name}' of {type(use.owner).__name__}, "
                     "which reads it as a dense matrix"
                 )
+            transposed.add(adapter.transposed)
+        if len(transposed) > 1:
+            return "it shares its weight with a layer that reads it transposed"
         if id(parameter) in self.loose:
             return f"its weight is also held by {self.loose[id(parameter)]}"
         return None

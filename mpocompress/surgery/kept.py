@@ -5,18 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mpocompress.layers import MPOLinear
+from mpocompress.layers import MPOLayer
 from mpocompress.surgery.adapter import adapter_for
 from mpocompress.surgery.inventory import KeptEntry, label
 
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
 _NORMS = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -33,11 +25,10 @@ _NORMS = (
 # Kind and reason by the type of the owner.
 _BY_TYPE: tuple[tuple[tuple[type[nn.Module], ...], str, str], ...] = (
     (
-        (nn.Embedding, nn.EmbeddingBag),
+        (nn.EmbeddingBag,),
         "embedding",
-        "an embedding table is looked up row by row, and only linear weights are converted",
+        "nn.EmbeddingBag sums rows while it looks them up; use nn.Embedding and a sum",
     ),
-    (_CONVOLUTIONS, "conv", "a convolution kernel is not a linear weight"),
     (_NORMS, "norm", "normalization parameters are vectors"),
     (
         (nn.RNNBase, nn.RNNCellBase),
@@ -73,7 +64,7 @@ def describe(
         if isinstance(owner, types):
             return (kind, reason) if kind == "norm" else _or_bias(leaf, dims, kind, reason)
     for name, module in ancestry:
-        if isinstance(module, MPOLinear):
+        if isinstance(module, MPOLayer):
             return _or_bias(
                 leaf, dims, "mpo", f"{label(name)} is a matrix product operator already"
             )

@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from mpocompress.errors import ConversionError, MPOCompressError
 from mpocompress.mpo import MPO
 from mpocompress.mpo.identity_gauge import IdentityGauge
+from mpocompress.surgery.adapter import WeightAdapter, adapter_for, tie_cores
 from mpocompress.surgery.inventory import WeightSite, label
 from mpocompress.surgery.references import held_values
 
@@ -114,7 +115,7 @@ def _build(
             raise ConversionError(
                 f"{what} has a weight of shape {site.shape}, but its MPO has shape {value.shape}."
             )
-        layers = [site.adapter.build(module, value) for module in modules]
+        layers = [_adapter(module, site).build(module, value) for module in modules]
     elif isinstance(value, nn.Module):
         if len(modules) > 1:
             raise ConversionError(
@@ -129,8 +130,13 @@ def _build(
             raise ConversionError(f"{what}: {error}") from error
     if site is not None:
         for layer in layers[1:]:
-            site.adapter.tie(layer, layers[0])
+            tie_cores(layer, layers[0])
     return layers
+
+
+def _adapter(module: nn.Module, site: WeightSite) -> WeightAdapter:
+    """The module's own: an embedding and the output layer tied to it are of two kinds."""
+    return adapter_for(module) or site.adapter
 
 
 def _carry_parameters(module: nn.Module, layer: nn.Module, memo: dict[int, Any]) -> None:

@@ -5,7 +5,7 @@ from mpocompress.tuning.distill_state import DistillRecord
 from mpocompress.tuning.gradients import LayerMoments, layer_moments
 from mpocompress.tuning.loss_sweeps import sweep_on_loss
 from mpocompress.tuning.objectives import Distillation, Loss
-from mpocompress.tuning.sensitivity import gain_of_bonds
+from mpocompress.tuning.sensitivity import gain_of_bonds, tied_heads
 from mpocompress.tuning.sequential import FitOptions, FittedWeight, SitePlan, fit_in_sequence
 from mpocompress.tuning.sweep_options import LocalOptions, LossSweepOptions, LossSweepRecord
 
@@ -28,4 +28,5 @@ __all__ = [
     "gain_of_bonds",
     "layer_moments",
     "sweep_on_loss",
+    "tied_heads",
 ]
