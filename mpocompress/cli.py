@@ -256,12 +256,12 @@ def inspect(
     """List every parameter of MODEL: shape, kind, share, spectrum, best ratio at an error."""
     from mpocompress import pipeline
     from mpocompress.analysis import inspect_inventory
-    from mpocompress.surgery import find_weights
+    from mpocompress.surgery import find_weights, open_modules
 
     opened = pipeline.open_model(model, factory=factory, trust_pickle=trust_pickle)
     with _progress() as progress:
         found = inspect_inventory(
-            find_weights(opened.module),
+            find_weights(open_modules(opened.module)),
             relative_error=error,
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),

@@ -26,7 +26,7 @@ from mpocompress.loading import (
 from mpocompress.planning import LayoutChoice, Of, Plan, Progress
 from mpocompress.report import CompressionReport, Parity
 from mpocompress.report import Source as ReportSource
-from mpocompress.surgery import Inventory, find_weights
+from mpocompress.surgery import Inventory, find_weights, open_modules
 
 NO_MODULE = (
     "a bare state dict cannot be run, so no ONNX file was written; give its architecture with "
@@ -133,7 +133,7 @@ def plan_model(
         seed=request.seed,
         progress=progress,
     )
-    return plan, opened, find_weights(opened.module)
+    return plan, opened, find_weights(open_modules(opened.module))
 
 
 def convert(

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from mpocompress._version import __version__
 from mpocompress.errors import ContractionError, LoadError, OutputExistsError, SaveError
 from mpocompress.layers import MPOLayer
+from mpocompress.layers.opened import Opened
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge
-from mpocompress.surgery import adapter_for, copy_with_replacements
+from mpocompress.surgery import adapter_for, copy_with_replacements, open_modules, opened_names
 
 FORMAT_VERSION = 1
 CORES_FILE = "model.mpo.safetensors"
@@ -80,6 +81,20 @@ class LayerRecord(_Record):
         return weight.reshape(self.dense_shape).contiguous()
 
 
+class OriginRecord(_Record):
+    """What a parameter of an opened module has become: entries below each other, and its shape."""
+
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+class OpenedRecord(_Record):
+    """One opened module: all of its names, and its parameters under their dense names."""
+
+    names: tuple[str, ...]
+    origins: dict[str, OriginRecord] = {}
+
+
 class Manifest(_Record):
     """What the metadata of `model.mpo.safetensors` says.
 
@@ -89,6 +104,7 @@ class Manifest(_Record):
         source: "module", or "state_dict" if the architecture was never known.
         layers: the compressed ones.
         aliases: name of a state entry to the name under which its tensor is stored.
+        opened: modules that call layers where the dense ones read their weights.
     """
 
     format_version: int = FORMAT_VERSION
@@ -96,6 +112,7 @@ class Manifest(_Record):
     source: Literal["module", "state_dict"] = "module"
     layers: tuple[LayerRecord, ...] = ()
     aliases: dict[str, str] = {}
+    opened: tuple[OpenedRecord, ...] = ()
 
 
 def save_model(
@@ -127,7 +144,12 @@ def save_model(
         whole = detached.is_contiguous() and storage not in storages
         storages.add(storage)
         tensors[name] = detached if whole else detached.clone(memory_format=torch.contiguous_format)
-    manifest = Manifest(source=source, layers=tuple(_layer_records(model)), aliases=aliases)
+    manifest = Manifest(
+        source=source,
+        layers=tuple(_layer_records(model)),
+        aliases=aliases,
+        opened=tuple(_opened_records(model)),
+    )
     try:
         save_file(tensors, path, metadata={_METADATA_KEY: manifest.model_dump_json()})
     except (OSError, SafetensorError) as error:
@@ -152,6 +174,18 @@ def _layer_records(model: nn.Module) -> Iterator[LayerRecord]:
             dense_shape=layer.dense_shape,
             transposed=layer.dense_transposed,
         )
+
+
+def _opened_records(model: nn.Module) -> Iterator[OpenedRecord]:
+    names: dict[Opened, list[str]] = {}
+    for name, module in opened_names(model).items():
+        names.setdefault(module, []).append(name)
+    for module, own in names.items():
+        origins = {
+            name: OriginRecord(parts=origin.parts, shape=origin.shape)
+            for name, origin in module.origins().items()
+        }
+        yield OpenedRecord(names=tuple(own), origins=origins)
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -200,6 +234,8 @@ def load_model(path: str | Path, skeleton: nn.Module) -> nn.Module:
     path = _cores_path(path)
     manifest = read_manifest(path)
     tensors = _read_all_names(path, manifest)
+    wanted = {name for record in manifest.opened for name in record.names}
+    skeleton = open_modules(skeleton, wanted) if wanted else skeleton
     modules = dict(skeleton.named_modules(remove_duplicate=False))
     replacements: dict[nn.Module, nn.Module] = {}
     for record in manifest.layers:
@@ -320,7 +356,18 @@ def densify_state(path: str | Path) -> dict[str, Tensor]:
             prefix = f"{_prefix(name)}cores."
             for stored in [stored for stored in tensors if stored.startswith(prefix)]:
                 del tensors[stored]
+    for opened in manifest.opened:
+        for name in opened.names:
+            _close(_prefix(name), opened, tensors)
     return tensors
+
+
+def _close(prefix: str, opened: OpenedRecord, tensors: dict[str, Tensor]) -> None:
+    """Give the entries of an opened module the names and shapes that they had before."""
+    for name, origin in opened.origins.items():
+        parts = [tensors.pop(f"{prefix}{part}") for part in origin.parts]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        tensors[f"{prefix}{name}"] = whole.reshape(origin.shape)
 
 
 def _prefix(name: str) -> str:

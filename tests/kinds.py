@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.pytorch_utils import Conv1D
 
 from tests.planted import gaussian
@@ -102,6 +104,54 @@ class Words(nn.Module):
         return self.head(torch.tanh(self.body(self.table(ids))))
 
 
+class Pair(nn.Module):
+    """A bilinear form of a vector with a function of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.form = nn.Bilinear(6, 12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.form(torch.tanh(x[..., :6]), x)
+
+
+class Attends(nn.Module):
+    """Attention to the same sequence, and to another one with keys and values of other sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.MultiheadAttention(12, 3, batch_first=True)
+        self.other = nn.MultiheadAttention(12, 2, kdim=8, vdim=4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.own(x, x, x, need_weights=False)[0]
+        x = x.transpose(0, 1)
+        found, weights = self.other(x, x[..., :8], x[..., 8:])
+        return found.transpose(0, 1) * weights.square().sum(-1, keepdim=True)
+
+
+class Mixture(nn.Module):
+    """A router and fused experts, as in transformers' mixtures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = MixtralConfig(
+            hidden_size=12, intermediate_size=10, num_local_experts=3, num_experts_per_tok=2
+        )
+        config._experts_implementation = "eager"
+        self.block = MixtralSparseMoeBlock(config)
+        for parameter in self.block.parameters():
+            nn.init.normal_(parameter, std=0.4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+def encoder(**options: Any) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(12, 2, 20, dropout=0.1, batch_first=True, **options)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not options.get("norm_first"))
+
+
 KINDS: dict[str, Kind] = {
     "Conv1D of transformers": Kind(
         seeded(lambda: nn.Sequential(Conv1D(18, 12), nn.Tanh(), Conv1D(5, 18))),
@@ -140,4 +190,23 @@ KINDS: dict[str, Kind] = {
         images(12, 5, 4),
         gain=0.9,
     ),
+    "lstm": Kind(
+        seeded(lambda: nn.LSTM(12, 10, num_layers=2, batch_first=True, bidirectional=True)),
+        vectors(12, leading=(6, 7)),
+    ),
+    "lstm with a projection": Kind(
+        seeded(lambda: nn.LSTM(12, 10, proj_size=5, bias=False, batch_first=True)),
+        vectors(12, leading=(6, 7)),
+    ),
+    "gru": Kind(seeded(lambda: nn.GRU(12, 10, batch_first=True)), vectors(12, leading=(6, 7))),
+    "rnn": Kind(seeded(lambda: nn.RNN(12, 10, batch_first=True)), vectors(12, leading=(6, 7))),
+    "attention": Kind(seeded(Attends), vectors(12, leading=(6, 7))),
+    "encoder layers": Kind(
+        seeded(lambda: encoder(activation="gelu")), vectors(12, leading=(6, 7)), bond_dim=4
+    ),
+    "encoder layers, norm first": Kind(
+        seeded(lambda: encoder(norm_first=True)), vectors(12, leading=(6, 7)), bond_dim=4
+    ),
+    "bilinear": Kind(seeded(Pair), vectors(12)),
+    "fused experts": Kind(seeded(Mixture), vectors(12, leading=(6, 7)), bond_dim=4),
 }

@@ -13,8 +13,9 @@ from torch.testing import assert_close
 import mpocompress as mpo
 from mpocompress.export import export_onnx, verify
 from mpocompress.layers import MPOLayer
+from mpocompress.layers.opened import layers_called
 from mpocompress.mpo import MPO
-from mpocompress.surgery import adapter_for, find_weights, select_sites
+from mpocompress.surgery import adapter_for, find_weights, open_modules, select_sites
 from tests.kinds import KINDS, Kind
 from tests.tolerances import TOL
 
@@ -74,10 +75,13 @@ def test_at_the_maximal_bond_dimension_nothing_changes(kind, dtype):
 def test_gradients_of_the_cores_are_those_of_the_dense_layer(kind):
     dense = kind.make().double()
     calls: list[tuple[nn.Module, Tensor]] = []
+    dense = open_modules(dense)
     sites = select_sites(find_weights(dense), kind.include)
     for module in [module for site in sites for module in site.modules]:
         module.register_forward_hook(lambda layer, args, _out: calls.append((layer, args[0])))
-    run(dense, kind.batches(torch.float64)[0])
+    with layers_called(dense):
+        run(dense, kind.batches(torch.float64)[0])
+    assert calls
     for module, value in calls:
         module._forward_hooks.clear()
         adapter = adapter_for(module)
@@ -85,6 +89,8 @@ def test_gradients_of_the_cores_are_those_of_the_dense_layer(kind):
         for layout in adapter.layouts(module) or (None,):
             chosen = layout or ((matrix_OI.shape[0], 1), (1, matrix_OI.shape[1]))
             layer = adapter.build(module, MPO.from_matrix(matrix_OI, chosen, bond_dim=2))
+            if hasattr(module, "projection"):
+                layer.projection = module.projection  # as surgery does
             found = layer(value)
             upstream = torch.randn_like(found)
             parameters = list(layer.cores.parameters())
@@ -153,6 +159,7 @@ def test_a_copy_trains_by_itself(kind):
     losses = []
     for _ in range(2):
         optimizer.zero_grad()
+        torch.manual_seed(0)  # of dropout
         loss = run(twin, batch).square().mean()
         loss.backward()
         optimizer.step()

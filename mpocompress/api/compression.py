@@ -30,6 +30,8 @@ from mpocompress.surgery import (
     check_finite,
     copy_with_replacements,
     find_weights,
+    open_modules,
+    opened_names,
     select_sites,
 )
 from mpocompress.tuning import (
@@ -106,11 +108,12 @@ def plan(
         if_smaller=if_smaller,
         gauge=gauge,
     )
-    inventory = find_weights(model)
+    opened = open_modules(model)
+    inventory = find_weights(opened)
     moments = None
     if data is not None and ratio is not None:
         moments = _selected_moments(
-            model, inventory, options, calls_of(data, model), seed=seed, progress=progress
+            opened, inventory, options, calls_of(data, model), seed=seed, progress=progress
         )
     return _plan(inventory, options, moments, data is not None, progress)
 
@@ -219,7 +222,8 @@ def compress(
         )
     clock = Clock()
     with clock("inventory"):
-        inventory = find_weights(model)
+        opened = open_modules(model)
+        inventory = find_weights(opened)
     options = PlanOptions(
         bond_dim=bond_dim,
         ratio=ratio,
@@ -239,7 +243,7 @@ def compress(
         if calls is not None and ratio is not None:
             with clock("statistics"):
                 moments = _selected_moments(
-                    model, inventory, options, calls, seed=seed, progress=progress
+                    opened, inventory, options, calls, seed=seed, progress=progress
                 )
         with clock("planning"):
             plan = _plan(inventory, options, moments, calls is not None, progress)
@@ -247,7 +251,9 @@ def compress(
     if not plan.compressed:
         reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in plan.layers[:3])
         raise NoLayerMatched(f"nothing to compress: every layer stays dense ({reasons}).")
-    by_name = {site.name: site for site in inventory.sites}
+    with clock("inventory"):
+        opened, moments = _opened_as_planned(model, opened, plan, moments)
+        by_name = {site.name: site for site in find_weights(opened).sites}
     planned = [
         SitePlan(
             site=by_name[layer.name],
@@ -269,10 +275,10 @@ def compress(
         if moments is None:
             with clock("statistics"):
                 weights = [entry.site for entry in planned]
-                moments = _moments(model, weights, calls, seed=seed, progress=progress)
+                moments = _moments(opened, weights, calls, seed=seed, progress=progress)
         with clock("fitting"):
             fitted = fit_in_sequence(
-                model,
+                opened,
                 planned,
                 calls,
                 output_metrics={
@@ -295,7 +301,7 @@ def compress(
                 entry, fitted, seed, gauges[entry.site.name]
             )
     with clock("surgery"):
-        compressed = copy_with_replacements(model, mpos)
+        compressed = copy_with_replacements(opened, mpos)
         for site, weight in fitted.items():
             if weight.bias is not None:
                 bias = compressed.get_submodule(site.name).get_parameter("bias")
@@ -315,6 +321,39 @@ def compress(
         healing = DistillOptions(seed=seed)
         heal(result, model, calls, distill, healing, None, progress, inventory)
     return result
+
+
+def _opened_as_planned(
+    model: nn.Module,
+    opened: nn.Module,
+    plan: Plan,
+    moments: Mapping[nn.Module, LayerMoments] | None,
+) -> tuple[nn.Module, Mapping[nn.Module, LayerMoments] | None]:
+    """The model with those modules opened that hold a weight to compress; the rest as it was.
+
+    Args:
+        model: dense.
+        opened: with all modules opened that can be.
+        plan: what is compressed.
+        moments: of modules of `opened`; they are returned for the modules of the result.
+    """
+    names = opened_names(opened)
+    wanted = {
+        name
+        for name in names
+        if any(layer.name.startswith(f"{name}." if name else "") for layer in plan.compressed)
+    }
+    if len(wanted) == len(names):
+        return opened, moments
+    result = open_modules(model, wanted) if wanted else model
+    if moments is None:
+        return result, None
+    theirs = dict(result.named_modules())
+    return result, {
+        theirs[name]: moments[module]
+        for name, module in opened.named_modules()
+        if module in moments and name in theirs
+    }
 
 
 def _check_ratio(report: CompressionReport, ratio: float, of: Of) -> None:

@@ -65,6 +65,11 @@ class WeightAdapter(Protocol):
         """Whether the matrix is multiplied with the input itself, features last."""
         ...
 
+    @property
+    def watches_input(self) -> bool:
+        """Whether what `output_rows` takes is a gradient at the module's input."""
+        ...
+
     def pieces(self, module: nn.Module, value: Tensor, entries: int) -> Sequence[Tensor]:
         """The input cut into parts of the batch, each with about so many entries of rows."""
         ...
@@ -100,6 +105,7 @@ class OneWeight:
     transposed = False
     looks_up = False
     takes_rows = True
+    watches_input = False
 
     def parameter(self, module: nn.Module) -> nn.Parameter | None:
         """The weight, unless something else (a parametrization, old weight_norm) computes it."""

@@ -8,6 +8,7 @@ from torch.nn.parameter import is_lazy
 from mpocompress.layers import MPOLayer
 from mpocompress.surgery.adapter import adapter_for
 from mpocompress.surgery.inventory import KeptEntry, label
+from mpocompress.surgery.opening import why_not_opened
 
 _NORMS = (
     nn.BatchNorm1d,
@@ -58,10 +59,12 @@ def describe(
         refused: reasons for weights that an adapter knows but that cannot be converted.
     """
     owner = ancestry[0][1]
+    closed = why_not_opened(owner)
     attention = any(isinstance(module, nn.MultiheadAttention) for _, module in ancestry)
     dims = _dims(tensor)
     for types, kind, reason in _BY_TYPE:
         if isinstance(owner, types):
+            reason = closed or reason
             return (kind, reason) if kind == "norm" else _or_bias(leaf, dims, kind, reason)
     for name, module in ancestry:
         if isinstance(module, MPOLayer):
@@ -75,9 +78,8 @@ def describe(
     if "norm" in type(owner).__name__.lower() and dims < 2:
         return "norm", "normalization parameters are vectors"
     kind = "matrix" if dims == 2 else "other"
-    return _or_bias(
-        leaf, dims, kind, f"{type(owner).__name__} is not a kind of layer that is converted"
-    )
+    reason = closed or f"{type(owner).__name__} is not a kind of layer that is converted"
+    return _or_bias(leaf, dims, kind, reason)
 
 
 def _dims(tensor: Tensor) -> int:

@@ -1,5 +1,7 @@
 """Why a module must stay dense although its kind is known: what would be lost by replacing it."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -65,6 +67,36 @@ def why_dense(
     )
 
 
+def why_closed(module: nn.Module, base: type[nn.Module], expected: Collection[str]) -> str | None:
+    """Why a module that reads several weights must not be exchanged for an equal one, or None.
+
+    Args:
+        module: of the class `base`, or a subclass.
+        base: the class whose behaviour the other one has.
+        expected: names of its parameters; others say that some code computes them.
+    """
+    if parametrize.is_parametrized(module):
+        names = ", ".join(sorted(getattr(module, "parametrizations", {})))
+        return f"{names} is parametrized; make it plain with remove_parametrizations"
+    own = {name for name, parameter in module._parameters.items() if parameter is not None}
+    if own != set(expected) or module._buffers:
+        found = sorted(own.symmetric_difference(expected) | set(module._buffers))
+        return f"its parameters are not the usual ones: {', '.join(found[:3])}"
+    for name, parameter in module._parameters.items():
+        if parameter is not None and (
+            type(parameter.data) is not Tensor or parameter.dtype not in _DTYPES
+        ):
+            return f"its {name} is no plain tensor of floating-point numbers"
+    return _foreign_class(module, base) or _replaced_call(module) or called_hooks(module)
+
+
+def _replaced_call(module: nn.Module) -> str | None:
+    replaced = sorted(
+        {"forward", "__call__", "_call_impl", "_wrapped_call_impl"} & set(vars(module))
+    )
+    return f"its {replaced[0]} was replaced on the instance" if replaced else None
+
+
 def _wrapped_weight(module: nn.Module) -> str | None:
     """The weight is not a parameter of its own, but computed from others."""
     if parametrize.is_parametrized(module):
@@ -97,7 +129,7 @@ def _foreign_class(module: nn.Module, base_class: type[nn.Module]) -> str | None
         return None
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "its owner reads the weight without calling the layer"
-    if isinstance(module.weight, UninitializedParameter):
+    if isinstance(module._parameters.get("weight"), UninitializedParameter):
         return "it is lazy and not yet initialized; run one batch through the model first"
     for base in cls.__mro__:
         if base in base_class.__mro__:
@@ -111,11 +143,8 @@ def _foreign_class(module: nn.Module, base_class: type[nn.Module]) -> str | None
 
 def _foreign_state(module: nn.Module) -> str | None:
     """This very module carries more than `weight` and `bias`, or calls something else."""
-    replaced = sorted(
-        {"forward", "__call__", "_call_impl", "_wrapped_call_impl"} & set(vars(module))
-    )
-    if replaced:
-        return f"its {replaced[0]} was replaced on the instance"
+    if (replaced := _replaced_call(module)) is not None:
+        return replaced
     extra = [
         *(name for name in module._parameters if name not in ("weight", "bias")),
         *module._buffers,

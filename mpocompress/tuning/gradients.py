@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mpocompress.errors import DataError
 from mpocompress.layers.modes import evaluation_mode
+from mpocompress.layers.opened import layers_called
 from mpocompress.tuning.layer_rows import adapter_of, row_pieces
 from mpocompress.tuning.lockstep import Call, floating_outputs
 from mpocompress.tuning.moments import (
@@ -107,7 +108,8 @@ def layer_moments(
                 moments[layer].inputs.merge(moment_of(layer, values[0]))
         if not output.requires_grad:
             output = output.detach().requires_grad_()
-        outputs = adapter.output_rows(layer, output.detach())
+        watched = values[0] if adapter.watches_input else output
+        outputs = adapter.output_rows(layer, watched.detach())
         if outputs is None or outputs.shape[-1] > _MAX_OUTPUTS:
             return output
 
@@ -117,12 +119,13 @@ def layer_moments(
                 rows = real_rows(at_matrix, keep[0])
                 moments[layer].gradients.add(rows, rows)
 
-        output.register_hook(collect)
+        if watched.requires_grad:
+            watched.register_hook(collect)
         return output
 
     handles = [layer.register_forward_hook(watch, with_kwargs=True) for layer in layers]
     try:
-        with _frozen(model), torch.enable_grad():
+        with _frozen(model), layers_called(model), torch.enable_grad():
             for call in calls:
                 keep[0] = keep_mask(call.kwargs)
                 outputs = model(*call.args, **call.kwargs)

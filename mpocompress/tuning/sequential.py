@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mpocompress.errors import DataError, MPOCompressError
 from mpocompress.layers.modes import evaluation_mode
+from mpocompress.layers.opened import layers_called
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.contract import apply_cores
 from mpocompress.mpo.fit import fit
@@ -146,7 +147,12 @@ def fit_in_sequence(
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     shared = {parameter for parameter, count in uses.items() if count > 1}
     collector = _Collector([keep_mask(call.kwargs) for call in calls])
-    with evaluation_mode(model), stopping_layers(list(by_module), compute), _abandoning(pairs):
+    with (
+        evaluation_mode(model),
+        layers_called(model),
+        stopping_layers(list(by_module), compute),
+        _abandoning(pairs),
+    ):
         for pair in pairs:
             for runner in pair:
                 runner.start()
@@ -469,6 +475,9 @@ def _compressed_forward(layer: nn.Module, fitted: FittedWeight) -> Callable[[Ten
         built = adapter.build(layer, mpo)
         if fitted.bias is not None and isinstance(built.bias, nn.Parameter):
             built.bias.data.copy_(fitted.bias)
+        for name, attribute in vars(layer).items():  # as surgery does
+            if name != "forward" and name not in vars(built) and not hasattr(type(built), name):
+                setattr(built, name, attribute)
         return built
     bias = getattr(layer, "bias", None) if fitted.bias is None else fitted.bias
 
