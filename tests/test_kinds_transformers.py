@@ -78,7 +78,7 @@ FAMILIES = {
             transformers.BertConfig(
                 vocab_size=120,
                 hidden_size=32,
-                num_hidden_layers=2,
+                num_hidden_layers=1,
                 num_attention_heads=2,
                 intermediate_size=64,
                 max_position_embeddings=16,
@@ -93,7 +93,7 @@ FAMILIES = {
             transformers.GPT2Config(
                 vocab_size=120,
                 n_embd=32,
-                n_layer=2,
+                n_layer=1,
                 n_head=2,
                 n_positions=16,
                 bos_token_id=0,
@@ -109,7 +109,7 @@ FAMILIES = {
             transformers.LlamaConfig(
                 vocab_size=120,
                 hidden_size=32,
-                num_hidden_layers=2,
+                num_hidden_layers=1,
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 intermediate_size=48,
@@ -124,7 +124,7 @@ FAMILIES = {
             transformers.MixtralConfig(
                 vocab_size=120,
                 hidden_size=32,
-                num_hidden_layers=2,
+                num_hidden_layers=1,
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 intermediate_size=24,
@@ -141,7 +141,7 @@ FAMILIES = {
             transformers.ViTForImageClassification,
             transformers.ViTConfig(
                 hidden_size=32,
-                num_hidden_layers=2,
+                num_hidden_layers=1,
                 num_attention_heads=2,
                 intermediate_size=64,
                 image_size=16,
@@ -159,7 +159,7 @@ FAMILIES = {
                 d_model=32,
                 d_kv=8,
                 d_ff=64,
-                num_layers=2,
+                num_layers=1,
                 num_heads=4,
                 decoder_start_token_id=0,
             ),
@@ -172,8 +172,8 @@ FAMILIES = {
             transformers.WhisperConfig(
                 vocab_size=120,
                 d_model=32,
-                encoder_layers=2,
-                decoder_layers=2,
+                encoder_layers=1,
+                decoder_layers=1,
                 encoder_attention_heads=2,
                 decoder_attention_heads=2,
                 encoder_ffn_dim=64,
