@@ -27,7 +27,7 @@ from mpocompress.loading import (
 from mpocompress.planning import LayoutChoice, Of, Plan, PlanOptions, Progress
 from mpocompress.report import CompressionReport, Parity
 from mpocompress.report import Source as ReportSource
-from mpocompress.surgery import Inventory, find_weights
+from mpocompress.surgery import Inventory, find_weights, open_modules
 
 if TYPE_CHECKING:
     from mpocompress.loading.onnx_source import OnnxSource
@@ -96,7 +96,7 @@ class Opened:
 
     def inventory(self) -> Inventory:
         """All weights and buffers."""
-        return find_weights(self.module)
+        return find_weights(open_modules(self.module))
 
 
 @dataclass(kw_only=True)

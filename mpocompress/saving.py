@@ -23,16 +23,22 @@ from torch import Tensor, nn
 
 from mpocompress._version import __version__
 from mpocompress.errors import ContractionError, LoadError, OutputExistsError, SaveError
-from mpocompress.layers import MPOLinear
+from mpocompress.layers import MPOLayer
+from mpocompress.layers.opened import Opened
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge
-from mpocompress.surgery import copy_with_replacements
+from mpocompress.surgery import adapter_for, copy_with_replacements, open_modules, opened_names
 
 FORMAT_VERSION = 1
 CORES_FILE = "model.mpo.safetensors"
 ONNX_FILE = "model.onnx"
 ONNX_DATA_FILE = "model.onnx.data"
 REPORT_FILES = ("report.json", "report.md", "report.html")
+_DENSE = {
+    "linear": "an nn.Linear",
+    "embedding": "an nn.Embedding",
+    "conv": "a convolution",
+}  # what a kind is called where it is missing
 _METADATA_KEY = "mpocompress"
 _ALIGNMENT = 64  # bytes: what torch's allocator gives
 # All that a run may write; nothing else in an output directory is ever touched. The report comes
@@ -45,14 +51,48 @@ class _Record(BaseModel):
 
 
 class LayerRecord(_Record):
-    """One compressed layer: all of its names, the matrix's shape, its sites, how it is stored."""
+    """One compressed layer: all of its names, the matrix's shape, its sites, how it is stored.
+
+    Attributes:
+        names: all qualified names of the module.
+        kind: of the weight, such as "linear".
+        shape: (out, in) of the matrix.
+        layout: (out, in) of each site.
+        bond_dims: of the inner bonds.
+        gauge: how the cores are stored.
+        dense_shape: of the dense weight; None if it is the matrix itself.
+        transposed: whether the dense weight, seen as (first dimension, all others), is (in, out).
+    """
 
     names: tuple[str, ...]
-    kind: Literal["linear"]
+    kind: str
     shape: tuple[int, int]
     layout: tuple[tuple[int, int], ...]
     bond_dims: tuple[int, ...]
     gauge: Gauge = "none"
+    dense_shape: tuple[int, ...] | None = None
+    transposed: bool = False
+
+    def dense(self, matrix_OI: Tensor) -> Tensor:
+        """The weight of the dense layer for this matrix."""
+        if self.dense_shape is None:
+            return matrix_OI  # the same object for all that are tied
+        weight = matrix_OI.mT if self.transposed else matrix_OI
+        return weight.reshape(self.dense_shape).contiguous()
+
+
+class OriginRecord(_Record):
+    """What a parameter of an opened module has become: entries below each other, and its shape."""
+
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+class OpenedRecord(_Record):
+    """One opened module: all of its names, and its parameters under their dense names."""
+
+    names: tuple[str, ...]
+    origins: dict[str, OriginRecord] = {}
 
 
 class Manifest(_Record):
@@ -65,6 +105,7 @@ class Manifest(_Record):
             are those of the graph.
         layers: the compressed ones.
         aliases: name of a state entry to the name under which its tensor is stored.
+        opened: modules that call layers where the dense ones read their weights.
     """
 
     format_version: int = FORMAT_VERSION
@@ -72,6 +113,7 @@ class Manifest(_Record):
     source: Literal["module", "state_dict", "onnx"] = "module"
     layers: tuple[LayerRecord, ...] = ()
     aliases: dict[str, str] = {}
+    opened: tuple[OpenedRecord, ...] = ()
 
 
 def save_model(
@@ -103,7 +145,12 @@ def save_model(
         whole = detached.is_contiguous() and storage not in storages
         storages.add(storage)
         tensors[name] = detached if whole else detached.clone(memory_format=torch.contiguous_format)
-    manifest = Manifest(source=source, layers=tuple(_layer_records(model)), aliases=aliases)
+    manifest = Manifest(
+        source=source,
+        layers=tuple(_layer_records(model)),
+        aliases=aliases,
+        opened=tuple(_opened_records(model)),
+    )
     _save_tensors(tensors, manifest, path)
 
 
@@ -147,20 +194,34 @@ def _save_tensors(tensors: Mapping[str, Tensor], manifest: Manifest, path: str |
 
 def _layer_records(model: nn.Module) -> Iterator[LayerRecord]:
     names: dict[int, list[str]] = {}
-    layers: dict[int, MPOLinear] = {}
+    layers: dict[int, MPOLayer] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, MPOLinear):
+        if isinstance(module, MPOLayer):
             names.setdefault(id(module), []).append(name)
             layers[id(module)] = module
     for key, layer in layers.items():
         yield LayerRecord(
             names=tuple(names[key]),
-            kind="linear",
+            kind=layer.kind,
             shape=(layer.out_features, layer.in_features),
             layout=layer.layout.pairs,
             bond_dims=layer.bond_dims,
             gauge=layer.gauge,
+            dense_shape=layer.dense_shape,
+            transposed=layer.dense_transposed,
         )
+
+
+def _opened_records(model: nn.Module) -> Iterator[OpenedRecord]:
+    names: dict[Opened, list[str]] = {}
+    for name, module in opened_names(model).items():
+        names.setdefault(module, []).append(name)
+    for module, own in names.items():
+        origins = {
+            name: OriginRecord(parts=origin.parts, shape=origin.shape)
+            for name, origin in module.origins().items()
+        }
+        yield OpenedRecord(names=tuple(own), origins=origins)
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -209,35 +270,39 @@ def load_model(path: str | Path, skeleton: nn.Module) -> nn.Module:
     path = _cores_path(path)
     manifest = read_manifest(path)
     tensors = _read_all_names(path, manifest)
+    wanted = {name for record in manifest.opened for name in record.names}
+    skeleton = open_modules(skeleton, wanted) if wanted else skeleton
     modules = dict(skeleton.named_modules(remove_duplicate=False))
     replacements: dict[nn.Module, nn.Module] = {}
     for record in manifest.layers:
         for name in record.names:
-            module = modules.get(name)
-            if not isinstance(module, nn.Linear):
-                found = "nothing" if module is None else f"a {type(module).__name__}"
-                raise LoadError(
-                    f"layer {name!r} of the saved result is an MPO, but the model given has "
-                    f"{found} there instead of an nn.Linear. Give the architecture that was "
-                    "compressed, or use `mpocompress densify`."
-                )
-            if (module.out_features, module.in_features) != record.shape:
-                raise LoadError(
-                    f"layer {name!r} is {record.shape[0]}x{record.shape[1]} in the saved result, "
-                    f"but {module.out_features}x{module.in_features} in the model given."
-                )
-        linear = modules[record.names[0]]
-        replacements[linear] = _layer(record, tensors, linear)
+            _check_skeleton(record, name, modules.get(name))
+        dense = modules[record.names[0]]
+        adapter = adapter_for(dense)
+        if adapter is not None:
+            replacements[dense] = adapter.build(dense, _weight(record, tensors))
     model = copy_with_replacements(skeleton, replacements)
     _assign_state(model, tensors, manifest.aliases)
     return model
 
 
-def _layer(record: LayerRecord, tensors: Mapping[str, Tensor], linear: nn.Module) -> MPOLinear:
-    name = record.names[0]
-    weight = _weight(record, tensors)
-    layer = MPOLinear.from_mpo(weight, tensors.get(f"{_prefix(name)}bias"))
-    return layer.train(linear.training)
+def _check_skeleton(record: LayerRecord, name: str, module: nn.Module | None) -> None:
+    """The module of the skeleton is what was compressed."""
+    adapter = None if module is None else adapter_for(module)
+    if module is None or adapter is None or adapter.kind != record.kind:
+        found = "nothing" if module is None else f"a {type(module).__name__}"
+        wanted = _DENSE.get(record.kind, f"a layer of the kind {record.kind!r}")
+        raise LoadError(
+            f"layer {name!r} of the saved result is an MPO, but the model given has "
+            f"{found} there instead of {wanted}. Give the architecture that was "
+            "compressed, or use `mpocompress densify`."
+        )
+    shape = tuple(adapter.matrix(module).shape)
+    if shape != record.shape:
+        raise LoadError(
+            f"layer {name!r} is {record.shape[0]}x{record.shape[1]} in the saved result, "
+            f"but {shape[0]}x{shape[1]} in the model given."
+        )
 
 
 def _weight(record: LayerRecord, tensors: Mapping[str, Tensor]) -> MPO | IdentityGauge:
@@ -321,13 +386,24 @@ def densify_state(path: str | Path) -> dict[str, Tensor]:
             weight = _weight(record, tensors)
             weights[shared] = weight.to_dense().contiguous()
         for name in record.names:
-            tensors[f"{_prefix(name)}weight"] = weights[shared]
+            tensors[f"{_prefix(name)}weight"] = record.dense(weights[shared])
     for record in manifest.layers:
         for name in record.names:
             prefix = f"{_prefix(name)}cores."
             for stored in [stored for stored in tensors if stored.startswith(prefix)]:
                 del tensors[stored]
+    for opened in manifest.opened:
+        for name in opened.names:
+            _close(_prefix(name), opened, tensors)
     return tensors
+
+
+def _close(prefix: str, opened: OpenedRecord, tensors: dict[str, Tensor]) -> None:
+    """Give the entries of an opened module the names and shapes that they had before."""
+    for name, origin in opened.origins.items():
+        parts = [tensors.pop(f"{prefix}{part}") for part in origin.parts]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        tensors[f"{prefix}{name}"] = whole.reshape(origin.shape)
 
 
 def _prefix(name: str) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from transformers.pytorch_utils import Conv1D
 
 from mpocompress.errors import ConversionError
 from mpocompress.layers import MPOLinear
@@ -105,8 +106,8 @@ def test_entries_come_in_the_order_of_the_model():
     assert [(e.name, e.kind, e.parameters) for e in entries] == [
         ("mask", "buffer", 0),
         ("cache", "buffer", 0),
-        ("table.weight", "embedding", 40),
-        ("blocks.a.0.weight", "conv", 48),
+        ("table", "embedding", 40),
+        ("blocks.a.0", "conv", 48),
         ("blocks.a.0.bias", "bias", 4),
         ("blocks.a.1.weight", "norm", 4),
         ("blocks.a.1.bias", "norm", 4),
@@ -165,13 +166,32 @@ def test_shared_modules_and_tied_pairs_are_one_site():
     )
 
 
-def test_a_head_tied_to_an_embedding_stays_dense_and_names_the_owner():
+def test_a_head_tied_to_an_embedding_is_one_site():
     inventory = find_weights(TiedHead())
+    assert [(site.name, site.kind) for site in inventory.sites] == [
+        ("embedding", "embedding"),
+        ("body", "linear"),
+    ]
+    assert inventory.sites[0].names == ("embedding", "head")
+    assert inventory.parameters == sum(p.numel() for p in TiedHead().parameters())
+
+
+def test_a_head_tied_to_a_table_that_must_stay_dense_names_it():
+    model = TiedHead()
+    model.embedding.max_norm = 1.0
+    inventory = find_weights(model)
     assert [site.name for site in inventory.sites] == ["body"]
-    assert "'embedding.weight' of Embedding" in inventory.refused["head"]
+    assert "'embedding', of which: max_norm rescales" in inventory.refused["head"]
     table = inventory.kept[0]
     assert (table.name, table.also_known_as) == ("embedding.weight", ("head.weight",))
-    assert "the same parameter as 'head.weight' of Linear" in table.reason
+    assert "max_norm rescales its rows" in table.reason
+
+
+def test_a_weight_that_two_layers_read_in_opposite_directions_stays_dense():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": Conv1D(4, 4)})
+    model["b"].weight = model["a"].weight
+    assert "reads it transposed" in reasons(model)["a"]
+    assert "reads it transposed" in reasons(model)["b"]
 
 
 def test_a_weight_in_a_parameter_list_or_under_another_name_stays_dense():
@@ -499,4 +519,4 @@ def test_sites_are_keys_and_entries_are_of_two_types():
     assert len({site: None for site in inventory.sites}) == 2
     assert all(isinstance(entry, WeightSite | KeptEntry) for entry in inventory.entries)
     assert adapter_for(nn.Linear(2, 2)) is inventory.sites[0].adapter
-    assert adapter_for(nn.Embedding(2, 2)) is None
+    assert adapter_for(nn.PReLU(2)) is None

@@ -105,13 +105,14 @@ def test_sites_of_a_model_in_its_order():
     )
     model["copy"] = model["z"]
     inventory = find_weights(model)
-    assert [site.name for site in select_sites(inventory)] == ["z", "a"]
+    assert [site.name for site in select_sites(inventory)] == ["z", "table", "a"]
     assert [site.name for site in select_sites(inventory, ["copy"])] == ["z"]
-    assert [site.name for site in select_sites(inventory, exclude=["copy"])] == ["a"]
-    with pytest.raises(NoLayerMatched, match=r"'table' \(an embedding table is looked up"):
-        select_sites(inventory, ["table"])
+    assert [site.name for site in select_sites(inventory, exclude=["copy"])] == ["table", "a"]
+    model["bag"] = nn.EmbeddingBag(3, 2)
+    with pytest.raises(NoLayerMatched, match=r"'bag' \(nn.EmbeddingBag sums rows while"):
+        select_sites(find_weights(model), ["bag"])
     with pytest.raises(NoLayerMatched, match=r"no layer that can be converted: \(the model itself"):
-        select_sites(find_weights(nn.Embedding(3, 2)))
+        select_sites(find_weights(nn.EmbeddingBag(3, 2)))
 
 
 def test_the_model_itself_is_matched_by_a_star():

@@ -182,7 +182,7 @@ def test_ties_survive():
 
 
 def test_ties_between_kept_layers_survive():
-    model = nn.ModuleDict({"table": nn.Embedding(9, 6), "body": nn.Linear(6, 6)})
+    model = nn.ModuleDict({"table": nn.Embedding(9, 6, max_norm=1.0), "body": nn.Linear(6, 6)})
     model["head"] = nn.Linear(6, 9)
     model["head"].weight = model["table"].weight
     copied = converted(model)
@@ -307,7 +307,7 @@ def test_lazy_and_meta_modules_are_copied():
     assert copied[2].weight.is_meta
 
 
-def test_bert_is_converted_but_for_its_embeddings():
+def test_bert_is_converted():
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=50,
@@ -319,7 +319,7 @@ def test_bert_is_converted_but_for_its_embeddings():
     )
     model = BertModel(config).double().eval()
     inventory = find_weights(model)
-    assert len(inventory.sites) == 2 * 6 + 1
+    assert len(inventory.sites) == 2 * 6 + 1 + 3
     assert inventory.parameters == sum(p.numel() for p in model.parameters())
     tokens = torch.arange(12).reshape(2, 6)
     expected = model(tokens, output_hidden_states=True)

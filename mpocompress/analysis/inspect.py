@@ -126,7 +126,7 @@ def inspect_inventory(
                 also_known_as=entry.names[1:]
                 if isinstance(entry, WeightSite)
                 else entry.also_known_as,
-                kind=(kind or entry.kind) if is_site else entry.kind,
+                kind=kind if kind and is_site and entry.kind == "linear" else entry.kind,
                 shape=entry.shape,
                 parameters=entry.parameters,
                 share=entry.parameters / total,

@@ -30,6 +30,8 @@ from mpocompress.surgery import (
     check_finite,
     copy_with_replacements,
     find_weights,
+    open_modules,
+    opened_names,
     select_sites,
 )
 from mpocompress.tuning import (
@@ -42,6 +44,7 @@ from mpocompress.tuning import (
     fit_in_sequence,
     gain_of_bonds,
     layer_moments,
+    tied_heads,
 )
 
 
@@ -81,7 +84,9 @@ def plan(
         if_smaller: at a bond dimension: keep layers dense that would not get smaller.
         gauge: "identity" stores every layer with as many numbers as it has degrees of freedom:
             nothing is lost, and more layers get smaller. "none" stores all entries of the cores.
-        data: for a ratio: batches of forward arguments, as in `compress`.
+        data: batches of forward arguments, as in `compress`; for a ratio. At a bond dimension they
+            are not looked at, but without any, embedding tables are kept unless they are included
+            by name: truncated without regard to how often each row is used, they lose the most.
         distill: steps of healing that will follow. For a ratio, "auto" then takes four sites where
             two factors would be too narrow for healing to widen, if there is data to tell.
         seed: of the random directions of the gradients.
@@ -108,23 +113,25 @@ def plan(
         gauge=gauge,
         healed=distill > 0,
     )
-    inventory = find_weights(model)
+    opened = open_modules(model)
+    inventory = find_weights(opened)
     moments = None
     if data is not None and ratio is not None:
         moments = _selected_moments(
-            model, inventory, options, calls_of(data, model), seed=seed, progress=progress
+            opened, inventory, options, calls_of(data, model), seed=seed, progress=progress
         )
-    return _plan(inventory, options, moments, progress)
+    return _plan(inventory, options, moments, data is not None, progress)
 
 
 def _plan(
     inventory: Inventory,
     options: PlanOptions,
     moments: Mapping[nn.Module, LayerMoments] | None,
+    tables: bool,
     progress: Progress | None,
 ) -> Plan:
     gains = None if moments is None else partial(gain_of_bonds, moments=moments)
-    return options.make(inventory, gains=gains, progress=progress)
+    return options.make(inventory, gains=gains, tables=tables, progress=progress)
 
 
 def _selected_moments(
@@ -220,7 +227,8 @@ def compress(
         )
     clock = Clock()
     with clock("inventory"):
-        inventory = find_weights(model)
+        opened = open_modules(model)
+        inventory = find_weights(opened)
     options = PlanOptions(
         bond_dim=bond_dim,
         ratio=ratio,
@@ -241,15 +249,17 @@ def compress(
         if calls is not None and ratio is not None:
             with clock("statistics"):
                 moments = _selected_moments(
-                    model, inventory, options, calls, seed=seed, progress=progress
+                    opened, inventory, options, calls, seed=seed, progress=progress
                 )
         with clock("planning"):
-            plan = _plan(inventory, options, moments, progress)
+            plan = _plan(inventory, options, moments, calls is not None, progress)
     check_belongs(plan, inventory)
     if not plan.compressed:
         reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in plan.layers[:3])
         raise NoLayerMatched(f"nothing to compress: every layer stays dense ({reasons}).")
-    by_name = {site.name: site for site in inventory.sites}
+    with clock("inventory"):
+        opened, moments = _opened_as_planned(model, opened, plan, moments)
+        by_name = {site.name: site for site in find_weights(opened).sites}
     planned = [
         SitePlan(
             site=by_name[layer.name],
@@ -271,10 +281,10 @@ def compress(
         if moments is None:
             with clock("statistics"):
                 weights = [entry.site for entry in planned]
-                moments = _moments(model, weights, calls, seed=seed, progress=progress)
+                moments = _moments(opened, weights, calls, seed=seed, progress=progress)
         with clock("fitting"):
             fitted = fit_in_sequence(
-                model,
+                opened,
                 planned,
                 calls,
                 output_metrics={
@@ -282,6 +292,7 @@ def compress(
                     for module, moment in moments.items()
                     if (metric := moment.output_metric) is not None
                 },
+                heads={entry.site: tied_heads(entry.site, moments) for entry in planned},
                 options=FitOptions(sweeps=sweeps, output_metric="sites" if distill else "exact"),
                 progress=progress,
             )
@@ -296,7 +307,7 @@ def compress(
                 entry, fitted, seed, gauges[entry.site.name]
             )
     with clock("surgery"):
-        compressed = copy_with_replacements(model, mpos)
+        compressed = copy_with_replacements(opened, mpos)
         for site, weight in fitted.items():
             if weight.bias is not None:
                 bias = compressed.get_submodule(site.name).get_parameter("bias")
@@ -316,6 +327,39 @@ def compress(
         healing = DistillOptions(seed=seed)
         heal(result, model, calls, distill, healing, None, progress, inventory)
     return result
+
+
+def _opened_as_planned(
+    model: nn.Module,
+    opened: nn.Module,
+    plan: Plan,
+    moments: Mapping[nn.Module, LayerMoments] | None,
+) -> tuple[nn.Module, Mapping[nn.Module, LayerMoments] | None]:
+    """The model with those modules opened that hold a weight to compress; the rest as it was.
+
+    Args:
+        model: dense.
+        opened: with all modules opened that can be.
+        plan: what is compressed.
+        moments: of modules of `opened`; they are returned for the modules of the result.
+    """
+    names = opened_names(opened)
+    wanted = {
+        name
+        for name in names
+        if any(layer.name.startswith(f"{name}." if name else "") for layer in plan.compressed)
+    }
+    if len(wanted) == len(names):
+        return opened, moments
+    result = open_modules(model, wanted) if wanted else model
+    if moments is None:
+        return result, None
+    theirs = dict(result.named_modules())
+    return result, {
+        theirs[name]: moments[module]
+        for name, module in opened.named_modules()
+        if module in moments and name in theirs
+    }
 
 
 def check_ratio(report: CompressionReport, ratio: float, of: Of) -> None:

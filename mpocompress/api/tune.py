@@ -18,6 +18,7 @@ from mpocompress.report.collect import remeasure
 from mpocompress.surgery import (
     Inventory,
     find_weights,
+    open_modules,
 )
 from mpocompress.tuning import (
     Distillation,
@@ -135,7 +136,9 @@ def heal(
             checkpoint=checkpoint,
             progress=progress,
         )
-    report = remeasure(result.report, reference, inventory or find_weights(reference), result.model)
+    report = remeasure(
+        result.report, reference, inventory or find_weights(open_modules(reference)), result.model
+    )
     healing = {
         "steps": steps,
         "blockwise_steps": options.blockwise_steps,

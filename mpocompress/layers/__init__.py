@@ -1,6 +1,16 @@
 """Trainable layers whose weights are matrix product operators, and their relatives."""
 
+from mpocompress.layers.base import MPOLayer
 from mpocompress.layers.contraction import TensorContractionLayer, TensorRegressionLayer
+from mpocompress.layers.conv import MPOConv
+from mpocompress.layers.embedding import MPOEmbedding
 from mpocompress.layers.linear import MPOLinear
 
-__all__ = ["MPOLinear", "TensorContractionLayer", "TensorRegressionLayer"]
+__all__ = [
+    "MPOConv",
+    "MPOEmbedding",
+    "MPOLayer",
+    "MPOLinear",
+    "TensorContractionLayer",
+    "TensorRegressionLayer",
+]

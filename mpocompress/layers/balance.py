@@ -5,13 +5,13 @@ from collections import Counter
 import torch
 from torch import nn
 
-from mpocompress.layers.linear import MPOLinear
+from mpocompress.layers.base import MPOLayer
 from mpocompress.mpo.canonical import equalize_norms
 
 
 @torch.no_grad()
 def balance_cores_(model: nn.Module) -> int:
-    """Give the cores of each `MPOLinear` equal Frobenius norms, in place.
+    """Give the cores of each MPO layer equal Frobenius norms, in place.
 
     No matrix changes but for rounding; names, shapes and `requires_grad` stay, and so do ties.
     Left as they are: layers whose cores are computed from other parameters, and layers that share
@@ -22,7 +22,7 @@ def balance_cores_(model: nn.Module) -> int:
     """
     chains: dict[tuple[int, ...], list[nn.Parameter]] = {}
     for module in model.modules():
-        if not isinstance(module, MPOLinear):
+        if not isinstance(module, MPOLayer):
             continue
         cores = list(module.cores)
         if all(isinstance(core, nn.Parameter) and core.is_leaf for core in cores):

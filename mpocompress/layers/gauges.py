@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from mpocompress.layers.base import MPOLayer
 from mpocompress.layers.gauged_cores import GaugedCores
-from mpocompress.layers.linear import MPOLinear
 
 
 @contextmanager
@@ -19,9 +19,9 @@ def plain_gauge(model: nn.Module) -> Iterator[None]:
     Args:
         model: changed in place; its function stays the same but for rounding.
     """
-    groups: dict[int, list[MPOLinear]] = {}
+    groups: dict[int, list[MPOLayer]] = {}
     for module in model.modules():
-        if isinstance(module, MPOLinear) and isinstance(module.cores, GaugedCores):
+        if isinstance(module, MPOLayer) and isinstance(module.cores, GaugedCores):
             groups.setdefault(id(module.cores.last), []).append(module)
     for first, *others in groups.values():
         first.free_gauge_()

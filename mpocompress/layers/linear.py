@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import ContractionError, DataError
-from mpocompress.layers.gauged_cores import GaugedCores
-from mpocompress.mpo import MPO, Layout, LayoutLike, apply_cores
+from mpocompress.layers.base import MPOLayer, in_gauge
+from mpocompress.mpo import MPO, LayoutLike, apply_cores
 from mpocompress.mpo.contract import ContractionPlans, plan_contractions
-from mpocompress.mpo.dense import to_dense
 from mpocompress.mpo.factors import resolve_layout
-from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge, check_gauge, fix_identity_gauge
+from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge
 from mpocompress.mpo.initialize import initial_cores
 
 # nn.Linear draws its weights uniformly from +-in_features**-0.5: a third of that squared.
@@ -32,7 +31,7 @@ def check_gain(gain: float | None) -> float:
     return gain
 
 
-class MPOLinear(nn.Module):
+class MPOLinear(MPOLayer):
     """y = x W^T + b with W stored as cores; made from scratch or from trained weights.
 
     Same call signature, leading dimensions and state as `nn.Linear`, except that the parameters
@@ -65,11 +64,6 @@ class MPOLinear(nn.Module):
         DataError: a gain that is not above 0.
     """
 
-    in_features: int
-    out_features: int
-    cores: nn.ParameterList | GaugedCores
-    bias: nn.Parameter | None
-
     def __init__(
         self,
         in_features: int,
@@ -95,28 +89,11 @@ class MPOLinear(nn.Module):
             offset.uniform_(-bound, bound, generator=generator)
         self._set_up(MPO(cores, shape=(out_features, in_features)), offset)
 
-    def _set_up(self, weight: MPO | IdentityGauge, bias: Tensor | None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self._set_cores(weight)
-        if bias is None or isinstance(bias, nn.Parameter):
-            self.register_parameter("bias", bias)
-        else:
-            self.register_parameter("bias", nn.Parameter(bias.detach()))
-
-    def _set_cores(self, weight: MPO | IdentityGauge) -> None:
-        if isinstance(weight, IdentityGauge):
-            self.cores = GaugedCores(weight)
-        else:
-            self.cores = nn.ParameterList(
-                core if isinstance(core, nn.Parameter) else nn.Parameter(core.detach())
-                for core in weight.cores
-            )
-        layout = weight.layout
-        self._layout = layout
+    def _plan_forward(self) -> None:
         # Planned once: looking it up again in every forward would cost more than small layers do.
+        layout = self._layout
         self._plans: ContractionPlans = plan_contractions(
-            layout.out_dims, layout.in_dims, weight.bond_dims
+            layout.out_dims, layout.in_dims, self.bond_dims
         )
 
     @classmethod
@@ -140,12 +117,7 @@ class MPOLinear(nn.Module):
             ContractionError: the bias has another shape.
             LayoutError: no such gauge.
         """
-        if gauge is not None:
-            identity = check_gauge(gauge) == "identity"
-            if identity and isinstance(mpo, MPO):
-                mpo = fix_identity_gauge(mpo.cores, shape=mpo.shape)
-            elif not identity and isinstance(mpo, IdentityGauge):
-                mpo = MPO(mpo.cores(), shape=mpo.shape)
+        mpo = in_gauge(mpo, gauge)
         if bias is not None and tuple(bias.shape) != (mpo.shape[0],):
             raise ContractionError(
                 f"bias has shape {tuple(bias.shape)}, but the MPO has {mpo.shape[0]} outputs."
@@ -185,121 +157,6 @@ class MPOLinear(nn.Module):
         if layer.bias is not None:
             layer.bias.requires_grad_(linear.bias.requires_grad)
         return layer.train(linear.training)
-
-    @property
-    def layout(self) -> Layout:
-        """Out and in dims of the sites."""
-        return self._layout
-
-    @property
-    def bond_dims(self) -> tuple[int, ...]:
-        """Dimensions of the inner bonds."""
-        if isinstance(self.cores, GaugedCores):
-            return self.cores.bond_dims
-        return tuple(int(core.shape[3]) for core in list(self.cores)[:-1])
-
-    @property
-    def gauge(self) -> Gauge:
-        """How the cores are stored: "none" (whole) or "identity" (free rows and pivots)."""
-        return "identity" if isinstance(self.cores, GaugedCores) else "none"
-
-    def fix_gauge_(self) -> "MPOLinear":
-        """Store the weight in the identity gauge, in place; it does not change beyond rounding.
-
-        A bond of dimension R then takes R^2 numbers fewer. The parameters are new ones: make the
-        optimizer afterwards. A layer that shared its cores with another no longer does. Bonds that
-        carry less than their dimension shrink. Every forward rebuilds the cores.
-
-        Returns:
-            The layer itself.
-
-        Raises:
-            DecompositionError: NaN or Inf in a core.
-            ContractionError: the layer is on the meta device.
-        """
-        if isinstance(self.cores, GaugedCores):
-            return self
-        trained = [core.requires_grad for core in self.cores]
-        self._set_cores(
-            fix_identity_gauge(list(self.cores), shape=(self.out_features, self.in_features))
-        )
-        for parameter, flag in zip(self.cores.parameters(), _last_first(trained), strict=True):
-            parameter.requires_grad_(flag)
-        return self
-
-    def free_gauge_(self) -> "MPOLinear":
-        """Store all entries of all cores again, in place: the inverse of `fix_gauge_`.
-
-        Returns:
-            The layer itself.
-        """
-        if not isinstance(self.cores, GaugedCores):
-            return self
-        trained = [
-            *(core.free.requires_grad for core in self.cores.gauged),
-            self.cores.last.requires_grad,
-        ]
-        self._set_cores(
-            MPO(
-                [core.detach().clone() for core in self.cores],
-                shape=(self.out_features, self.in_features),
-            )
-        )
-        for core, flag in zip(self.cores, trained, strict=True):
-            core.requires_grad_(flag)
-        return self
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight (out, in), rebuilt at each access and differentiable in the cores.
-
-        For code that reads `.weight` of a layer; it cannot be assigned to.
-        """
-        return to_dense(list(self.cores), (self.out_features, self.in_features))
-
-    def to_dense(self) -> Tensor:
-        """The dense weight (out, in), detached."""
-        return self.weight.detach()
-
-    def to_mpo(self) -> MPO:
-        """The weight as an MPO of detached cores; the storage is shared, unless in a gauge."""
-        return MPO(
-            (core.detach() for core in self.cores), shape=(self.out_features, self.in_features)
-        )
-
-    def set_cores_(self, cores: Sequence[Tensor]) -> None:
-        """Put other cores in place; their bond dimensions may differ from the old ones.
-
-        Parameters whose shape stays keep their identity, so optimizers and ties stay valid; the
-        others are replaced by new ones. A core that is an `nn.Parameter` is taken as it is. In the
-        identity gauge all parameters are new ones.
-
-        Args:
-            cores: a chain with the sites of this layer.
-
-        Raises:
-            ContractionError: the cores do not form a chain, or its sites are others.
-        """
-        mpo = MPO(cores, shape=(self.out_features, self.in_features))
-        if mpo.layout.pairs != self._layout.pairs:
-            raise ContractionError(
-                f"cores with the sites {mpo.layout} in a layer with the sites {self._layout}; only "
-                "bond dimensions may change. Make a new layer with MPOLinear.from_mpo."
-            )
-        if isinstance(self.cores, GaugedCores):
-            self._set_cores(fix_identity_gauge(mpo.cores, shape=mpo.shape))
-            return
-        for site, core in enumerate(mpo.cores):
-            old = self.cores[site]
-            if isinstance(core, nn.Parameter):
-                self.cores[site] = core
-            elif core.shape == old.shape:
-                old.data.copy_(core.detach())
-            else:
-                new = torch.empty(core.shape, dtype=old.dtype, device=old.device)
-                new.copy_(core.detach())
-                self.cores[site] = nn.Parameter(new, requires_grad=old.requires_grad)
-        self._plans = plan_contractions(self._layout.out_dims, self._layout.in_dims, self.bond_dims)
 
     def to_linear(self) -> nn.Linear:
         """An ordinary `nn.Linear` with the dense weight; nothing is shared."""
@@ -343,8 +200,3 @@ class MPOLinear(nn.Module):
             f"bias={self.bias is not None}, layout={self._layout}, "
             f"bond_dims={list(self.bond_dims)}{gauge}"
         )
-
-
-def _last_first(flags: list[bool]) -> list[bool]:
-    """In the order of the parameters of `GaugedCores`: its own comes before its children's."""
-    return [flags[-1], *flags[:-1]]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import DataError
-from mpocompress.layers import MPOLinear
+from mpocompress.layers import MPOLayer, MPOLinear
 from mpocompress.layers.modes import evaluation_mode
 from mpocompress.loading.batches import Batches
 from mpocompress.loading.huggingface import import_transformers, quiet_transformers
@@ -296,7 +296,7 @@ def _record_calls(module: nn.Module) -> Iterator[list[tuple[nn.Module, Any]]]:
     def record(part: nn.Module, args: tuple[Any, ...]) -> None:
         calls.append((part, args[0].shape if args and isinstance(args[0], Tensor) else None))
 
-    kinds = (nn.Linear, MPOLinear, nn.Flatten)
+    kinds = (nn.Linear, MPOLayer, nn.Flatten)
     handles = [
         part.register_forward_pre_hook(record)
         for part in module.modules()

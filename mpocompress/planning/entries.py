@@ -1,5 +1,7 @@
 """The rows of a plan: what becomes of one weight."""
 
+from collections.abc import Collection, Sequence
+
 from mpocompress.planning.layouts import Candidate
 from mpocompress.planning.plan import CandidateFigures, LayerPlan
 from mpocompress.surgery import WeightSite
@@ -36,3 +38,21 @@ def keep_entry(site: WeightSite, reason: str) -> LayerPlan:
         action="keep",
         reason=reason,
     )
+
+
+def why_kept(
+    site: WeightSite, selected: Collection[str], include: Sequence[str], tables: bool
+) -> str | None:
+    """Why a weight is not to be compressed at all, or None.
+
+    A table that is truncated by its entries alone loses what the frequent rows have in common:
+    without data it is compressed only if it is asked for.
+    """
+    if site.name not in selected:
+        return "not selected by the include and exclude patterns"
+    if site.adapter.looks_up and not tables and not include:
+        return (
+            "an embedding table, and without data it is not known which rows matter; give data, "
+            "or include it by name"
+        )
+    return None

@@ -110,15 +110,22 @@ def _skewed_layouts(out_features: int, in_features: int) -> list[Layout]:
 
 
 def candidates_within(
-    shape: tuple[int, int], bond_dim: int, *, gauge: Gauge = "none"
+    shape: tuple[int, int],
+    bond_dim: int,
+    *,
+    gauge: Gauge = "none",
+    layouts: Sequence[Layout] | None = None,
 ) -> list[Candidate]:
-    """Candidates of a weight (out, in) that are smaller than it and within the SVD's budget."""
+    """Candidates of a weight (out, in) that are smaller than it and within the SVD's budget.
+
+    Only of the given layouts, where a kind of layer is made for some.
+    """
     out_features, in_features = shape
     svd = make_candidate(Layout.svd(out_features, in_features), bond_dim, gauge=gauge)
     limit = min(svd.parameters, out_features * in_features - 1)
     candidates = (
         make_candidate(layout, bond_dim, gauge=gauge)
-        for layout in candidate_layouts(out_features, in_features)
+        for layout in layouts or candidate_layouts(out_features, in_features)
     )
     return [candidate for candidate in candidates if candidate.parameters <= limit]
 

@@ -46,9 +46,14 @@ class PlanOptions:
         return self.bond_dim is not None or self.ratio is not None
 
     def make(
-        self, inventory: Inventory, *, gains: Gains | None = None, progress: Progress | None = None
+        self,
+        inventory: Inventory,
+        *,
+        gains: Gains | None = None,
+        tables: bool = True,
+        progress: Progress | None = None,
     ) -> Plan:
-        """The plan for a model.
+        """The plan for a model; see `plan_ratio` for `gains`, `plan_bond_dim` for `tables`.
 
         Raises:
             PlanError: neither a bond dimension nor a ratio, or both.
@@ -70,6 +75,7 @@ class PlanOptions:
                 exclude=self.exclude,
                 gauge=self.gauge,
                 healed=self.healed,
+                tables=tables,
                 progress=progress,
             )
         if self.bond_dim is None:
@@ -83,5 +89,6 @@ class PlanOptions:
             exclude=self.exclude,
             if_smaller=self.if_smaller,
             gauge=self.gauge,
+            tables=tables,
             progress=progress,
         )

@@ -7,7 +7,7 @@ from mpocompress.mpo import Layout
 from mpocompress.mpo.factors import balanced_layout
 from mpocompress.mpo.identity_gauge import Gauge, check_gauge
 from mpocompress.mpo.truncate import check_bond_dim
-from mpocompress.planning.entries import compress_entry, keep_entry
+from mpocompress.planning.entries import compress_entry, keep_entry, why_kept
 from mpocompress.planning.layout_rules import LayoutChoice, LayoutRules, describe_layout
 from mpocompress.planning.layouts import (
     Candidate,
@@ -33,6 +33,7 @@ def plan_bond_dim(
     exclude: Sequence[str] = (),
     if_smaller: bool = True,
     gauge: Gauge = "none",
+    tables: bool = True,
     progress: Progress | None = None,
 ) -> Plan:
     """Plan every selected weight at one bond dimension.
@@ -49,6 +50,7 @@ def plan_bond_dim(
         if_smaller: keep layers that would not get smaller.
         gauge: how the cores of all layers are stored; in the "identity" gauge a layer takes fewer
             parameters at the same bond dimensions.
+        tables: whether embedding tables are among the layers that are meant by no pattern.
         progress: called once before each layer.
 
     Raises:
@@ -71,8 +73,8 @@ def plan_bond_dim(
     for done, site in enumerate(inventory.sites):
         if progress is not None:
             progress(site.name, done, len(inventory.sites))
-        if site.name not in selected:
-            layers.append(keep_entry(site, "not selected by the include and exclude patterns"))
+        if (kept := why_kept(site, selected, include, tables)) is not None:
+            layers.append(keep_entry(site, kept))
             continue
         check_finite(site)
         try:
@@ -110,7 +112,7 @@ def _plan_site(
             f"its smaller side, {min(site.shape)}, is within bond dimension {bond_dim}: there is "
             "nothing to truncate",
         )
-    candidates = candidates_within(site.shape, bond_dim, gauge=gauge)
+    candidates = candidates_within(site.shape, bond_dim, gauge=gauge, layouts=site.layouts())
     if not candidates:
         if if_smaller:
             return keep_entry(site, f"no layout at bond dimension {bond_dim} makes it smaller")

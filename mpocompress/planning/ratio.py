@@ -18,7 +18,7 @@ from mpocompress.planning.allocation import (
     allocate_uniform,
     least_numbers,
 )
-from mpocompress.planning.entries import compress_entry, keep_entry
+from mpocompress.planning.entries import compress_entry, keep_entry, why_kept
 from mpocompress.planning.layout_rules import LayoutChoice, LayoutRules, describe_layout
 from mpocompress.planning.layouts import make_candidate
 from mpocompress.planning.plan import LayerPlan, Plan
@@ -51,6 +51,7 @@ def plan_ratio(
     exclude: Sequence[str] = (),
     gauge: Gauge = "none",
     healed: bool = False,
+    tables: bool = True,
     progress: Progress | None = None,
 ) -> Plan:
     """Plan bond dimensions that make the parameters `ratio` times fewer, or slightly more so.
@@ -68,6 +69,7 @@ def plan_ratio(
         exclude: patterns of layers to keep.
         gauge: how the cores are stored.
         healed: the compressed model will be trained to do what the dense one does.
+        tables: whether embedding tables are among the layers that are meant by no pattern.
         progress: called once before each layer.
 
     Raises:
@@ -87,9 +89,8 @@ def plan_ratio(
     for done, site in enumerate(inventory.sites):
         if progress is not None:
             progress(site.name, done, len(inventory.sites))
-        if site.name not in selected:
-            reason = "not selected by the include and exclude patterns"
-            entries[site] = keep_entry(site, reason)
+        if (kept := why_kept(site, selected, include, tables)) is not None:
+            entries[site] = keep_entry(site, kept)
             continue
         check_finite(site)
         forced = rules.forced(site)

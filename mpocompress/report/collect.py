@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mpocompress._version import __version__
-from mpocompress.layers import MPOLinear
+from mpocompress.layers import MPOLayer
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.identity_gauge import IdentityGauge
 from mpocompress.mpo.linalg import weight_of, working_dtype
@@ -118,7 +118,9 @@ def collect_report(
     for entry in inventory.entries:
         if isinstance(entry, WeightSite):
             outcome = outcomes.get(entry.name)
-            layers.append(_weight(entry, plans[entry.name], outcome, kind or entry.kind))
+            # Without its module a matrix is only a matrix; a table is known by its name.
+            shown = kind if kind and entry.kind == "linear" else entry.kind
+            layers.append(_weight(entry, plans[entry.name], outcome, shown))
             after = entry.bytes if outcome is None else outcome.bytes
             sizes.append((outcome is not None, Size(dense=entry.bytes, compressed=after)))
         else:
@@ -160,7 +162,7 @@ def remeasure(
     for layer in report.layers:
         site = sites.get(layer.name)
         module = None if site is None else modules.get(site.name)
-        if layer.status == "compressed" and site is not None and isinstance(module, MPOLinear):
+        if layer.status == "compressed" and site is not None and isinstance(module, MPOLayer):
             outcome = measure(site, module.to_mpo())
             update: dict[str, Any] = {
                 "relative_weight_error": outcome.relative_weight_error,
@@ -194,6 +196,8 @@ def _total(sizes: Sequence[Size]) -> Total:
 
 def _weight(site: WeightSite, plan: LayerPlan, outcome: Outcome | None, kind: str) -> LayerReport:
     dense = site.shape[0] * site.shape[1]
+    multiplied = kind in _MULTIPLIED
+    macs = dense if multiplied else 0
     common: dict[str, Any] = {
         "name": site.name or "(model)",
         "also_known_as": list(site.names[1:]),
@@ -205,7 +209,7 @@ def _weight(site: WeightSite, plan: LayerPlan, outcome: Outcome | None, kind: st
         return LayerReport(
             status="kept",
             parameters=Size(dense=dense, compressed=dense),
-            macs=Size(dense=dense, compressed=dense),
+            macs=Size(dense=macs, compressed=macs),
             **common,
         )
     return LayerReport(
@@ -213,7 +217,7 @@ def _weight(site: WeightSite, plan: LayerPlan, outcome: Outcome | None, kind: st
         layout=[list(pair) for pair in outcome.layout.pairs],
         bond_dims=list(outcome.bond_dims),
         parameters=Size(dense=dense, compressed=outcome.parameters),
-        macs=Size(dense=dense, compressed=outcome.macs),
+        macs=Size(dense=macs, compressed=outcome.macs if multiplied else 0),
         relative_weight_error=outcome.relative_weight_error,
         relative_output_error=outcome.relative_output_error,
         discarded_weight_bound=outcome.discarded_weight_bound,

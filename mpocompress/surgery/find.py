@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mpocompress.errors import ConversionError
+from mpocompress.layers.attention import OpenEncoderLayer
 from mpocompress.surgery.adapter import WeightAdapter, adapter_for
 from mpocompress.surgery.inventory import Inventory, KeptEntry, WeightSite, label
 from mpocompress.surgery.kept import (
@@ -34,7 +35,8 @@ def find_weights(model: nn.Module) -> Inventory:
     """List every parameter and buffer of a model: convertible, or kept and why.
 
     Args:
-        model: any module; it is only looked at.
+        model: any module; it is only looked at. Modules that read weights without calling a layer
+            have none that is convertible; `open_modules` gives a model that has.
 
     Returns:
         The inventory in model order. Parameters of all entries add up to those of
@@ -157,6 +159,7 @@ class _Survey:
                 if (
                     distance == 1
                     and isinstance(parent, nn.TransformerEncoderLayer)
+                    and not isinstance(parent, OpenEncoderLayer)
                     and own_name.rpartition(".")[2] in ("linear1", "linear2")
                 ):
                     return (
@@ -167,6 +170,7 @@ class _Survey:
 
     def _sharing_refusal(self, parameter: nn.Parameter) -> str | None:
         """Somebody else who holds the very parameter, and whom nobody would replace."""
+        transposed = set()
         for use in self.uses[id(parameter)]:
             adapter = adapter_for(use.owner)
             if adapter is None or adapter.parameter(use.owner) is not parameter:
@@ -174,6 +178,9 @@ class _Survey:
                     f"its weight is also the parameter '{use.name}' of {type(use.owner).__name__}, "
                     "which reads it as a dense matrix"
                 )
+            transposed.add(adapter.transposed)
+        if len(transposed) > 1:
+            return "it shares its weight with a layer that reads it transposed"
         if id(parameter) in self.loose:
             return f"its weight is also held by {self.loose[id(parameter)]}"
         return None

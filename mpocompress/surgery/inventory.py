@@ -7,7 +7,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from mpocompress.surgery.adapter import WeightAdapter
+from mpocompress.mpo import Layout
+from mpocompress.surgery.adapter import WeightAdapter, adapter_for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -17,13 +18,13 @@ class WeightSite:
     Attributes:
         name: qualified name of the module that comes first in the model; "" is the model itself.
         names: every qualified name under which one of `modules` appears, `name` first.
-        kind: of the adapter, such as "linear".
+        kind: of the adapter of the first module, such as "linear".
         shape: (out, in).
         dtype: of the weight.
         device: of the weight.
         parameters: entries of the weight, counted once; biases are entries of their own.
         modules: the distinct modules that share this weight.
-        adapter: reads the weight and builds the layers that replace the modules.
+        adapter: of the first module; others may be of another kind that reads the same matrix.
     """
 
     name: str
@@ -49,6 +50,11 @@ class WeightSite:
     def matrix(self) -> Tensor:
         """The weight (out, in), detached; the storage is the model's."""
         return self.adapter.matrix(self.modules[0])
+
+    def layouts(self) -> tuple[Layout, ...] | None:
+        """Layouts that the new layers are made for; None if they take any equally well."""
+        found = [(adapter_for(module) or self.adapter).layouts(module) for module in self.modules]
+        return next((layouts for layouts in found if layouts is not None), None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

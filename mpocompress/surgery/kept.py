@@ -5,18 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mpocompress.layers import MPOLinear
+from mpocompress.layers import MPOLayer
 from mpocompress.surgery.adapter import adapter_for
 from mpocompress.surgery.inventory import KeptEntry, label
+from mpocompress.surgery.opening import why_not_opened
 
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
 _NORMS = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -33,11 +26,10 @@ _NORMS = (
 # Kind and reason by the type of the owner.
 _BY_TYPE: tuple[tuple[tuple[type[nn.Module], ...], str, str], ...] = (
     (
-        (nn.Embedding, nn.EmbeddingBag),
+        (nn.EmbeddingBag,),
         "embedding",
-        "an embedding table is looked up row by row, and only linear weights are converted",
+        "nn.EmbeddingBag sums rows while it looks them up; use nn.Embedding and a sum",
     ),
-    (_CONVOLUTIONS, "conv", "a convolution kernel is not a linear weight"),
     (_NORMS, "norm", "normalization parameters are vectors"),
     (
         (nn.RNNBase, nn.RNNCellBase),
@@ -67,13 +59,15 @@ def describe(
         refused: reasons for weights that an adapter knows but that cannot be converted.
     """
     owner = ancestry[0][1]
+    closed = why_not_opened(owner)
     attention = any(isinstance(module, nn.MultiheadAttention) for _, module in ancestry)
     dims = _dims(tensor)
     for types, kind, reason in _BY_TYPE:
         if isinstance(owner, types):
+            reason = closed or reason
             return (kind, reason) if kind == "norm" else _or_bias(leaf, dims, kind, reason)
     for name, module in ancestry:
-        if isinstance(module, MPOLinear):
+        if isinstance(module, MPOLayer):
             return _or_bias(
                 leaf, dims, "mpo", f"{label(name)} is a matrix product operator already"
             )
@@ -84,9 +78,8 @@ def describe(
     if "norm" in type(owner).__name__.lower() and dims < 2:
         return "norm", "normalization parameters are vectors"
     kind = "matrix" if dims == 2 else "other"
-    return _or_bias(
-        leaf, dims, kind, f"{type(owner).__name__} is not a kind of layer that is converted"
-    )
+    reason = closed or f"{type(owner).__name__} is not a kind of layer that is converted"
+    return _or_bias(leaf, dims, kind, reason)
 
 
 def _dims(tensor: Tensor) -> int:

@@ -9,10 +9,8 @@ twice. `memo[id(linear.bias)] = layer.bias` keeps a bias tied that other modules
 """
 
 import copy
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -22,8 +20,15 @@ from torch.nn.parameter import is_lazy
 from mpocompress.errors import ConversionError, MPOCompressError
 from mpocompress.mpo import MPO
 from mpocompress.mpo.identity_gauge import IdentityGauge
+from mpocompress.surgery.adapter import WeightAdapter, adapter_for, tie_cores
+from mpocompress.surgery.copying import (
+    anchored,
+    check_references,
+    detach_results,
+    plain_attributes,
+    uncopyable,
+)
 from mpocompress.surgery.inventory import WeightSite, label
-from mpocompress.surgery.references import held_values
 
 Replacement = MPO | IdentityGauge | nn.Module | Callable[[nn.Module], nn.Module]
 Replacements = Mapping[WeightSite, Replacement] | Mapping[nn.Module, Replacement]
@@ -55,19 +60,19 @@ def copy_with_replacements(model: nn.Module, replacements: Replacements) -> nn.M
     members = set(model.modules())
     memo: dict[int, Any] = {}
     new_layers = _new_layers(members, replacements)
-    _check_references(model)
+    check_references(model)
     for module, layer in new_layers.items():
         memo[id(module)] = layer
     for module, layer in new_layers.items():
         _carry_parameters(module, layer, memo)
-    _detach_results(model, memo)
+    detach_results(model, memo)
     try:
         result: nn.Module = copy.deepcopy(model, memo)
         for module, layer in new_layers.items():
             _carry_attributes(module, layer, memo)
     except Exception as error:
         raise ConversionError(
-            f"the model cannot be copied: {_uncopyable(model, set(new_layers), error)}"
+            f"the model cannot be copied: {uncopyable(model, set(new_layers), error)}"
         ) from error
     _check_ties(model, new_layers, memo)
     _check_copy(model, result, new_layers)
@@ -114,7 +119,7 @@ def _build(
             raise ConversionError(
                 f"{what} has a weight of shape {site.shape}, but its MPO has shape {value.shape}."
             )
-        layers = [site.adapter.build(module, value) for module in modules]
+        layers = [_adapter(module, site).build(module, value) for module in modules]
     elif isinstance(value, nn.Module):
         if len(modules) > 1:
             raise ConversionError(
@@ -129,8 +134,13 @@ def _build(
             raise ConversionError(f"{what}: {error}") from error
     if site is not None:
         for layer in layers[1:]:
-            site.adapter.tie(layer, layers[0])
+            tie_cores(layer, layers[0])
     return layers
+
+
+def _adapter(module: nn.Module, site: WeightSite) -> WeightAdapter:
+    """The module's own: an embedding and the output layer tied to it are of two kinds."""
+    return adapter_for(module) or site.adapter
 
 
 def _carry_parameters(module: nn.Module, layer: nn.Module, memo: dict[int, Any]) -> None:
@@ -148,45 +158,6 @@ def _carry_attributes(module: nn.Module, layer: nn.Module, memo: dict[int, Any])
     for name, value in vars(module).items():
         if name not in vars(layer) and not hasattr(type(layer), name):
             setattr(layer, name, copy.deepcopy(value, memo))
-
-
-def _detach_results(model: nn.Module, memo: dict[int, Any]) -> None:
-    """Copy tensors with a gradient history, which deepcopy refuses, as plain values.
-
-    Weights of the old weight_norm and spectral_norm hooks are such results (computed anew before
-    each call), and so are activations that a module remembers.
-    """
-    for module in model.modules():
-        for _, value in held_values(module):
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-
-
-def _check_references(model: nn.Module) -> None:
-    """Refuse functions and weak references that deepcopy takes over as they are."""
-    members = {id(module): name for name, module in model.named_modules()}
-    for name, module in model.named_modules():
-        for path, value in held_values(module):
-            for target in _captured(value):
-                if id(target) in members:
-                    raise ConversionError(
-                        f"'{path}' of {type(module).__name__} {label(name)} is a "
-                        f"{type(value).__name__} that refers to {label(members[id(target)])} of "
-                        "this model: a copy of the model would go on using the original. Make it a "
-                        "method or a module, or remove it (a hook) before converting."
-                    )
-
-
-def _captured(value: Any) -> Iterator[Any]:
-    """What a function closes over, or a weak reference points to."""
-    if isinstance(value, FunctionType):
-        for cell in value.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # a variable that is not assigned yet
-                continue
-    elif isinstance(value, weakref.ReferenceType):
-        yield value()
 
 
 def _check_ties(
@@ -250,8 +221,8 @@ def _holder(model: nn.Module, parameter: nn.Parameter, replaced: Mapping[nn.Modu
         for leaf, own in module.named_parameters(recurse=False, remove_duplicate=False):
             if own is parameter:
                 return f"'{leaf}' of {type(module).__name__} {label(name)}"
-        for attribute, value in _plain_attributes(module):
-            memo = _anchored(model)
+        for attribute, value in plain_attributes(module):
+            memo = anchored(model)
             memo.pop(id(parameter), None)
             try:
                 copy.deepcopy(value, memo)
@@ -260,37 +231,3 @@ def _holder(model: nn.Module, parameter: nn.Parameter, replaced: Mapping[nn.Modu
             if id(parameter) in memo:
                 return f"attribute '{attribute}' of {type(module).__name__} {label(name)}"
     return "an object outside of the model's modules"
-
-
-def _uncopyable(model: nn.Module, replaced: set[nn.Module], error: Exception) -> str:
-    """Name the attribute that deepcopy failed on."""
-    for name, module in model.named_modules():
-        if module in replaced:
-            continue
-        for attribute, value in [*_plain_attributes(module), *module._buffers.items()]:
-            try:
-                copy.deepcopy(value, _anchored(model))
-            except Exception as found:
-                return (
-                    f"attribute '{attribute}' ({type(value).__name__}) of {type(module).__name__} "
-                    f"{label(name)}: {found}. Remove it, or give its class a __deepcopy__."
-                )
-        memo = _anchored(model)
-        del memo[id(module)]
-        try:
-            copy.deepcopy(module, memo)
-        except Exception as found:
-            return f"{type(module).__name__} {label(name)}: {found}."
-    return f"{error}."
-
-
-def _plain_attributes(module: nn.Module) -> list[tuple[str, Any]]:
-    registered = ("_parameters", "_buffers", "_modules")
-    return [(name, value) for name, value in vars(module).items() if name not in registered]
-
-
-def _anchored(model: nn.Module) -> dict[int, Any]:
-    """A memo by which modules and parameters are their own copies, so that a trial is cheap."""
-    memo: dict[int, Any] = {id(module): module for module in model.modules()}
-    memo.update((id(parameter), parameter) for parameter in model.parameters())
-    return memo

@@ -6,7 +6,7 @@ from mpocompress.tuning.gradients import LayerMoments, layer_moments
 from mpocompress.tuning.independent import fit_alone
 from mpocompress.tuning.loss_sweeps import sweep_on_loss
 from mpocompress.tuning.objectives import Distillation, Loss
-from mpocompress.tuning.sensitivity import gain_of_bonds
+from mpocompress.tuning.sensitivity import gain_of_bonds, tied_heads
 from mpocompress.tuning.sequential import FitOptions, FittedWeight, SitePlan, fit_in_sequence
 from mpocompress.tuning.supervised import Supervised, SupervisedLoss, supervised_loss
 from mpocompress.tuning.sweep_options import LocalOptions, LossSweepOptions, LossSweepRecord
@@ -39,5 +39,6 @@ __all__ = [
     "layer_moments",
     "supervised_loss",
     "sweep_on_loss",
+    "tied_heads",
     "train_",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mpocompress.layers import MPOLinear
+from mpocompress.layers import MPOLayer
 from mpocompress.tuning.lockstep import Call, main_output
 
 
@@ -17,7 +17,7 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
     """Qualified names of the repeated blocks that hold compressed layers, in the model's order.
 
     These are the children of one class in the `nn.ModuleList` or `nn.Sequential` that has most of
-    them; each holds an `MPOLinear`, but is none. Empty if no container has two of them.
+    them; each holds an MPO layer, but is none. Empty if no container has two of them.
     """
     best: list[str] = []
     for name, container in model.named_modules():
@@ -25,7 +25,7 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
             continue
         by_class: dict[type[nn.Module], list[str]] = {}
         for key, child in container.named_children():
-            if not isinstance(child, MPOLinear) and _holds_compressed(child):
+            if not isinstance(child, MPOLayer) and _holds_compressed(child):
                 by_class.setdefault(type(child), []).append(f"{name}.{key}" if name else key)
         for names in by_class.values():
             if len(names) > max(1, len(best)):
@@ -34,7 +34,7 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
 
 
 def _holds_compressed(module: nn.Module) -> bool:
-    return any(isinstance(inner, MPOLinear) for inner in module.modules())
+    return any(isinstance(inner, MPOLayer) for inner in module.modules())
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import ConversionError, NoLayerMatched
-from mpocompress.layers import MPOLinear
+from mpocompress.layers import MPOLayer, MPOLinear
 from mpocompress.mpo import linalg
 from mpocompress.mpo.canonical import Center, move_center
 from mpocompress.mpo.contract import merge_cores
@@ -127,9 +127,17 @@ def find_chains(model: nn.Module) -> dict[str, Chain]:
         NoLayerMatched: the model has no MPO layer.
         ConversionError: half types, or layers that share some cores and not others.
     """
+    # Cores are opened where vectors are multiplied; lookups and convolutions are not swept, nor is
+    # what shares its cores with them.
+    others = {
+        id(core)
+        for module in model.modules()
+        if isinstance(module, MPOLayer) and not isinstance(module, MPOLinear)
+        for core in module.cores
+    }
     groups: dict[tuple[int, ...], list[tuple[str, MPOLinear]]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, MPOLinear):
+        if isinstance(module, MPOLinear) and others.isdisjoint(map(id, module.cores)):
             key = tuple(id(core) for core in module.cores)
             groups.setdefault(key, []).append((name, module))
     if not groups:

@@ -17,8 +17,17 @@ from torch import Tensor, nn
 
 from mpocompress.errors import DataError
 from mpocompress.layers.modes import evaluation_mode
+from mpocompress.layers.opened import layers_called
+from mpocompress.tuning.layer_rows import adapter_of, row_pieces
 from mpocompress.tuning.lockstep import Call, floating_outputs
-from mpocompress.tuning.moments import CrossMoment, keep_mask, real_rows
+from mpocompress.tuning.moments import (
+    CrossMoment,
+    RowCounts,
+    keep_mask,
+    real_indices,
+    real_rows,
+)
+from mpocompress.tuning.table_fit import HeadUse
 
 # Rows for each feature of the widest layer after which more data would change little: the moments
 # choose bond dimensions and weigh outputs; the fit itself sees all data.
@@ -34,15 +43,27 @@ class LayerMoments:
     Attributes:
         inputs: of the layer's inputs x.
         gradients: of the gradients g at its outputs.
+        counts: of the rows that were looked up, for a table; it has no other inputs.
     """
 
     inputs: CrossMoment = field(default_factory=CrossMoment)
     gradients: CrossMoment = field(default_factory=CrossMoment)
+    counts: RowCounts = field(default_factory=RowCounts)
 
     @property
     def output_metric(self) -> Tensor | None:
         """G = E[g g^T] (out, out), float64; None for more than 8192 outputs."""
         return self.gradients.mean(centered=False)[0] if self.gradients.rows else None
+
+    def head_use(self) -> HeadUse | None:
+        """As an output layer that is tied to a table; None if the data does not reach it."""
+        if not self.inputs.rows:
+            return None
+        metric_OO = self.output_metric
+        return HeadUse(
+            self.inputs.mean(centered=False)[0],
+            None if metric_OO is None else metric_OO.diagonal().clone(),
+        )
 
 
 def layer_moments(
@@ -74,35 +95,47 @@ def layer_moments(
     keep: list[Tensor | None] = [None]
     latest: list[tuple[Tensor, CrossMoment]] = []
 
-    def moment_of(value: Tensor, like: CrossMoment) -> CrossMoment:
+    def moment_of(layer: nn.Module, value: Tensor) -> CrossMoment:
         """Of one batch of inputs; formed once for layers that are called with the same tensor."""
-        if not latest or latest[0][0] is not value:
-            moment = like.empty_like()
-            rows = real_rows(value.detach(), keep[0])
+        plain = adapter_of(layer).takes_rows
+        if plain and latest and latest[0][0] is value:
+            return latest[0][1]
+        moment = moments[layer].inputs.empty_like()
+        for (rows,) in row_pieces(layer, (value.detach(),), keep[0]):
             moment.add(rows, rows)
+        if plain:
             latest[:] = [(value, moment)]
-        return latest[0][1]
+        return moment
 
     def watch(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         values = (*args, *kwargs.values())
+        adapter = adapter_of(layer)
         if len(values) == 1 and isinstance(values[0], Tensor):
-            inputs = moments[layer].inputs
-            inputs.merge(moment_of(values[0], inputs))
+            if adapter.looks_up:
+                indices = real_indices(values[0], keep[0])
+                moments[layer].counts.add(indices, adapter.matrix(layer).shape[0])
+            else:
+                moments[layer].inputs.merge(moment_of(layer, values[0]))
         if not output.requires_grad:
             output = output.detach().requires_grad_()
-        if output.shape[-1] > _MAX_OUTPUTS:
+        watched = values[0] if adapter.watches_input else output
+        outputs = adapter.output_rows(layer, watched.detach())
+        if outputs is None or outputs.shape[-1] > _MAX_OUTPUTS:
             return output
 
         def collect(gradient: Tensor) -> None:
-            rows = real_rows(gradient.detach(), keep[0])
-            moments[layer].gradients.add(rows, rows)
+            at_matrix = adapter.output_rows(layer, gradient.detach())
+            if at_matrix is not None:
+                rows = real_rows(at_matrix, keep[0])
+                moments[layer].gradients.add(rows, rows)
 
-        output.register_hook(collect)
+        if watched.requires_grad:
+            watched.register_hook(collect)
         return output
 
     handles = [layer.register_forward_hook(watch, with_kwargs=True) for layer in layers]
     try:
-        with _frozen(model), torch.enable_grad():
+        with _frozen(model), layers_called(model), torch.enable_grad():
             order = torch.randperm(len(calls), generator=generator).tolist()
             for call in (calls[index] for index in order):
                 if not all_data and _enough(moments):
@@ -117,11 +150,20 @@ def layer_moments(
         for handle in handles:
             handle.remove()
         latest.clear()
-    return {layer: moment for layer, moment in moments.items() if moment.inputs.rows}
+    return {
+        layer: moment
+        for layer, moment in moments.items()
+        if moment.inputs.rows or moment.counts.rows
+    }
 
 
 def _enough(moments: Mapping[nn.Module, LayerMoments]) -> bool:
-    """Whether every layer that was reached has seen rows enough for its moments."""
+    """Whether every layer that was reached has seen rows enough for its moments.
+
+    Tables never have: how often a rare row is looked up is in all of the data only.
+    """
+    if any(moment.counts.rows for moment in moments.values()):
+        return False
     reached = [moment.inputs for moment in moments.values() if moment.inputs.rows]
     reached += [moment.gradients for moment in moments.values() if moment.gradients.rows]
     return bool(reached) and all(

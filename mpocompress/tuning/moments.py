@@ -153,6 +153,39 @@ def _product(left_nI: Tensor, right_nJ: Tensor) -> Tensor:
     return product_II
 
 
+class RowCounts:
+    """How often each row of a table is looked up. Additive, as `CrossMoment` is."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._counts_O: Tensor | None = None
+
+    def add(self, indices: Tensor, table_rows: int) -> None:
+        """Count indices of any shape into a table of so many rows."""
+        counts_O = torch.bincount(indices.reshape(-1), minlength=table_rows).double()
+        self._counts_O = counts_O if self._counts_O is None else self._counts_O + counts_O
+        self.rows += indices.numel()
+
+    def merge(self, other: "RowCounts") -> None:
+        """Add what another one has seen."""
+        if other._counts_O is not None:
+            mine = self._counts_O
+            self._counts_O = other._counts_O if mine is None else mine + other._counts_O
+            self.rows += other.rows
+
+    def frequencies(self) -> Tensor:
+        """Share of each row (rows,), float64, adding up to 1.
+
+        Raises:
+            DataError: no lookups were seen.
+        """
+        if self._counts_O is None or not self.rows:
+            raise DataError(
+                "no lookups were seen: the data is empty, or its mask marks everything as padding."
+            )
+        return self._counts_O / self.rows
+
+
 def _working(rows: Tensor) -> Tensor:
     return rows if rows.dtype == torch.float64 else rows.float()
 
@@ -168,6 +201,13 @@ def real_rows(activation: Tensor, keep: Tensor | None) -> Tensor:
     if keep is not None and activation.ndim >= 3 and activation.shape[:2] == keep.shape:
         return activation[keep.to(activation.device)].reshape(-1, activation.shape[-1])
     return activation.reshape(-1, activation.shape[-1])
+
+
+def real_indices(indices: Tensor, keep: Tensor | None) -> Tensor:
+    """Indices (...) into a table, as a list of those that are not padding; as in `real_rows`."""
+    if keep is not None and indices.ndim >= 2 and indices.shape[:2] == keep.shape:
+        return indices[keep.to(indices.device)].reshape(-1)
+    return indices.reshape(-1)
 
 
 def keep_mask(arguments: Mapping[str, object]) -> Tensor | None:

@@ -17,7 +17,9 @@ from mpocompress.mpo import linalg
 from mpocompress.mpo.metric import Metric
 from mpocompress.surgery import WeightSite
 from mpocompress.tuning.gradients import LayerMoments
-from mpocompress.tuning.moments import CrossMoment
+from mpocompress.tuning.layer_rows import adapter_of
+from mpocompress.tuning.moments import CrossMoment, RowCounts
+from mpocompress.tuning.table_fit import HeadUse, table_gains, table_weights
 
 
 def gain_of_bonds(
@@ -36,6 +38,8 @@ def gain_of_bonds(
     Returns:
         None if the data reaches none of its modules, or excites or matters nowhere.
     """
+    if any(adapter_of(module).looks_up for module in site.modules):
+        return _gain_of_table(site, moments, ridge)
     seen = [moments[module] for module in site.modules if module in moments]
     seen = [moment for moment in seen if moment.inputs.rows and moment.gradients.rows]
     if not seen:
@@ -43,7 +47,7 @@ def gain_of_bonds(
     inputs = _merged([moment.inputs for moment in seen])
     gradients = _merged([moment.gradients for moment in seen])
     # The mean is taken up by the bias where there is one.
-    centered = all(getattr(module, "bias", None) is not None for module in site.modules)
+    centered = all(adapter_of(module).has_offset(module) for module in site.modules)
     input_II = inputs.mean(centered=centered)[0]
     output_OO = gradients.mean(centered=False)[0]
     if not (bool(input_II.any()) and bool(output_OO.any())):
@@ -56,6 +60,35 @@ def gain_of_bonds(
     gains_R = torch.zeros(min(site.shape), dtype=torch.float64, device=values_R.device)
     gains_R[: len(values_R)] = values_R.double() ** 2  # singular moments have fewer directions
     return inputs.rows * gains_R
+
+
+def tied_heads(site: WeightSite, moments: Mapping[nn.Module, LayerMoments]) -> tuple[HeadUse, ...]:
+    """How output layers use a table that they are tied to."""
+    found = [
+        moments[module].head_use()
+        for module in site.modules
+        if module in moments and not adapter_of(module).looks_up
+    ]
+    return tuple(use for use in found if use is not None)
+
+
+def _gain_of_table(
+    site: WeightSite, moments: Mapping[nn.Module, LayerMoments], ridge: float
+) -> Tensor | None:
+    """The same for a table: by its lookups, weighed as its fit weighs them."""
+    seen = [moments[module] for module in site.modules if module in moments]
+    seen = [moment for moment in seen if moment.counts.rows and moment.gradients.rows]
+    if not seen:
+        return None
+    counts = RowCounts()
+    for moment in seen:
+        counts.merge(moment.counts)
+    output_II = _merged([moment.gradients for moment in seen]).mean(centered=False)[0]
+    if not bool(output_II.any()):
+        return None
+    heads = tied_heads(site, moments)
+    weights_O, metric_II = table_weights(counts.frequencies(), output_II, ridge=ridge, heads=heads)
+    return counts.rows * table_gains(site.matrix(), weights_O, metric_II)
 
 
 def _merged(moments: Sequence[CrossMoment]) -> CrossMoment:

@@ -19,14 +19,23 @@ from torch import Tensor, nn
 
 from mpocompress.errors import DataError, MPOCompressError
 from mpocompress.layers.modes import evaluation_mode
+from mpocompress.layers.opened import layers_called
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.contract import apply_cores
 from mpocompress.mpo.fit import fit
 from mpocompress.mpo.metric import Metric
 from mpocompress.surgery import WeightSite
+from mpocompress.tuning.layer_rows import adapter_of, row_pieces
 from mpocompress.tuning.lockstep import Call, OperationRecorder, Runner, stopping_layers
-from mpocompress.tuning.moments import CrossMoment, keep_mask, real_rows
+from mpocompress.tuning.moments import (
+    CrossMoment,
+    RowCounts,
+    keep_mask,
+    real_indices,
+    real_rows,
+)
 from mpocompress.tuning.residual import StreamWatcher
+from mpocompress.tuning.table_fit import HeadUse, fit_table, table_weights
 
 # Ridges tried for the correction of upstream errors, relative to the mean diagonal.
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -90,6 +99,7 @@ def fit_in_sequence(
     calls: Sequence[Call],
     *,
     output_metrics: Mapping[nn.Module, Tensor] | None = None,
+    heads: Mapping[WeightSite, Sequence[HeadUse]] | None = None,
     options: FitOptions | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[WeightSite, FittedWeight]:
@@ -103,6 +113,7 @@ def fit_in_sequence(
         plans: weights to fit.
         calls: batches.
         output_metrics: for a module, the covariance (out, out) of the loss gradient at its outputs.
+        heads: for a table, how output layers that are tied to it use it.
         options: ridge and round trips.
         progress: called with the layer, how many are done, and of how many.
 
@@ -122,6 +133,12 @@ def fit_in_sequence(
         for call in calls
     ]
     dense_runners = {id(dense) for dense, _ in pairs}
+    forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+
+    def compressed_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        if layer not in forwards:
+            forwards[layer] = _compressed_forward(layer, fitted[by_module[layer].site])
+        return forwards[layer]
 
     def compute(layer: nn.Module, runner: Runner, value: Tensor) -> Tensor:
         done = fitted.get(by_module[layer].site)
@@ -129,13 +146,18 @@ def fit_in_sequence(
             return runner.stop_at(layer, value)
         # Used again: a shared layer, or one tied to a layer that has been fitted.
         is_dense = id(runner) in dense_runners
-        forward = _dense_forward(layer) if is_dense else _compressed_forward(layer, done)
+        forward = _dense_forward(layer) if is_dense else compressed_forward(layer)
         return runner.call_layer(layer, forward, value)
 
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     shared = {parameter for parameter, count in uses.items() if count > 1}
     collector = _Collector([keep_mask(call.kwargs) for call in calls])
-    with evaluation_mode(model), stopping_layers(list(by_module), compute), _abandoning(pairs):
+    with (
+        evaluation_mode(model),
+        layers_called(model),
+        stopping_layers(list(by_module), compute),
+        _abandoning(pairs),
+    ):
         for pair in pairs:
             for runner in pair:
                 runner.start()
@@ -144,21 +166,21 @@ def fit_in_sequence(
             if progress is not None:
                 progress(plan.site.name, len(fitted), len(plans))
             places = [_place(layer, pair, options.repair_streams) for pair in pairs]
+            output_metric = (output_metrics or {}).get(layer)
             try:
-                done = _fit_layer(
-                    layer,
-                    plan,
-                    collector.collect(places),
-                    (output_metrics or {}).get(layer),
-                    options,
-                    shared,
-                )
+                if adapter_of(layer).looks_up:
+                    counts = collector.count(layer, places)
+                    tied = (heads or {}).get(plan.site, ())
+                    done = _fit_table(plan, counts, output_metric, tied, options)
+                else:
+                    folds = collector.collect(layer, places)
+                    done = _fit_layer(layer, plan, folds, output_metric, options, shared)
             except MPOCompressError as error:
                 raise type(error)(f"layer {plan.site.label}: {error}") from error
             fitted[plan.site] = done
             del places
             for dense, compressed in pairs:
-                compressed.resume(_compressed_forward(layer, done))
+                compressed.resume(compressed_forward(layer))
                 # Being one layer ahead, it may wait at one that is tied to what was just fitted.
                 while dense.arrival and by_module[dense.arrival.layer].site in fitted:
                     dense.resume(_dense_forward(dense.arrival.layer))
@@ -210,29 +232,46 @@ class _Moments:
 
 
 class _Collector:
-    """Moments of all batches at a layer, in two folds; layers with the same inputs share them."""
+    """Moments of all batches at a layer, in two folds; layers with the same inputs share them.
+
+    They do if they take their inputs as rows; others make rows of their own out of them.
+    """
 
     def __init__(self, masks: Sequence[Tensor | None]) -> None:
         self._masks = masks
         self._inputs: list[Tensor] = []  # kept alive, so that identity means identity
         self._shared: list[tuple[CrossMoment, CrossMoment]] = []
 
-    def collect(self, places: Sequence[_Place]) -> list[_Moments]:
+    def count(self, layer: nn.Module, places: Sequence[_Place]) -> RowCounts:
+        """How often each row of a table was looked up."""
+        counts = RowCounts()
+        table_rows = adapter_of(layer).matrix(layer).shape[0]
+        for place, mask in zip(places, self._masks, strict=True):
+            counts.add(real_indices(place.ours, mask), table_rows)
+        return counts
+
+    def collect(self, layer: nn.Module, places: Sequence[_Place]) -> list[_Moments]:
         """One entry for the even and one for the odd batches; a single entry for one batch."""
         inputs = [value for place in places for value in (place.dense, place.ours)]
-        same = len(inputs) == len(self._inputs) and all(
-            a is b for a, b in zip(inputs, self._inputs, strict=True)
+        plain = adapter_of(layer).takes_rows
+        same = (
+            plain
+            and len(inputs) == len(self._inputs)
+            and all(a is b for a, b in zip(inputs, self._inputs, strict=True))
         )
         folds = [
             list(zip(places[fold::2], self._masks[fold::2], strict=True))
             for fold in range(min(2, len(places)))
         ]
         if not same:
-            unchanged = all(torch.equal(place.dense, place.ours) for place in places)
-            self._shared = [_input_moments(fold, unchanged) for fold in folds]
-            self._inputs = inputs
+            # Rows that were sent elsewhere than in the dense model have no counterpart there.
+            unchanged = any(place.dense.shape != place.ours.shape for place in places) or all(
+                torch.equal(place.dense, place.ours) for place in places
+            )
+            self._shared = [_input_moments(layer, fold, unchanged) for fold in folds]
+            self._inputs = inputs if plain else []
         return [
-            _Moments(inputs=inputs, cross=cross, stream=_stream_moments(fold))
+            _Moments(inputs=inputs, cross=cross, stream=_stream_moments(layer, fold))
             for fold, (inputs, cross) in zip(folds, self._shared, strict=True)
         ]
 
@@ -240,19 +279,24 @@ class _Collector:
 _Fold = Sequence[tuple[_Place, Tensor | None]]
 
 
-def _input_moments(fold: _Fold, unchanged: bool) -> tuple[CrossMoment, CrossMoment]:
+def _input_moments(
+    layer: nn.Module, fold: _Fold, unchanged: bool
+) -> tuple[CrossMoment, CrossMoment]:
     inputs, cross = CrossMoment(), CrossMoment()
     for place, mask in fold:
-        rows_NI = real_rows(place.ours, mask)
-        inputs.add(rows_NI, rows_NI)
-        if not unchanged:
-            cross.add(real_rows(place.dense, mask), rows_NI)
+        values = (place.ours,) if unchanged else (place.ours, place.dense)
+        for rows_NI, *dense_NI in row_pieces(layer, values, mask):
+            inputs.add(rows_NI, rows_NI)
+            if dense_NI:
+                cross.add(dense_NI[0], rows_NI)
     return inputs, inputs if unchanged else cross
 
 
-def _stream_moments(fold: _Fold) -> CrossMoment | None:
+def _stream_moments(layer: nn.Module, fold: _Fold) -> CrossMoment | None:
     """None unless every batch of the fold has a stream whose rows are those of the input."""
     moment = CrossMoment()
+    if not adapter_of(layer).takes_rows:
+        return None
     for place, mask in fold:
         if place.streams is None or place.streams[0].shape[:-1] != place.ours.shape[:-1]:
             return None
@@ -354,7 +398,9 @@ def _fit_layer(
     site = plan.site
     bias = getattr(layer, "bias", None)
     # The mean is the bias's business, unless others use the weight or the bias, too.
-    centered = bias is not None and len(site.modules) == 1 and id(bias) not in shared
+    centered = (
+        adapter_of(layer).has_offset(layer) and len(site.modules) == 1 and id(bias) not in shared
+    )
     weight_OI = site.matrix()
     whole = _regression(weight_OI, _merged(folds), centered=centered)
     weight_OI = weight_OI.to(whole.inputs_II)
@@ -390,6 +436,33 @@ def _is_svd(layout: Layout) -> bool:
     return layout.pairs == Layout.svd(layout.out_features, layout.in_features).pairs
 
 
+def _fit_table(
+    plan: SitePlan,
+    counts: RowCounts,
+    output_metric_II: Tensor | None,
+    heads: Sequence[HeadUse],
+    options: FitOptions,
+) -> FittedWeight:
+    site = plan.site
+    weights_O, metric_II = table_weights(
+        counts.frequencies(),
+        output_metric_II,
+        ridge=options.ridge,
+        heads=heads,
+    )
+    mpo, error = fit_table(
+        site.matrix(),
+        plan.layout,
+        plan.bond_dims,
+        weights_O,
+        metric_II,
+        round_trips=(options.sweeps + 1) // 2,
+    )
+    return FittedWeight(
+        mpo=mpo.to(dtype=site.dtype), bias=None, relative_output_error=error, rows=counts.rows
+    )
+
+
 def _solve_right(right_OI: Tensor, symmetric_II: Tensor) -> Tensor:
     """X with X A = B for positive definite A."""
     factor_II = torch.linalg.cholesky(symmetric_II)
@@ -408,6 +481,15 @@ def _dense_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def _compressed_forward(layer: nn.Module, fitted: FittedWeight) -> Callable[[Tensor], Tensor]:
     mpo = fitted.mpo
+    adapter = adapter_of(layer)
+    if not adapter.takes_rows:
+        built = adapter.build(layer, mpo)
+        if fitted.bias is not None and isinstance(built.bias, nn.Parameter):
+            built.bias.data.copy_(fitted.bias)
+        for name, attribute in vars(layer).items():  # as surgery does
+            if name != "forward" and name not in vars(built) and not hasattr(type(built), name):
+                setattr(built, name, attribute)
+        return built
     bias = getattr(layer, "bias", None) if fitted.bias is None else fitted.bias
 
     def forward(value: Tensor) -> Tensor:

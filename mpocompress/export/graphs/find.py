@@ -28,6 +28,7 @@ from mpocompress.export.graphs.tensors import FLOATS, num_bytes, to_torch
 from mpocompress.mpo import MPO
 from mpocompress.mpo.identity_gauge import IdentityGauge
 from mpocompress.surgery import Inventory, KeptEntry, WeightSite
+from mpocompress.surgery.adapter import OneWeight
 
 _PRODUCTS = frozenset({"MatMul", "Gemm"})
 
@@ -79,7 +80,7 @@ class StoredWeight(nn.Module):
         self.read = read
 
 
-class GraphAdapter:
+class GraphAdapter(OneWeight):
     """Reads weights of graphs; what replaces them is written by `rewrite`, not built of modules."""
 
     kind = "linear"
@@ -105,10 +106,6 @@ class GraphAdapter:
     def build(self, module: nn.Module, mpo: MPO | IdentityGauge) -> nn.Module:
         """Not for graphs."""
         raise ConversionError("a weight of an ONNX graph is replaced by nodes, not by a module.")
-
-    def tie(self, layer: nn.Module, leader: nn.Module) -> None:
-        """Not for graphs."""
-        raise ConversionError("weights of an ONNX graph share their tensors by name.")
 
 
 def find_graph_weights(model: OnnxModel) -> Inventory:
