@@ -60,6 +60,19 @@ OPTIONS = {
         {"--error", "--exclude", "--include", "--json", "--model", "--trust-pickle"}
     ),
     "report": frozenset({"--json"}),
+    "verify": frozenset(
+        {
+            "--against",
+            "--cores",
+            "--data",
+            "--json",
+            "--model",
+            "--seed",
+            "--tolerance",
+            "--trust-pickle",
+        }
+    ),
+    "bench": frozenset({"--against", "--batch", "--json", "--length", "--repeats", "--threads"}),
     "densify": frozenset({"--force", "--output", "-o"}),
 }
 
