@@ -12,8 +12,7 @@ from torch import Tensor
 from mpocompress.errors import DataError, LoadError
 from mpocompress.export import inputs
 from mpocompress.export.calls import Slot, first_line
-from mpocompress.export.inputs import InputSpec
-from mpocompress.export.onnx_file import INPUTS_KEY
+from mpocompress.export.inputs import INPUTS_KEY, InputSpec
 
 # ONNX Runtime's names of the dtypes that PyTorch has, too.
 DTYPES = {
