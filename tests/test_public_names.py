@@ -35,7 +35,10 @@ PUBLIC = frozenset(
 OPTIONS = {
     "compress": frozenset(
         {
+            "--batch",
             "--bond-dim",
+            "--form",
+            "--quantize",
             "--ratio",
             "--of",
             "--data",
@@ -60,6 +63,24 @@ OPTIONS = {
         {"--error", "--exclude", "--include", "--json", "--model", "--trust-pickle"}
     ),
     "report": frozenset({"--json"}),
+    "export": frozenset(
+        {
+            "--batch",
+            "--data",
+            "--force",
+            "--form",
+            "--input",
+            "--json",
+            "--measure",
+            "--model",
+            "--output",
+            "--quantize",
+            "--seed",
+            "--source",
+            "--trust-pickle",
+            "-o",
+        }
+    ),
     "verify": frozenset(
         {
             "--against",

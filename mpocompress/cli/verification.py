@@ -1,20 +1,125 @@
-"""The commands on ONNX files: `verify` against a reference, `bench` side by side."""
+"""The commands on ONNX files: `export` again, `verify` against a reference, `bench`."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mpocompress.cli.app import app
-from mpocompress.cli.options import FactoryOption, JsonOption, TrustOption
+from mpocompress.cli.options import (
+    BatchOption,
+    FactoryOption,
+    ForceOption,
+    Form,
+    FormOption,
+    InputOption,
+    JsonOption,
+    Quantize,
+    QuantizeOption,
+    ResultArgument,
+    TrustOption,
+)
 from mpocompress.cli.terminal import print_table, progress_bar, show_notes
 
 if TYPE_CHECKING:
     from mpocompress.export.bench import BenchResult, Spread
     from mpocompress.export.comparison import Comparison
 
+_MEASURED = (1, 16, 128)
+
 OnnxArgument = Annotated[Path, typer.Argument(metavar="ONNX", help="An ONNX file.")]
+
+
+@app.command()
+def export(
+    directory: ResultArgument,
+    source: Annotated[
+        str,
+        typer.Option(
+            "--source",
+            metavar="MODEL",
+            help="The dense checkpoint that DIR was made from: cores do not tell how the model "
+            "computes.",
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="The ONNX file. Default: DIR's name, form and --quantize.",
+        ),
+    ] = None,
+    form: FormOption = Form.AUTO,
+    batch: BatchOption = 1,
+    quantize: QuantizeOption = Quantize.NONE,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="DATA",
+            help="Batches, to round the cores where it matters least for their outputs, and for "
+            "the check.",
+        ),
+    ] = None,
+    inputs: InputOption = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Also show bytes, session start, memory and latency at batch 1, 16 and 128 of "
+            "each form.",
+        ),
+    ] = False,
+    factory: FactoryOption = None,
+    trust_pickle: TrustOption = False,
+    as_json: JsonOption = False,
+    force: ForceOption = False,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of made-up inputs.")] = 0,
+) -> None:
+    """Write the ONNX file of a result again: in another form, or with cores as integers."""
+    from mpocompress.deployment import export_again
+
+    suffix = "" if quantize is Quantize.NONE else f"-{quantize.value}"
+    target = output or Path(f"{directory.resolve().name}-{form.value}{suffix}.onnx")
+    with progress_bar() as progress:
+        done = export_again(
+            directory,
+            source,
+            target,
+            form=form.value,
+            batch=batch,
+            quantize=quantize.value,
+            data=data,
+            inputs=tuple(inputs or ()),
+            measure=_MEASURED if measure else (),
+            factory=factory,
+            trust_pickle=trust_pickle,
+            force=force,
+            seed=seed,
+            progress=progress,
+        )
+    show_notes(done.notes)
+    if as_json:
+        found = {
+            "files": dict(done.exported.files),
+            "quantization": done.exported.quantization,
+            "layers": {name: asdict(layer) for name, layer in done.exported.forms.items()},
+            "parity": done.parity.model_dump(),
+            "forms": None if done.forms is None else done.forms.to_dict(),
+        }
+        typer.echo(json.dumps(found, indent=2))
+        return
+    if done.forms is not None:
+        _show_bench(done.forms)
+    dense = sum(layer.form == "dense" for layer in done.exported.forms.values())
+    typer.echo(
+        f"{target}  {done.exported.num_bytes} bytes, {len(done.exported.forms)} layers, {dense} "
+        f"of them dense at load; agrees with PyTorch to {done.parity.max_abs_difference:.1e}"
+    )
 
 
 @app.command()
