@@ -6,8 +6,9 @@ The 36 encoder Linears of all-MiniLM-L6-v2 as ONNX files in ONNX Runtime, one th
     int8 dynamic         of the dense model: onnxruntime's quantize_dynamic, MatMul by channel
     int4 weight-only     of the dense model: onnxruntime's MatMulNBits, symmetric blocks of 32
     int3, int2           of the dense model, simulated: no runtime has them; quality and bytes only
-    ours                 compress(ratio=R, of="layers", data=...), healed for --steps, with cores in
-                         float32, int8 and int4 (in the identity gauge, and plain for --plain-ratios)
+    ours                 compress(ratio=R, of="layers", data=...), healed for --steps: cores in
+                         float32, int8 and int4; in the identity gauge, and
+                         plain for --plain-ratios
 
 Each with bytes, session start, resident memory (in fresh processes), latency (in turns, medians),
 and the quality of the embeddings of sentences that nothing was fitted on: mean cosine to the dense

@@ -21,8 +21,10 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -170,6 +172,15 @@ class LayerReport(_Frozen):
     form: Literal["chain", "dense"] | None = None
     form_rows: PositiveInt | None = None
     form_seconds: dict[str, NonNegativeFloat] = {}
+
+    @model_serializer(mode="wrap")
+    def _without_unknown_form(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Reports without an ONNX file read as they did before there were forms.
+        found: dict[str, Any] = handler(self)
+        if self.form is None:
+            for name in ("form", "form_rows", "form_seconds"):
+                found.pop(name, None)
+        return found
 
     @field_validator("entropies_nats", mode="before")
     @classmethod
