@@ -65,11 +65,16 @@ def quantize_cores(
 ) -> QuantizedModel:
     """Round the cores of all compressed layers of a model.
 
-    int8: one scale to a row or column of each core, whichever loses less. int4: a scale to 32
-    numbers. Two-factor layers (out, 1), (1, in) are rounded one core after the other with feedback,
-    in the metric of the layer's inputs if there are data: the second core first, then the first is
-    fitted again to what became of the second, and rounded in turn. With data, the bias takes up the
-    mean of what is lost.
+    int8 has one scale to a row or column of a core, int4 one to 32 numbers. Two-factor layers
+    (out, 1), (1, in) are rounded one core after the other with feedback, in the metric of the
+    layer's inputs if there are data: the second core first, then the first is fitted again to what
+    became of the second, and rounded in turn. In other layouts each core is rounded to the nearest,
+    along whichever side loses less in that metric. With data, the bias takes up the mean of what is
+    lost.
+
+    Measured on all-MiniLM-L6-v2 (encoder at ratio 1.4, identity gauge, int4; cosine of embeddings
+    to those of unrounded cores): to the nearest .707, with the new fit .889, with feedback .871,
+    with both .953; both without data .791.
 
     Args:
         model: stays as it is.
