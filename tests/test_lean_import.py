@@ -56,7 +56,7 @@ def test_import_loads_nothing_heavy():
         ["compress", "--help"],
         ["inspect", "--help"],
         ["verify", "--help"],
-        ["bench", "--help"],
+        ["bench", "--help"], ["export", "--help"],
         ["--version"],
     ],
     ids=" ".join,
