@@ -3,7 +3,7 @@
 import inspect
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from mpocompress import api, saving
 from mpocompress._version import __version__
 from mpocompress.errors import DataError, LoadError
-from mpocompress.export import export_onnx, verify
+from mpocompress.export import (
+    ExportedModel,
+    QuantizedModel,
+    export_onnx,
+    quantize_cores,
+    verify,
+)
+from mpocompress.export.forms import FormChoice
+from mpocompress.export.quantize import Quantize
 from mpocompress.loading import (
     Batch,
     Batches,
@@ -59,6 +67,9 @@ class Request:
     trust_pickle: bool = False
     sweeps: int = 16
     distill: int = 0
+    form: FormChoice = "auto"
+    batch: int = 1
+    quantize: Quantize = "none"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -245,7 +256,8 @@ def convert(
             onnx_note = NO_MODULE if kind == "state_dict" else NO_INPUTS
             notes.append(onnx_note)
         else:
-            parity = _export(result, examples, batches, scratch, request.seed, clock, progress)
+            exported, parity = _export(result, examples, batches, scratch, request, clock, progress)
+            result = replace(result, report=_with_forms(result.report, exported))
         report = api.with_files(result.report, scratch).model_copy(
             update={
                 "parity": parity,
@@ -325,28 +337,46 @@ def _export(
     examples: ExampleInputs,
     batches: Batches | None,
     scratch: Path,
-    seed: int,
+    request: Request,
     clock: "api.Clock",
     progress: Progress | None,
-) -> Parity:
+) -> tuple[ExportedModel, Parity]:
     """Write the ONNX file and hold it against the compressed model in ONNX Runtime."""
     path = scratch / saving.ONNX_FILE
     if progress is not None:
         progress("writing ONNX", 0, 2)
     with clock("export"):
-        export_onnx(
+        written = result.model
+        quantized: QuantizedModel | None = None
+        if request.quantize != "none":
+            quantized = quantize_batches(result.model, request.quantize, batches)
+            written = quantized.model
+        exported = export_onnx(
             result.model,
             path,
             forward_arguments(result.model, Batch(examples.args, examples.kwargs)),
-            metadata=_metadata(result),
+            form=request.form,
+            form_batch=request.batch,
+            quantize=quantized or "none",
+            metadata=file_metadata(result.report),
         )
     if progress is not None:
         progress("verifying in ONNX Runtime", 1, 2)
     with clock("verification"):
-        data = None
-        if batches is not None:
-            data = (forward_arguments(result.model, batch) for batch in _few(batches))
-        found = verify(path, result.model, data, seed=seed)
+        found = checked(path, written, batches, request.seed)
+    return exported, found
+
+
+def checked(path: Path, model: nn.Module, batches: Batches | None, seed: int) -> Parity:
+    """The parity of a file with what it was written from, on some of the data.
+
+    Raises:
+        ParityError: they disagree.
+    """
+    data = None
+    if batches is not None:
+        data = (forward_arguments(model, batch) for batch in _few(batches))
+    found = verify(path, model, data, seed=seed)
     found.raise_if_failed()
     return Parity(
         max_abs_difference=found.max_abs_difference,
@@ -357,6 +387,30 @@ def _export(
         passed=found.passed,
         outputs=list(found.outputs),
     )
+
+
+def quantize_batches(
+    model: nn.Module, quantize: Quantize, batches: Batches | None
+) -> QuantizedModel:
+    """`quantize_cores` on loaded batches."""
+    data = None if batches is None else (forward_arguments(model, batch) for batch in batches)
+    return quantize_cores(model, quantize, data)
+
+
+def _with_forms(report: CompressionReport, exported: ExportedModel) -> CompressionReport:
+    """The report with how each layer is spelled in the ONNX file."""
+    layers = []
+    for layer in report.layers:
+        found = exported.forms.get(layer.name)
+        if found is not None:
+            timed = {"chain": found.chain_seconds, "dense": found.dense_seconds}
+            seconds = {form: taken for form, taken in timed.items() if taken is not None}
+            layer = layer.model_copy(
+                update={"form": found.form, "form_rows": found.rows, "form_seconds": seconds}
+            )
+        layers.append(layer)
+    settings = {**report.settings, "quantize": exported.quantization}
+    return report.model_copy(update={"layers": layers, "settings": settings})
 
 
 def forward_arguments(model: nn.Module, batch: Batch) -> tuple[Tensor, ...] | dict[str, Tensor]:
@@ -388,15 +442,15 @@ def _few(batches: Batches, rows: int = 256) -> Iterator[Batch]:
             return
 
 
-def _metadata(result: api.CompressionResult) -> dict[str, str]:
+def file_metadata(report: CompressionReport) -> dict[str, str]:
     """What the ONNX file says of itself, for netron and for people who find it later."""
     layers: dict[str, dict[str, Any]] = {
         layer.name: {"layout": layer.layout, "bond_dims": layer.bond_dims}
-        for layer in result.report.compressed_layers
+        for layer in report.compressed_layers
     }
     return {
         "mpocompress.version": __version__,
-        "mpocompress.source_name": result.report.source.name,
-        "mpocompress.source_sha256": result.report.source.sha256 or "",
+        "mpocompress.source_name": report.source.name,
+        "mpocompress.source_sha256": report.source.sha256 or "",
         "mpocompress.layers": json.dumps(layers, separators=(",", ":")),
     }

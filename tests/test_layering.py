@@ -32,13 +32,14 @@ ROOMS = (
     ("api",),
     ("estimators",),
     ("pipeline",),
+    ("deployment",),
     ("cli",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 
 # The package itself resolves its public names lazily, so it may name any room but the command line;
 # `python -m mpocompress` only starts the command line. No room may import either.
-DOORS = {"__init__": RANK["pipeline"], "__main__": RANK["cli"]}
+DOORS = {"__init__": RANK["deployment"], "__main__": RANK["cli"]}
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,15 @@ def test_import_loads_nothing_heavy():
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["compress", "--help"], ["inspect", "--help"], ["--version"]],
+    [
+        ["--help"],
+        ["compress", "--help"],
+        ["inspect", "--help"],
+        ["verify", "--help"],
+        ["bench", "--help"],
+        ["export", "--help"],
+        ["--version"],
+    ],
     ids=" ".join,
 )
 def test_the_command_lines_help_loads_nothing_heavy(arguments):

@@ -42,7 +42,10 @@ PUBLIC = frozenset(
 OPTIONS = {
     "compress": frozenset(
         {
+            "--batch",
             "--bond-dim",
+            "--form",
+            "--quantize",
             "--ratio",
             "--of",
             "--data",
@@ -67,6 +70,37 @@ OPTIONS = {
         {"--error", "--exclude", "--include", "--json", "--model", "--trust-pickle"}
     ),
     "report": frozenset({"--json"}),
+    "export": frozenset(
+        {
+            "--batch",
+            "--data",
+            "--force",
+            "--form",
+            "--input",
+            "--json",
+            "--measure",
+            "--model",
+            "--output",
+            "--quantize",
+            "--seed",
+            "--source",
+            "--trust-pickle",
+            "-o",
+        }
+    ),
+    "verify": frozenset(
+        {
+            "--against",
+            "--cores",
+            "--data",
+            "--json",
+            "--model",
+            "--seed",
+            "--tolerance",
+            "--trust-pickle",
+        }
+    ),
+    "bench": frozenset({"--against", "--batch", "--json", "--length", "--repeats", "--threads"}),
     "densify": frozenset({"--force", "--output", "-o"}),
 }
 

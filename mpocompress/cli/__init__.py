@@ -14,9 +14,10 @@ from mpocompress.cli.app import app
 from mpocompress.cli.compression import compress
 from mpocompress.cli.inspection import inspect
 from mpocompress.cli.results import densify, report
+from mpocompress.cli.verification import bench, export, verify
 from mpocompress.errors import LoadError, MPOCompressError
 
-__all__ = ["app", "compress", "densify", "inspect", "main", "report"]
+__all__ = ["app", "bench", "compress", "densify", "export", "inspect", "main", "report", "verify"]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,12 +9,18 @@ import typer
 
 from mpocompress.cli.app import app
 from mpocompress.cli.options import (
+    BatchOption,
     ExcludeOption,
     FactoryOption,
     ForceOption,
+    Form,
+    FormOption,
     IncludeOption,
+    InputOption,
     JsonOption,
     ModelArgument,
+    Quantize,
+    QuantizeOption,
     TrustOption,
 )
 from mpocompress.cli.results import show_report
@@ -106,14 +112,10 @@ def compress(
             "the dense one does.",
         ),
     ] = 0,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input",
-            metavar="SHAPE[:DTYPE]",
-            help="Shape of one input, such as 1x784 or 1x128:int64. Repeat for further inputs.",
-        ),
-    ] = None,
+    inputs: InputOption = None,
+    form: FormOption = Form.AUTO,
+    batch: BatchOption = 1,
+    quantize: QuantizeOption = Quantize.NONE,
     factory: FactoryOption = None,
     trust_pickle: TrustOption = False,
     dry_run: Annotated[
@@ -147,6 +149,9 @@ def compress(
         trust_pickle=trust_pickle,
         sweeps=sweeps,
         distill=distill,
+        form=form.value,
+        batch=batch,
+        quantize=quantize.value,
         seed=seed,
     )
     if dry_run:

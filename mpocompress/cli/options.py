@@ -1,10 +1,51 @@
 """Arguments and options that several commands share, worded once."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+
+class Form(StrEnum):
+    """How a layer is spelled in ONNX."""
+
+    AUTO = "auto"
+    CHAIN = "chain"
+    DENSE = "dense"
+
+
+class Quantize(StrEnum):
+    """How cores are stored in ONNX."""
+
+    NONE = "none"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+FormOption = Annotated[
+    Form,
+    typer.Option(
+        "--form",
+        help="Of layers in ONNX: chain (of cores), dense (cores in the file, the dense weight made "
+        "of them when a session starts), or auto: the faster, measured layer by layer.",
+    ),
+]
+BatchOption = Annotated[
+    int, typer.Option("--batch", metavar="N", min=1, help="Batch size that --form auto measures.")
+]
+QuantizeOption = Annotated[
+    Quantize,
+    typer.Option("--quantize", help="Store cores in ONNX as integers; a session unpacks them."),
+]
+InputOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="SHAPE[:DTYPE]",
+        help="Shape of one input, such as 1x784 or 1x128:int64. Repeat for further inputs.",
+    ),
+]
 ModelArgument = Annotated[
     str,
     typer.Argument(

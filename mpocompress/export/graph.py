@@ -8,6 +8,9 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnxscript import optimizer
 
+from mpocompress.export.graph_integers import store_integers
+from mpocompress.export.integers import StoredIntegers
+
 # The model is a submodule of the traced wrapper.
 PARAMETER_PREFIX = "model."
 
@@ -18,16 +21,27 @@ _RESHAPES = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
 _PASSES_INDICES_ON = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Expand"})
 
 
-def simplify(model: ir.Model) -> None:
+def simplify(
+    model: ir.Model,
+    integers: Mapping[str, StoredIntegers] | None = None,
+    first_names: Mapping[str, str] | None = None,
+) -> None:
     """Optimize a freshly exported graph in place, leaving one initializer for each parameter.
 
     onnxscript's optimizer folds the arithmetic of shapes and fuses what it can. It is kept away
     from the parameters, which it would fold into nameless constants, of any size (a chain of cores
     into the dense matrix): `fold_parameter_views` folds what only rearranges them.
+
+    Args:
+        model: the graph.
+        integers: parameters that are stored as integers, by their first name in the model.
+        first_names: see `rename`.
     """
     optimizer.optimize_ir(
         model, should_fold=lambda node: False if any(map(_is_parameter, node.inputs)) else None
     )
+    if integers:
+        store_integers(model, integers, first_names or {})
     fold_parameter_views(model)
     passes.RemoveUnusedNodesPass()(model)
 

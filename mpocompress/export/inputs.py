@@ -15,6 +15,9 @@ from mpocompress.export.calls import ForwardCall, Slot
 BATCH = "batch"
 SEQUENCE = "sequence"
 
+# Where a file's metadata describes its inputs.
+INPUTS_KEY = "mpocompress.inputs"
+
 # Size of a symbolic dimension about which a foreign graph says nothing.
 _GUESSED_SIZE = 16
 

@@ -1,9 +1,10 @@
 """Writing a model as an ONNX file: a free batch dimension, checked, all or nothing."""
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,19 +15,25 @@ from mpocompress._version import __version__
 from mpocompress.errors import DataError, ExportError, SaveError
 from mpocompress.export import inputs
 from mpocompress.export.calls import Batch, ForwardCall, first_line, inference_copy, run
-from mpocompress.export.inputs import InputSpec
+from mpocompress.export.form_choice import LayerForm, choose_forms
+from mpocompress.export.forms import Form, FormChoice, check_form, layers_of, set_forms_
+from mpocompress.export.inputs import INPUTS_KEY, InputSpec
+from mpocompress.export.integers import StoredIntegers
+from mpocompress.export.quantize import Quantize, QuantizedModel, check_quantize, quantize_cores
 from mpocompress.export.tracing import Trace, trace, traceable, translate
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 DEFAULT_OPSET = 18
+INT4_OPSET = 21  # the first with 4-bit tensors
 
 # Protobuf ends at 2 GiB; the rest is room for the graph and for what other tools add.
 SINGLE_FILE_BYTES = 1_800_000_000
 
-# Where the file's metadata describes its inputs.
-INPUTS_KEY = "mpocompress.inputs"
+# What the file's metadata says of its layers.
+FORMS_KEY = "mpocompress.forms"
+QUANTIZATION_KEY = "mpocompress.quantization"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +47,8 @@ class ExportedModel:
         inputs: the graph's inputs.
         outputs: names of the graph's outputs.
         converted_from: floating dtypes of the model that were written as float32, sorted.
+        forms: how each compressed layer is spelled, by its first name in the model.
+        quantization: how cores are stored: "none", "int8" or "int4".
     """
 
     path: Path
@@ -48,6 +57,8 @@ class ExportedModel:
     inputs: tuple[InputSpec, ...]
     outputs: tuple[str, ...]
     converted_from: tuple[str, ...]
+    forms: Mapping[str, LayerForm]
+    quantization: Quantize
 
     @property
     def num_bytes(self) -> int:
@@ -60,7 +71,11 @@ def export_onnx(
     path: str | os.PathLike[str],
     example_inputs: Batch,
     *,
-    opset: int = DEFAULT_OPSET,
+    form: FormChoice | Mapping[str, Form] = "chain",
+    form_batch: int = 1,
+    quantize: Quantize | QuantizedModel = "none",
+    data: Iterable[Batch] | None = None,
+    opset: int | None = None,
     metadata: Mapping[str, str] | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
@@ -79,7 +94,16 @@ def export_onnx(
         path: the file to write; an existing one is replaced at the very end.
         example_inputs: a tensor, a tuple of forward arguments, or a dict of them. The number of
             rows does not matter.
-        opset: version of the default operator set, 18 or later.
+        form: how compressed layers are spelled. "chain": the input meets the cores one by one.
+            "dense": the cores are multiplied to the dense weight when a session starts, so the
+            file is small, and speed and memory are the dense layer's. "auto": whichever is faster
+            in ONNX Runtime, measured layer by layer; near a tie, runs may differ. Or a dict from
+            layer to "chain" or "dense", as in `ExportedModel.forms`; other layers are chains.
+        form_batch: rows of the example to measure at.
+        quantize: "int8" or "int4" to store cores as integers, see `quantize_cores`; or what that
+            gave for this model.
+        data: batches for the rounding.
+        opset: version of the default operator set, 18 or later, for int4 cores 21; default: that.
         metadata: entries for the file's `metadata_props`.
         input_names: instead of the names of `forward`'s arguments, in the order of the example.
         output_names: instead of "output", or the keys of what `forward` returns.
@@ -93,16 +117,37 @@ def export_onnx(
         SaveError: the file cannot be written.
     """
     path = Path(path)
-    _check_request(path, opset, metadata or {})
+    check_form(form)
+    if not isinstance(quantize, QuantizedModel):
+        check_quantize(quantize)
+    least = INT4_OPSET if _kind(quantize) == "int4" else DEFAULT_OPSET
+    opset = least if opset is None else opset
+    _check_request(path, opset, least, metadata or {})
     copied, converted_from = inference_copy(model)
+    quantization = _kind(quantize)
+    integers: Mapping[str, StoredIntegers] = {}
+    if quantize != "none":
+        if not isinstance(quantize, QuantizedModel):
+            quantize = quantize_cores(copied, quantize, data)
+        copied, _ = inference_copy(quantize.model)
+        integers = quantize.integers
     call = traceable(ForwardCall.from_batch(copied, example_inputs))
     outputs = tuple(_run_example(copied, call))
     input_names = _chosen("input", input_names, call.names)
     output_names = _chosen("output", output_names, _apart(outputs, input_names))
+    forms = _forms(copied, call, form, form_batch)
+    first_names = _first_names(copied)
+    set_forms_(copied, {name: layer.form for name, layer in forms.items()})
     traced = trace(copied, call)
-    graph_model = translate(traced, opset, type(model).__name__)
-    specs = _finish_graph(graph_model, traced, input_names, output_names, _first_names(copied))
+    graph_model = translate(
+        traced, opset, type(model).__name__, integers=integers, first_names=first_names
+    )
+    specs = _finish_graph(graph_model, traced, input_names, output_names, first_names)
     entries = {INPUTS_KEY: inputs.to_json(specs, call.constants), **(metadata or {})}
+    if forms:
+        by_name = {name: layer.form for name, layer in sorted(forms.items())}
+        entries[FORMS_KEY] = json.dumps(by_name, separators=(",", ":"))
+        entries[QUANTIZATION_KEY] = quantization
     graph_model.metadata_props.update(sorted(entries.items()))
     return ExportedModel(
         path=path,
@@ -111,14 +156,42 @@ def export_onnx(
         inputs=specs,
         outputs=output_names,
         converted_from=converted_from,
+        forms=forms,
+        quantization=quantization,
     )
 
 
-def _check_request(path: Path, opset: int, metadata: Mapping[str, str]) -> None:
+def _kind(quantize: Quantize | QuantizedModel) -> Quantize:
+    """How cores are stored."""
+    return quantize.kind if isinstance(quantize, QuantizedModel) else quantize
+
+
+def _forms(
+    model: nn.Module, call: ForwardCall, form: FormChoice | Mapping[str, Form], batch: int
+) -> dict[str, LayerForm]:
+    layers = layers_of(model)
+    if form == "auto":
+        return choose_forms(model, call, batch=batch)
+    if not isinstance(form, Mapping):
+        return {name: LayerForm(form=form) for name in layers}
+    unknown = sorted(set(form) - set(layers))
+    if unknown:
+        raise ExportError(
+            f"form names {unknown[0]!r}, which is no compressed layer. There are: "
+            f"{', '.join(layers) or 'none'}."
+        )
+    return {name: LayerForm(form=form.get(name, "chain")) for name in layers}
+
+
+def _check_request(path: Path, opset: int, least: int, metadata: Mapping[str, str]) -> None:
     if opset < DEFAULT_OPSET:
         raise ExportError(
             f"opset {opset}: torch's exporter writes opset {DEFAULT_OPSET} and later. "
             f"Take opset={DEFAULT_OPSET}, which ONNX Runtime has read since version 1.14."
+        )
+    if opset < least:
+        raise ExportError(
+            f"opset {opset} has no 4-bit tensors. Take opset={least} or later, or quantize='int8'."
         )
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):

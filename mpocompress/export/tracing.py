@@ -6,7 +6,7 @@ import logging
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 from mpocompress.errors import ExportError
 from mpocompress.export.calls import ForwardCall, TensorForward, first_line, run
 from mpocompress.export.inputs import BATCH, SEQUENCE
+from mpocompress.export.integers import StoredIntegers
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -218,13 +219,22 @@ def _accepts(
     return True
 
 
-def translate(traced: Trace, opset: int, name: str) -> "ir.Model":
+def translate(
+    traced: Trace,
+    opset: int,
+    name: str,
+    *,
+    integers: Mapping[str, StoredIntegers] | None = None,
+    first_names: Mapping[str, str] | None = None,
+) -> "ir.Model":
     """Translate a traced model to ONNX and simplify the graph.
 
     Args:
         traced: the model.
         opset: version of the default operator set.
         name: of the model, for messages.
+        integers: parameters that are stored as integers, by their first name in the model.
+        first_names: the name that a parameter with several names has first in the model, by name.
 
     Raises:
         ExportError: an operation has no counterpart in ONNX.
@@ -238,7 +248,7 @@ def translate(traced: Trace, opset: int, name: str) -> "ir.Model":
             )
             if translated is None:
                 raise RuntimeError("torch's exporter returned no graph")
-            graph.simplify(translated.model)
+            graph.simplify(translated.model, integers, first_names)
             _check_opset(translated.model, opset)
     except Exception as error:
         raise ExportError(

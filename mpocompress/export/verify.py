@@ -5,32 +5,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpocompress.errors import DataError, LoadError, ParityError
+from mpocompress.errors import DataError, ParityError
 from mpocompress.export import inputs
-from mpocompress.export.calls import Batch, ForwardCall, Slot, first_line, inference_copy, run
+from mpocompress.export.agreement import differences
+from mpocompress.export.calls import Batch, ForwardCall, first_line, inference_copy, run
 from mpocompress.export.inputs import InputSpec
-from mpocompress.export.onnx_file import INPUTS_KEY
+from mpocompress.export.session import described_inputs, open_session
 
 # Of the batches made up for one batch size, the sizes of the other dimensions, from the example's.
 _OTHER_SIZES = (lambda size: size // 2 + 1, lambda size: size + 3, lambda size: size)
-
-_DTYPES = {
-    "tensor(float)": "float32",
-    "tensor(double)": "float64",
-    "tensor(float16)": "float16",
-    "tensor(int64)": "int64",
-    "tensor(int32)": "int32",
-    "tensor(int16)": "int16",
-    "tensor(int8)": "int8",
-    "tensor(uint8)": "uint8",
-    "tensor(bool)": "bool",
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,55 +116,11 @@ class _Graph:
     """An ONNX file in a session, with what is known of its inputs."""
 
     def __init__(self, path: Path, model: nn.Module) -> None:
-        import onnxruntime
-
         self.path = path
-        if not path.is_file():
-            raise LoadError(f"{path}: there is no such file. Export the model first.")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors: warnings are about optimizations
-        options.intra_op_num_threads = torch.get_num_threads()
-        try:
-            self._session = onnxruntime.InferenceSession(
-                path, options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            raise LoadError(
-                f"ONNX Runtime cannot open {path}: {first_line(error)}. Export the model again."
-            ) from error
+        self._session = open_session(path)
         self.outputs = tuple(value.name for value in self._session.get_outputs())
-        metadata = self._session.get_modelmeta().custom_metadata_map
-        self.specs: tuple[InputSpec, ...] = ()
-        self.constants: tuple[tuple[Slot, Any], ...] = ()
-        if INPUTS_KEY in metadata:
-            self.specs, self.constants = inputs.from_json(metadata[INPUTS_KEY])
-        else:
-            self.specs = tuple(self._guessed_specs(model))
-
-    def _guessed_specs(self, model: nn.Module) -> Iterator[InputSpec]:
-        """What a file that somebody else wrote says of its inputs."""
-        import onnx
-        import onnx_ir as ir
-
-        from mpocompress.export.graph import table_sizes
-
-        proto = onnx.load(self.path, load_external_data=False)
-        tables = table_sizes(ir.serde.deserialize_model(proto))
-        values = self._session.get_inputs()
-        by_name = {value.name for value in values} <= set(signature(model.forward).parameters)
-        for position, value in enumerate(values):
-            if value.type not in _DTYPES:
-                raise LoadError(
-                    f"{self.path}: input {value.name!r} is a {value.type}, which PyTorch cannot "
-                    f"feed. Possible are {', '.join(_DTYPES)}."
-                )
-            yield inputs.guessed_spec(
-                value.name,
-                value.name if by_name else position,
-                _DTYPES[value.type],
-                value.shape,
-                tables.get(value.name),
-            )
+        arguments = frozenset(signature(model.forward).parameters)
+        self.specs, self.constants = described_inputs(self._session, path, arguments=arguments)
 
     @property
     def batch_symbols(self) -> frozenset[str]:
@@ -347,7 +291,7 @@ class _Comparison:
         for name, (actual, expected) in pairs.items():
             output = self.outputs.setdefault(name, _Output())
             output.exact = not np.issubdtype(expected.dtype, np.floating)
-            difference = _differences(actual, expected)
+            difference = differences(actual, expected)
             finite = np.abs(expected[np.isfinite(expected)])
             output.max_difference = max(output.max_difference, float(difference.max(initial=0)))
             output.max_value = max(output.max_value, float(finite.max(initial=0)))
@@ -369,17 +313,3 @@ class _Comparison:
             samples=self.samples,
             worst_output=worst,
         )
-
-
-def _differences(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Absolute differences; 0 for equal infinities and NaN on both sides, else infinite."""
-    if not np.issubdtype(expected.dtype, np.floating):
-        actual, expected = actual.astype(np.float64), expected.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        difference = np.asarray(np.abs(actual - expected))  # also of scalars
-    special = ~np.isfinite(difference)
-    if special.any():
-        ours, theirs = actual[special], expected[special]
-        equal = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
-        difference[special] = np.where(equal, 0, np.inf)
-    return difference

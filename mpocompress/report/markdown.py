@@ -67,6 +67,8 @@ def _layers(layers: Sequence[LayerReport]) -> str:
     header = ["Layer", "Layout", "Shape", "Bond dim", "Parameters", "Ratio", "Multiply-adds"]
     header += ["Weight error", *(["Output error"] if with_outputs else [])]
     header += ["Entropy (nats)", "Effective bond dim"]
+    with_forms = any(layer.form is not None for layer in layers)
+    header += ["ONNX"] if with_forms else []
     rows = []
     for layer in layers:
         output = [wording.relative_error(layer.relative_output_error)] if with_outputs else []
@@ -84,10 +86,23 @@ def _layers(layers: Sequence[LayerReport]) -> str:
                 *output,
                 wording.entropy_text(layer),
                 wording.effective_bond_dim_text(layer),
+                *([_form(layer)] if with_forms else []),
             ]
         )
     note = "Entropy and effective bond dimension are those of the middle bond."
+    if with_forms:
+        note += (
+            " ONNX: a chain of cores, or cores that become the dense weight when a session starts; "
+            "in microseconds what one run of the layer takes as chain / dense, where it was timed."
+        )
     return f"{_table(header, rows, left=2)}\n\n{note}"
+
+
+def _form(layer: LayerReport) -> str:
+    if layer.form is None or len(layer.form_seconds) < 2:
+        return layer.form or ""
+    chain, dense = (1e6 * layer.form_seconds[form] for form in ("chain", "dense"))
+    return f"{layer.form} ({chain:,.0f} / {dense:,.0f})"
 
 
 def _candidates(layers: Sequence[LayerReport]) -> str:

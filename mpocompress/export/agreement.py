@@ -1,0 +1,166 @@
+"""How far the outputs of two models are apart: running figures over batches, output by output."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputAgreement:
+    """One output of two models, over all samples.
+
+    Attributes:
+        max_abs_difference: of any number; infinite where one side is NaN or infinite alone.
+        max_relative_difference: `max|a - b| / max|b|`; integers must be equal: 1 or more if not.
+        relative_error: `norm(a - b) / norm(b)`, Frobenius: what is lost on the whole.
+        cosine: mean over all vectors (the last axis) of the cosine between both; None for numbers,
+            and for outputs that are no floats.
+        argmax_agreement: share of vectors whose largest entry is at the same place; likewise.
+        vectors: that were compared.
+    """
+
+    max_abs_difference: float
+    max_relative_difference: float
+    relative_error: float
+    cosine: float | None
+    argmax_agreement: float | None
+    vectors: int
+
+
+def differences(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Absolute differences; 0 for equal infinities and NaN on both sides, else infinite."""
+    if not np.issubdtype(expected.dtype, np.floating):
+        actual, expected = actual.astype(np.float64), expected.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        difference = np.asarray(np.abs(actual - expected))  # also of scalars
+    special = ~np.isfinite(difference)
+    if special.any():
+        ours, theirs = actual[special], expected[special]
+        equal = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
+        difference[special] = np.where(equal, 0, np.inf)
+    return difference
+
+
+@dataclass(slots=True)
+class _Sums:
+    max_difference: float = 0.0
+    max_value: float = 0.0
+    squared_difference: float = 0.0
+    squared_value: float = 0.0
+    cosines: float = 0.0
+    argmax_equal: int = 0
+    vectors: int = 0
+    floats: bool = True
+    wide: bool = False  # whether there is more than one entry to a vector
+
+    def add(self, actual: np.ndarray, expected: np.ndarray) -> None:
+        self.floats = bool(np.issubdtype(expected.dtype, np.floating))
+        difference = differences(actual, expected).astype(np.float64)
+        finite = expected[np.isfinite(expected)].astype(np.float64)
+        self.max_difference = max(self.max_difference, float(difference.max(initial=0)))
+        self.max_value = max(self.max_value, float(np.abs(finite).max(initial=0)))
+        self.squared_difference += float((difference**2).sum())
+        self.squared_value += float((finite**2).sum())
+        if not self.floats or expected.ndim == 0 or expected.shape[-1] < 2 or not expected.size:
+            self.vectors += int(np.prod(expected.shape[:-1], dtype=int))
+            return
+        self.wide = True
+        ours = actual.reshape(-1, actual.shape[-1]).astype(np.float64)
+        theirs = expected.reshape(-1, expected.shape[-1]).astype(np.float64)
+        norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            cosines = np.where(norms > 0, (ours * theirs).sum(1) / norms, 1.0)
+        self.cosines += float(np.nan_to_num(cosines).sum())
+        self.argmax_equal += int((ours.argmax(1) == theirs.argmax(1)).sum())
+        self.vectors += len(ours)
+
+    def result(self) -> OutputAgreement:
+        relative = _ratio(self.max_difference, self.max_value)
+        if not self.floats and relative:
+            relative = max(relative, 1.0)
+        compared = self.wide and self.vectors
+        return OutputAgreement(
+            max_abs_difference=self.max_difference,
+            max_relative_difference=relative,
+            relative_error=_ratio(self.squared_difference, self.squared_value) ** 0.5,
+            cosine=self.cosines / self.vectors if compared else None,
+            argmax_agreement=self.argmax_equal / self.vectors if compared else None,
+            vectors=self.vectors,
+        )
+
+
+def _ratio(part: float, whole: float) -> float:
+    if not part:
+        return 0.0
+    return part / whole if whole else float("inf")
+
+
+@dataclass(slots=True)
+class Agreement:
+    """Running figures over batches; nothing is kept of the batches themselves."""
+
+    _sums: dict[str, _Sums] = field(default_factory=dict)
+
+    def add(
+        self,
+        actual: Mapping[str, np.ndarray],
+        expected: Mapping[str, np.ndarray],
+        keep: np.ndarray | None = None,
+    ) -> None:
+        """Compare one batch.
+
+        Args:
+            actual: outputs by name, with the shapes of the expected ones.
+            expected: what they are held against.
+            keep: boolean (batch, sequence): positions that are no padding. Only they are compared
+                in outputs (batch, sequence, ...).
+        """
+        for name, theirs in expected.items():
+            ours = actual[name]
+            if keep is not None and theirs.ndim >= 3 and theirs.shape[:2] == keep.shape:
+                ours, theirs = ours[keep], theirs[keep]
+            self._sums.setdefault(name, _Sums()).add(ours, theirs)
+
+    def result(self) -> dict[str, OutputAgreement]:
+        """The figures of each output."""
+        return {name: sums.result() for name, sums in self._sums.items()}
+
+
+@dataclass(slots=True)
+class LabelScore:
+    """How often an output's largest entry is the label, or how far it is from the labels.
+
+    Integer labels, one for each vector of the first output that has them so, count as classes
+    (negative ones are skipped); floating labels of an output's shape are targets.
+    """
+
+    output: str | None = None
+    kind: str | None = None
+    correct: int = 0
+    squared_error: float = 0.0
+    count: int = 0
+
+    def add(self, outputs: Mapping[str, np.ndarray], labels: np.ndarray) -> None:
+        """Score one batch; labels that fit no output are ignored."""
+        for name, values in outputs.items():
+            if self.output not in (None, name) or not np.issubdtype(values.dtype, np.floating):
+                continue
+            if np.issubdtype(labels.dtype, np.integer) and values.shape[:-1] == labels.shape:
+                known = labels >= 0
+                self.output, self.kind = name, "accuracy"
+                self.correct += int((values.argmax(-1) == labels)[known].sum())
+                self.count += int(known.sum())
+                return
+            if np.issubdtype(labels.dtype, np.floating) and values.size == labels.size:
+                self.output, self.kind = name, "mean squared error"
+                error = values.reshape(-1).astype(np.float64) - labels.reshape(-1)
+                self.squared_error += float((error**2).sum())
+                self.count += values.size
+                return
+
+    def value(self) -> float | None:
+        """Accuracy or mean squared error; None if no labels fitted."""
+        if not self.count:
+            return None
+        return (self.correct if self.kind == "accuracy" else self.squared_error) / self.count

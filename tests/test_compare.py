@@ -1,0 +1,221 @@
+"""`verify` on files: the difference split in two, quality, labels, exit codes; ONNX and PyTorch."""
+
+import json
+import math
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import mpocompress as mpo
+from mpocompress.cli import main
+from mpocompress.errors import DataError, LoadError, ParityError
+from mpocompress.export import export_onnx
+from mpocompress.export.agreement import Agreement, LabelScore
+from mpocompress.export.comparison import compare
+
+pytestmark = pytest.mark.onnx
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 32), nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self.first(x).relu()
+        return {"hidden": hidden, "logits": self.second(hidden)}
+
+
+class Tokens(nn.Module):
+    """Positions, padding, and an output for each position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(20, 16), nn.Linear(16, 16)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        # Padding is not what it should be, and must not matter.
+        return self.out(self.table(input_ids)) * (1 + 100 * (1 - attention_mask[..., None]))
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A dense model, a compressed one, and the file of the latter."""
+    torch.manual_seed(0)
+    dense = Net().eval()
+    result = mpo.compress(dense, bond_dim=6, layout="svd")
+    path = export_onnx(result.model, tmp_path / "small.onnx", torch.randn(2, 24)).path
+    return dense, result.model, path
+
+
+def batches(count=3, rows=5, labels=None):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        yield {"x": torch.randn(rows, 24, generator=generator)}, labels
+
+
+def test_the_difference_is_split_in_export_and_approximation(pair):
+    dense, small, path = pair
+    found = compare(path, dense, batches(), compressed=small)
+    x = torch.cat([arrays["x"] for arrays, _ in batches()])
+    with torch.no_grad():
+        truth, cheap = dense(x), small(x)
+    for name in ("hidden", "logits"):
+        lost = float((cheap[name] - truth[name]).norm() / truth[name].norm())
+        assert found.approximation[name].relative_error == pytest.approx(lost, rel=1e-4)
+        assert found.total[name].relative_error == pytest.approx(lost, rel=1e-4)
+        assert found.export[name].max_relative_difference < 1e-5
+        cosine = float(nn.functional.cosine_similarity(cheap[name], truth[name]).mean())
+        assert found.total[name].cosine == pytest.approx(cosine, abs=1e-5)
+        same = (cheap[name].argmax(1) == truth[name].argmax(1)).float().mean()
+        assert found.total[name].argmax_agreement == pytest.approx(float(same))
+    assert found.samples == 15
+    assert found.failures == ()
+    json.dumps(found.to_dict())
+
+
+def test_an_onnx_reference_gives_the_same_total(pair, tmp_path):
+    dense, _, path = pair
+    other = export_onnx(dense, tmp_path / "dense.onnx", torch.randn(2, 24), input_names=["pixels"])
+    by_file = compare(path, other.path, batches())
+    by_model = compare(path, dense, batches())
+    assert by_file.export is None
+    for name, figures in by_model.total.items():
+        assert by_file.total[name].relative_error == pytest.approx(figures.relative_error, rel=1e-4)
+
+
+def test_a_wrong_export_fails_although_the_total_is_not_bounded(pair):
+    dense, small, path = pair
+    model = onnx.load(path)
+    bias = next(t for t in model.graph.initializer if t.name == "second.bias")
+    values = onnx.numpy_helper.to_array(bias) + 0.01
+    bias.CopyFrom(onnx.numpy_helper.from_array(values.astype("f"), bias.name))
+    onnx.save(model, path)
+    found = compare(path, dense, compressed=small)
+    with pytest.raises(ParityError, match="the export alone changes output 'logits'"):
+        found.raise_if_failed()
+
+
+def test_tolerance_is_of_the_total(pair):
+    dense, _, path = pair
+    assert compare(path, dense, tolerance=10.0).failures == ()
+    with pytest.raises(ParityError, match=r"differ in output 'hidden'.*allowed is 0\.001"):
+        compare(path, dense, tolerance=1e-3).raise_if_failed()
+
+
+def test_labels_are_scored_on_both_sides(pair):
+    dense, _, path = pair
+    rows = [arrays["x"] for arrays, _ in batches()]
+    labels = [dense(x)["logits"].argmax(1) for x in rows]
+    labels[0][0] = -100  # to be skipped
+    data = [({"x": x}, label) for x, label in zip(rows, labels, strict=True)]
+    found = compare(path, dense, data).labels
+    # Labels are integers: of the two outputs they fit both in shape, and the first is taken.
+    assert found["measure"] == "accuracy"
+    assert found["output"] == "hidden"
+    score = LabelScore()
+    for x, label in zip(rows, labels, strict=True):
+        score.add({"logits": dense(x)["logits"].detach().numpy()}, label.numpy())
+    assert score.value() == 1.0
+    assert score.count == 14
+    score = LabelScore()
+    score.add({"y": np.ones((4, 1), "f")}, np.zeros(4, "f"))
+    assert (score.kind, score.value()) == ("mean squared error", 1.0)
+
+
+def test_padding_is_not_compared(tmp_path):
+    torch.manual_seed(0)
+    dense = Tokens().eval()
+    result = mpo.compress(dense, bond_dim=8, layout="svd", if_smaller=False)
+    ids, mask = torch.randint(0, 20, (4, 6)), torch.ones(4, 6, dtype=torch.int64)
+    mask[1:, 3:] = 0
+    example = {"input_ids": ids, "attention_mask": mask}
+    path = export_onnx(result.model, tmp_path / "t.onnx", example).path
+    found = compare(path, dense, [(example, None)]).total["output"]
+    assert found.vectors == int(mask.sum())
+    with torch.no_grad():
+        ours, truth = result.model(**example), dense(**example)
+    kept = mask.bool()
+    lost = float((ours[kept] - truth[kept]).norm() / truth[kept].norm())
+    assert found.relative_error == pytest.approx(lost, rel=1e-4)
+
+
+def test_special_values_and_integers():
+    agreement = Agreement()
+    row = np.array([[1.0, np.nan, np.inf]])
+    agreement.add({"a": row, "n": np.array([1, 2])}, {"a": row, "n": np.array([1, 3])})
+    found = agreement.result()
+    assert found["a"].max_abs_difference == 0
+    assert found["n"].max_relative_difference == 1
+    assert found["n"].cosine is None
+    agreement.add({"a": np.zeros((1, 3))}, {"a": row})
+    assert math.isinf(agreement.result()["a"].max_abs_difference)
+
+
+def test_what_does_not_fit_is_named(pair, tmp_path):
+    dense, _, path = pair
+    with pytest.raises(DataError, match=r"needs 'x': float32 \(batch, 24\), but the data has 'z'"):
+        compare(path, dense, [({"z": torch.zeros(2, 24)}, None)])
+    with pytest.raises(DataError, match="'z', which .* does not take"):
+        compare(path, dense, [({"x": torch.zeros(2, 24), "z": torch.zeros(2)}, None)])
+    with pytest.raises(DataError, match=r"float32 \(2, 25\)"):
+        compare(path, dense, [({"x": torch.zeros(2, 25)}, None)])
+    with pytest.raises(DataError, match="no batches"):
+        compare(path, dense, [])
+    with pytest.raises(ParityError, match="has the outputs hidden, logits, but the reference has"):
+        compare(path, nn.Linear(24, 10), [({0: torch.zeros(2, 24)}, None)])
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
+    with pytest.raises(LoadError, match=r"cannot open .*broken\.onnx"):
+        compare(tmp_path / "broken.onnx", dense)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 40)).eval()
+    torch.save(model, "model.pt")
+    x = torch.randn(20, 48)
+    np.savez("data.npz", input=x.numpy(), labels=model(x).argmax(1).numpy())
+    assert run(capsys, "model.pt", "--bond-dim", "8")[0] == 0
+    return tmp_path
+
+
+def run(capsys, *arguments):
+    code = 0
+    try:
+        main(list(arguments))
+    except SystemExit as stop:
+        code = stop.code or 0
+    streams = capsys.readouterr()
+    return code, streams.out, streams.err
+
+
+def test_command_line(here, capsys):
+    made = "model-mpo/model.onnx"
+    code, out, err = run(capsys, "verify", made, "--against", "model.pt", "--data", "data.npz")
+    assert (code, err) == (0, "")
+    assert "20 samples" in out
+    assert "approximation" in out
+    assert "accuracy on the labels" in out
+    assert "reference 1.0000" in out
+    code, out, _ = run(
+        capsys, "verify", made, "--against", "model.pt", "--tolerance", "1e-3", "--json"
+    )
+    assert code == 3
+    found = json.loads(out)
+    assert found["passed"] is False
+    assert found["export"]["output"]["max_relative_difference"] < 1e-5
+    code, _, err = run(capsys, "verify", made, "--against", "model.pt", "--tolerance", "1e-3")
+    assert code == 3
+    assert "allowed is 0.001" in err
+    code, out, err = run(capsys, "verify", made, "--against", made, "--tolerance", "0")
+    assert code == 0
+    assert "not told apart" in err
+    torch.save(torch.load("model.pt", weights_only=False).state_dict(), "state.pt")
+    code, _, err = run(capsys, "verify", made, "--against", "state.pt")
+    assert code == 2
+    assert "--model MODULE:FACTORY" in err
