@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from mpocompress.layers import MPOLinear
+from mpocompress.surgery.adapt_linear import LinearAdapter
 from mpocompress.surgery.adapter import WeightAdapter, adapter_for
 from mpocompress.tuning.moments import real_rows
 
@@ -13,12 +15,12 @@ _ENTRIES = 1 << 24
 
 
 def adapter_of(layer: nn.Module) -> WeightAdapter:
-    """The adapter of a layer that is known to have one.
+    """The adapter of a layer that is known to have one; an `MPOLinear` takes rows as a linear does.
 
     Raises:
         TypeError: it has none.
     """
-    adapter = adapter_for(layer)
+    adapter = LinearAdapter() if isinstance(layer, MPOLinear) else adapter_for(layer)
     if adapter is None:
         raise TypeError(f"a {type(layer).__name__} has no weight that is known.")
     return adapter
