@@ -1,18 +1,20 @@
 """One command's worth of work: from a checkpoint to a verified result directory."""
 
-import inspect
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mpocompress import api, saving
 from mpocompress._version import __version__
-from mpocompress.errors import DataError
+from mpocompress.api.data import forward_arguments
+from mpocompress.errors import BudgetError, DataError
 from mpocompress.export import export_onnx, verify
+from mpocompress.layers import MPOLinear
 from mpocompress.loading import (
     Batch,
     Batches,
@@ -23,9 +25,10 @@ from mpocompress.loading import (
     load_source,
     module_from_state,
 )
-from mpocompress.planning import LayoutChoice, Of, Plan, Progress
+from mpocompress.planning import LayoutChoice, ObjectiveName, Of, Plan, Progress
 from mpocompress.report import CompressionReport, Parity
 from mpocompress.report import Source as ReportSource
+from mpocompress.report.narrative import onnx_bytes as onnx_bytes_of
 from mpocompress.surgery import Inventory, find_weights
 
 NO_MODULE = (
@@ -44,7 +47,12 @@ class Request:
 
     bond_dim: int | None = None
     ratio: float | None = None
+    max_size: str | None = None
+    max_error: float | None = None
+    max_drop: float | None = None
     of: Of = "model"
+    objective: ObjectiveName = "size"
+    batch: int = 1
     layout: LayoutChoice = "auto"
     sites: int | None = None
     include: tuple[str, ...] = ()
@@ -69,7 +77,12 @@ class Request:
         return {
             "bond_dim": self.bond_dim,
             "ratio": self.ratio,
+            "max_size": self.max_size,
+            "max_error": self.max_error,
+            "max_drop": self.max_drop,
             "of": self.of,
+            "objective": self.objective,
+            "batch": self.batch,
             "layout": self.layout,
             "sites": self.sites,
             "include": self.include,
@@ -125,11 +138,15 @@ def plan_model(
     """
     opened = open_model(path, factory=request.factory, trust_pickle=request.trust_pickle)
     # A bond dimension is planned from the weights alone; only budgets look at the data.
-    batches = None if request.data is None or request.ratio is None else load_batches(request.data)
+    needs_data = request.data is not None and request.bond_dim is None
+    batches = load_batches(request.data) if request.data and needs_data else None
+    examples = _examples(opened, request, batches) if request.max_size is not None else None
     plan = api.plan(
         opened.module,
         **request.plan_options(),
         data=batches,
+        onnx_bytes=None if examples is None else _onnx_bytes(opened.source, examples),
+        sweeps=request.sweeps,
         seed=request.seed,
         progress=progress,
     )
@@ -157,13 +174,12 @@ def convert(
         with clock("loading"):
             opened = open_model(path, factory=request.factory, trust_pickle=request.trust_pickle)
             batches = None if request.data is None else load_batches(request.data)
-            examples = None
-            if opened.source.kind == "module":
-                examples = example_inputs(opened.source, specs=request.inputs, batches=batches)
+            examples = _examples(opened, request, batches)
         result = api.compress(
             opened.module,
             **request.plan_options(),
             data=batches,
+            onnx_bytes=None if examples is None else _onnx_bytes(opened.source, examples),
             sweeps=request.sweeps,
             distill=request.distill,
             seed=request.seed,
@@ -201,8 +217,50 @@ def convert(
                 ],
             }
         )
+        _check_size(report)
         api.write_report(report, scratch)
     return Conversion(directory=Path(directory), report=report, notes=tuple(notes))
+
+
+def _examples(opened: Opened, request: Request, batches: Batches | None) -> ExampleInputs | None:
+    """What to trace the model with; None where it cannot be traced.
+
+    Raises:
+        BudgetError: a size is asked for of a file that cannot be written.
+    """
+    examples = None
+    if opened.source.kind == "module":
+        examples = example_inputs(opened.source, specs=request.inputs, batches=batches)
+    if examples is None and request.max_size is not None:
+        why = NO_MODULE if opened.source.kind == "state_dict" else NO_INPUTS
+        raise BudgetError(f"--max-size {request.max_size} is the size of the ONNX file: {why}.")
+    return examples
+
+
+def _onnx_bytes(source: Source, examples: ExampleInputs) -> "api.OnnxBytes":
+    """Writes a model as `_export` does and gives the bytes of its files."""
+
+    def onnx_bytes(model: nn.Module) -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = forward_arguments(model, Batch(examples.args, examples.kwargs))
+            path = Path(folder) / saving.ONNX_FILE
+            found = ReportSource(name=source.name, sha256=source.sha256)
+            return export_onnx(model, path, arguments, metadata=_metadata(model, found)).num_bytes
+
+    return onnx_bytes
+
+
+def _check_size(report: CompressionReport) -> None:
+    """A size is a ceiling of what is written, whatever files of this shape took before."""
+    if report.budget is None or report.budget.target != "max_size":
+        return
+    written = onnx_bytes_of(report)
+    if written is None or written > report.budget.asked:
+        raise BudgetError(
+            f"an ONNX file of {report.budget.asked:.0f} bytes was asked for, but what was written "
+            f"has {written}. Ask for {2 * int(report.budget.asked) - (written or 0)} bytes, and "
+            "please report this."
+        )
 
 
 def _export(
@@ -223,7 +281,7 @@ def _export(
             result.model,
             path,
             forward_arguments(result.model, Batch(examples.args, examples.kwargs)),
-            metadata=_metadata(result),
+            metadata=_metadata(result.model, result.report.source),
         )
     if progress is not None:
         progress("verifying in ONNX Runtime", 1, 2)
@@ -244,25 +302,6 @@ def _export(
     )
 
 
-def forward_arguments(model: nn.Module, batch: Batch) -> tuple[Tensor, ...] | dict[str, Tensor]:
-    """A batch as a tuple or a dict of forward arguments; a mixed one goes by name.
-
-    Raises:
-        DataError: positional arguments that the forward has no names for.
-    """
-    if not batch.kwargs:
-        return batch.args
-    if not batch.args:
-        return dict(batch.kwargs)
-    try:
-        bound = inspect.signature(model.forward).bind(*batch.args, **batch.kwargs)
-    except TypeError as error:
-        raise DataError(
-            f"the batch does not fit forward of {type(model).__name__}: {error}. Name all arrays."
-        ) from None
-    return dict(bound.arguments)
-
-
 def _few(batches: Batches, rows: int = 256) -> Iterator[Batch]:
     """Enough batches to compare on: a comparison of every sample would prove nothing more."""
     seen = 0
@@ -273,15 +312,19 @@ def _few(batches: Batches, rows: int = 256) -> Iterator[Batch]:
             return
 
 
-def _metadata(result: api.CompressionResult) -> dict[str, str]:
+def _metadata(model: nn.Module, source: ReportSource) -> dict[str, str]:
     """What the ONNX file says of itself, for netron and for people who find it later."""
     layers: dict[str, dict[str, Any]] = {
-        layer.name: {"layout": layer.layout, "bond_dims": layer.bond_dims}
-        for layer in result.report.compressed_layers
+        name or "(model)": {
+            "layout": [list(pair) for pair in layer.layout.pairs],
+            "bond_dims": list(layer.bond_dims),
+        }
+        for name, layer in model.named_modules()
+        if isinstance(layer, MPOLinear)
     }
     return {
         "mpocompress.version": __version__,
-        "mpocompress.source_name": result.report.source.name,
-        "mpocompress.source_sha256": result.report.source.sha256 or "",
+        "mpocompress.source_name": source.name,
+        "mpocompress.source_sha256": source.sha256 or "",
         "mpocompress.layers": json.dumps(layers, separators=(",", ":")),
     }

@@ -37,6 +37,11 @@ OPTIONS = {
         {
             "--bond-dim",
             "--ratio",
+            "--max-size",
+            "--max-error",
+            "--max-drop",
+            "--objective",
+            "--batch",
             "--of",
             "--data",
             "--distill",

@@ -204,7 +204,7 @@ def _fill(
 
     def offer(index: int) -> None:
         for priority, step in steps(index, bonds[index]):
-            if step <= tops[index]:
+            if bonds[index] < step <= tops[index]:
                 heappush(queue, (priority, index, bonds[index], step))
 
     for index in range(len(bonds)):

@@ -5,9 +5,11 @@ from mpocompress.tuning.distill_state import DistillRecord
 from mpocompress.tuning.gradients import LayerMoments, layer_moments
 from mpocompress.tuning.loss_sweeps import sweep_on_loss
 from mpocompress.tuning.objectives import Distillation, Loss
-from mpocompress.tuning.sensitivity import gain_of_bonds
+from mpocompress.tuning.output_errors import OutputErrors, output_energy, output_errors
+from mpocompress.tuning.sensitivity import gain_of_bonds, output_error_curve
 from mpocompress.tuning.sequential import FitOptions, FittedWeight, SitePlan, fit_in_sequence
 from mpocompress.tuning.sweep_options import LocalOptions, LossSweepOptions, LossSweepRecord
+from mpocompress.tuning.task_score import TaskScore, task_score
 
 __all__ = [
     "DistillOptions",
@@ -21,11 +23,17 @@ __all__ = [
     "Loss",
     "LossSweepOptions",
     "LossSweepRecord",
+    "OutputErrors",
     "SitePlan",
+    "TaskScore",
     "check_steps",
     "distill_",
     "fit_in_sequence",
     "gain_of_bonds",
     "layer_moments",
+    "output_energy",
+    "output_error_curve",
+    "output_errors",
     "sweep_on_loss",
+    "task_score",
 ]
