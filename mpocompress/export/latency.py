@@ -251,7 +251,7 @@ def cache_directory() -> Path:
 
 
 def _time_in_turn(runs: Sequence[Callable[[], Any]]) -> list[float]:
-    """Lower quartile of the seconds of one call of each, timed in rounds, one after the other in each round."""
+    """Lower quartile of the seconds of one call of each, timed in turn in every round."""
     repeats = []
     for run in runs:
         run()

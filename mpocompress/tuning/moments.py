@@ -35,6 +35,7 @@ class CrossMoment:
         Raises:
             DataError: NaN or Inf in a product.
         """
+        itself = left_NI is right_NJ
         for left_nI, right_nJ in zip(left_NI.split(_CHUNK), right_NJ.split(_CHUNK), strict=True):
             if left_nI.shape[0] == 0:
                 continue
@@ -43,7 +44,10 @@ class CrossMoment:
                 self._sums = _Sums.around(left_nI.mean(0), right_nJ.mean(0))
             left_nI = left_nI - self._sums.left_shift_I.to(left_nI.dtype)
             right_nJ = right_nJ - self._sums.right_shift_J.to(right_nJ.dtype)
-            self._sums.product_IJ += (left_nI.mT @ right_nJ).double()
+            product_IJ = (left_nI.mT @ right_nJ).double()
+            if itself:  # products in float32 are symmetric up to rounding only
+                product_IJ = (product_IJ + product_IJ.mT) / 2
+            self._sums.product_IJ += product_IJ
             self._sums.left_I += left_nI.double().sum(0)
             self._sums.right_J += right_nJ.double().sum(0)
             self.rows += left_nI.shape[0]
