@@ -120,10 +120,12 @@ def compressed(task: Task, method: str, ratio: float, seed: int) -> tuple[nn.Mod
     return minilm_quality.whitened_by_plan(task.model, task.data, plan, seed), None
 
 
-def quality(task: Task, ratios: Sequence[float], steps: int, seed: int) -> list[dict[str, Any]]:
+def quality(
+    task: Task, ratios: Sequence[float], methods: Sequence[str], steps: int, seed: int
+) -> list[dict[str, Any]]:
     rows = []
     for ratio in ratios:
-        for method in METHODS:
+        for method in methods:
             started = time.perf_counter()
             model, plan = compressed(task, method, ratio, seed)
             row: dict[str, Any] = {
@@ -221,7 +223,7 @@ def claims(rows: Sequence[dict[str, Any]], speeds: Sequence[dict[str, Any]]) -> 
             if (other["task"], other["ratio"]) == (row["task"], row["ratio"]) and other is not row
         ]
         for key, found in gaps.items():
-            if key in row:
+            if key in row and others:
                 found.append(row[key] - max(other[key] for other in others))
     factors = [
         row["predicted_change"] / row["measured_change"]
@@ -253,6 +255,7 @@ def main() -> int:
     parser.add_argument("--sentences", type=int, default=1000, help="for calibration")
     parser.add_argument("--held-out", type=int, default=1000, help="sentences for evaluation")
     parser.add_argument("--images", type=int, default=2000, help="for calibration")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--steps", type=int, default=0, help="of healing")
     parser.add_argument("--sides", type=int, nargs="*", default=[], help="of layers to time")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
@@ -265,10 +268,10 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     if "digits" in options.tasks:
         task = digits(options.images, options.seed)
-        rows += quality(task, options.digits_ratios, options.steps, options.seed)
+        rows += quality(task, options.digits_ratios, options.methods, options.steps, options.seed)
     if "minilm" in options.tasks:
         task = minilm(options.sentences, options.held_out, options.seed)
-        rows += quality(task, options.minilm_ratios, options.steps, options.seed)
+        rows += quality(task, options.minilm_ratios, options.methods, options.steps, options.seed)
     peak = memory.read()
     speeds = list(_speeds(options))
     found = claims(rows, speeds)
