@@ -62,7 +62,11 @@ def truncated(
 def whitened(
     model: nn.Module, data: list[Tokens], ratio: float, steps: int, seed: int
 ) -> nn.Module:
-    plan = _uniform(model, ratio)
+    return whitened_by_plan(model, data, _uniform(model, ratio), seed)
+
+
+def whitened_by_plan(model: nn.Module, data: list[Tokens], plan: Plan, seed: int) -> nn.Module:
+    """Return the model with each planned layer fitted in the metric of its dense inputs."""
     sites = {site.name: site for site in find_weights(model).sites}
     chosen = [sites[layer.name] for layer in plan.compressed]
     modules = [site.modules[0] for site in chosen]

@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from mpocompress import saving
+from mpocompress.api.data import forward_arguments
 from mpocompress.errors import DataError, LoadError, OutputExistsError
 from mpocompress.export import ExportedModel, QuantizedModel, export_onnx
 from mpocompress.export.bench import BenchResult, bench
@@ -22,7 +23,6 @@ from mpocompress.pipeline import (
     Opened,
     checked,
     file_metadata,
-    forward_arguments,
     open_model,
     quantize_batches,
 )
@@ -164,7 +164,7 @@ def export_again(
     with tempfile.TemporaryDirectory() as folder:
         # Checked before it is moved to its place; large models bring a data file along.
         scratch = Path(folder) / output.name
-        metadata = file_metadata(report)
+        metadata = file_metadata(model, report.source)
 
         def write(path: Path, spelled: FormChoice) -> ExportedModel:
             return export_onnx(

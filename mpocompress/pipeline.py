@@ -1,17 +1,18 @@
 """One command's worth of work: from a checkpoint to a verified result directory."""
 
-import inspect
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mpocompress import api, saving
 from mpocompress._version import __version__
-from mpocompress.errors import DataError, LoadError
+from mpocompress.api.data import forward_arguments
+from mpocompress.errors import BudgetError, DataError, LoadError
 from mpocompress.export import (
     ExportedModel,
     QuantizedModel,
@@ -21,6 +22,7 @@ from mpocompress.export import (
 )
 from mpocompress.export.forms import FormChoice
 from mpocompress.export.quantize import Quantize
+from mpocompress.layers import MPOLayer
 from mpocompress.loading import (
     Batch,
     Batches,
@@ -32,9 +34,10 @@ from mpocompress.loading import (
     load_source,
     module_from_state,
 )
-from mpocompress.planning import LayoutChoice, Of, Plan, PlanOptions, Progress
+from mpocompress.planning import LayoutChoice, ObjectiveName, Of, Plan, PlanOptions, Progress
 from mpocompress.report import CompressionReport, Parity
 from mpocompress.report import Source as ReportSource
+from mpocompress.report.narrative import onnx_bytes as onnx_bytes_of
 from mpocompress.surgery import Inventory, find_weights, open_modules
 
 if TYPE_CHECKING:
@@ -56,7 +59,12 @@ class Request:
 
     bond_dim: int | None = None
     ratio: float | None = None
+    max_size: str | None = None
+    max_error: float | None = None
+    max_drop: float | None = None
     of: Of = "model"
+    objective: ObjectiveName = "size"
+    batch: int = 1
     layout: LayoutChoice = "auto"
     sites: int | None = None
     include: tuple[str, ...] = ()
@@ -68,7 +76,6 @@ class Request:
     sweeps: int = 16
     distill: int = 0
     form: FormChoice = "auto"
-    batch: int = 1
     quantize: Quantize = "none"
     seed: int = 0
 
@@ -84,7 +91,12 @@ class Request:
         return {
             "bond_dim": self.bond_dim,
             "ratio": self.ratio,
+            "max_size": self.max_size,
+            "max_error": self.max_error,
+            "max_drop": self.max_drop,
             "of": self.of,
+            "objective": self.objective,
+            "batch": self.batch,
             "layout": self.layout,
             "sites": self.sites,
             "include": self.include,
@@ -191,12 +203,16 @@ def plan_model(
         return plan, graph, inventory
     opened = open_model(path, factory=request.factory, trust_pickle=request.trust_pickle)
     # A bond dimension is planned from the weights alone; only budgets look at the data.
-    batches = None if request.data is None or request.ratio is None else load_batches(request.data)
+    needs_data = request.data is not None and request.bond_dim is None
+    batches = load_batches(request.data) if request.data and needs_data else None
+    examples = _examples(opened, request, batches) if request.max_size is not None else None
     plan = api.plan(
         opened.module,
         **request.plan_options(),
         data=batches,
         distill=request.distill,
+        onnx_bytes=None if examples is None else _onnx_bytes(opened.source, examples, request),
+        sweeps=request.sweeps,
         seed=request.seed,
         progress=progress,
     )
@@ -226,13 +242,12 @@ def convert(
         with clock("loading"):
             opened = open_model(path, factory=request.factory, trust_pickle=request.trust_pickle)
             batches = None if request.data is None else load_batches(request.data)
-            examples = None
-            if opened.source.kind == "module":
-                examples = example_inputs(opened.source, specs=request.inputs, batches=batches)
+            examples = _examples(opened, request, batches)
         result = api.compress(
             opened.module,
             **request.plan_options(),
             data=batches,
+            onnx_bytes=None if examples is None else _onnx_bytes(opened.source, examples, request),
             sweeps=request.sweeps,
             distill=request.distill,
             seed=request.seed,
@@ -271,6 +286,7 @@ def convert(
                 ],
             }
         )
+        _check_size(report)
         api.write_report(report, scratch)
     return Conversion(directory=Path(directory), report=report, notes=tuple(notes))
 
@@ -332,6 +348,55 @@ def _convert_graph(
     return Conversion(directory=Path(directory), report=report, notes=tuple(opened.notes))
 
 
+def _examples(opened: Opened, request: Request, batches: Batches | None) -> ExampleInputs | None:
+    """What to trace the model with; None where it cannot be traced.
+
+    Raises:
+        BudgetError: a size is asked for of a file that cannot be written.
+    """
+    examples = None
+    if opened.source.kind == "module":
+        examples = example_inputs(opened.source, specs=request.inputs, batches=batches)
+    if examples is None and request.max_size is not None:
+        why = NO_MODULE if opened.source.kind == "state_dict" else NO_INPUTS
+        raise BudgetError(f"--max-size {request.max_size} is the size of the ONNX file: {why}.")
+    return examples
+
+
+def _onnx_bytes(source: Source, examples: ExampleInputs, request: Request) -> "api.OnnxBytes":
+    """Writes a model as `_export` does and gives the bytes of its files.
+
+    As chains: the dense form of the same cores takes a ten-thousandth more at most.
+    """
+
+    def onnx_bytes(model: nn.Module) -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            found = ReportSource(name=source.name, sha256=source.sha256)
+            return export_onnx(
+                model,
+                Path(folder) / saving.ONNX_FILE,
+                forward_arguments(model, Batch(examples.args, examples.kwargs)),
+                form="chain" if request.form == "auto" else request.form,
+                quantize=request.quantize,
+                metadata=file_metadata(model, found),
+            ).num_bytes
+
+    return onnx_bytes
+
+
+def _check_size(report: CompressionReport) -> None:
+    """A size is a ceiling of what is written, whatever files of this shape took before."""
+    if report.budget is None or report.budget.target != "max_size":
+        return
+    written = onnx_bytes_of(report)
+    if written is None or written > report.budget.asked:
+        raise BudgetError(
+            f"an ONNX file of {report.budget.asked:.0f} bytes was asked for, but what was written "
+            f"has {written}. Ask for {2 * int(report.budget.asked) - (written or 0)} bytes, and "
+            "please report this."
+        )
+
+
 def _export(
     result: api.CompressionResult,
     examples: ExampleInputs,
@@ -358,7 +423,7 @@ def _export(
             form=request.form,
             form_batch=request.batch,
             quantize=quantized or "none",
-            metadata=file_metadata(result.report),
+            metadata=file_metadata(result.model, result.report.source),
         )
     if progress is not None:
         progress("verifying in ONNX Runtime", 1, 2)
@@ -413,25 +478,6 @@ def _with_forms(report: CompressionReport, exported: ExportedModel) -> Compressi
     return report.model_copy(update={"layers": layers, "settings": settings})
 
 
-def forward_arguments(model: nn.Module, batch: Batch) -> tuple[Tensor, ...] | dict[str, Tensor]:
-    """A batch as a tuple or a dict of forward arguments; a mixed one goes by name.
-
-    Raises:
-        DataError: positional arguments that the forward has no names for.
-    """
-    if not batch.kwargs:
-        return batch.args
-    if not batch.args:
-        return dict(batch.kwargs)
-    try:
-        bound = inspect.signature(model.forward).bind(*batch.args, **batch.kwargs)
-    except TypeError as error:
-        raise DataError(
-            f"the batch does not fit forward of {type(model).__name__}: {error}. Name all arrays."
-        ) from None
-    return dict(bound.arguments)
-
-
 def _few(batches: Batches, rows: int = 256) -> Iterator[Batch]:
     """Enough batches to compare on: a comparison of every sample would prove nothing more."""
     seen = 0
@@ -442,15 +488,19 @@ def _few(batches: Batches, rows: int = 256) -> Iterator[Batch]:
             return
 
 
-def file_metadata(report: CompressionReport) -> dict[str, str]:
+def file_metadata(model: nn.Module, source: ReportSource) -> dict[str, str]:
     """What the ONNX file says of itself, for netron and for people who find it later."""
     layers: dict[str, dict[str, Any]] = {
-        layer.name: {"layout": layer.layout, "bond_dims": layer.bond_dims}
-        for layer in report.compressed_layers
+        name or "(model)": {
+            "layout": [list(pair) for pair in layer.layout.pairs],
+            "bond_dims": list(layer.bond_dims),
+        }
+        for name, layer in model.named_modules()
+        if isinstance(layer, MPOLayer)
     }
     return {
         "mpocompress.version": __version__,
-        "mpocompress.source_name": report.source.name,
-        "mpocompress.source_sha256": report.source.sha256 or "",
+        "mpocompress.source_name": source.name,
+        "mpocompress.source_sha256": source.sha256 or "",
         "mpocompress.layers": json.dumps(layers, separators=(",", ":")),
     }

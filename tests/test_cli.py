@@ -385,6 +385,6 @@ def test_bond_dim_or_ratio(here, capsys):
     for options in ((), ("--ratio", "2", "--bond-dim", "8")):
         code, _, err = run(capsys, "model.pt", *options)
         assert code == 2
-        assert "--bond-dim and --ratio" in err
+        assert "of --bond-dim, --ratio, --max-size, --max-error and --max-drop" in err
     assert run(capsys, "model.pt", "--ratio", "0.5")[0] == 2
     assert run(capsys, "model.pt", "--ratio", "2", "--of", "bytes")[0] == 2

@@ -14,6 +14,7 @@ from mpocompress.errors import (
 )
 from mpocompress.mpo import Layout, sequential_svd
 from mpocompress.mpo.factors import balanced_factors, balanced_layout, divisors
+from mpocompress.planning import predicted_totals
 from mpocompress.planning.layouts import (
     candidate_layouts,
     candidates_within,
@@ -265,6 +266,28 @@ def test_gauges_by_layer_and_those_that_do_not_exist():
     for layer in old["layers"]:
         del layer["gauge"]
     assert {layer.gauge for layer in mpo.Plan.from_json(json.dumps(old))} == {"none"}
+
+
+def test_an_edited_entry_has_sizes_of_its_own_and_no_stale_prediction():
+    network = model()
+    data = [torch.randn(64, 48, generator=torch.Generator().manual_seed(0))]
+    plan = mpo.plan(network, ratio=2, data=data)
+    before = predicted_totals(plan)
+    assert before.relative_output_error is not None
+    parameters = sum(p.numel() for p in network.parameters())
+    assert before.parameters[0] == parameters
+    assert before.bytes == (4 * parameters, 4 * before.parameters[1])
+    edited = json.loads(plan.to_json())
+    edited["layers"][0]["bond_dims"] = [1]
+    again = mpo.Plan.from_json(json.dumps(edited))
+    after = predicted_totals(again)
+    result = mpo.compress(network, again, data=data)
+    assert result.report.totals.parameters.model.compressed == after.parameters[1]
+    assert after.parameters[1] < before.parameters[1]
+    assert after.relative_output_error is None
+    rows = {row.quantity: row for row in result.report.predictions}
+    assert rows["relative change of the model's outputs"].predicted is None
+    assert rows["relative change of the model's outputs"].measured > 0
 
 
 @pytest.mark.parametrize("shape", [(96, 60), (384, 1536), (13, 17)])

@@ -1,51 +1,39 @@
 """Decide what becomes of every weight, and do it."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+import copy
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from mpocompress.api.data import calls_of
-from mpocompress.api.result import Clock, CompressionResult
+from mpocompress.api import drop_budget, error_budget
+from mpocompress.api.budgets import Met
+from mpocompress.api.data import calls_of, few_rows, forward_arguments, split_calls
+from mpocompress.api.drop_budget import EvalFn, meet_drop
+from mpocompress.api.error_budget import measured_errors, meet_output_error, meet_weight_error
+from mpocompress.api.job import Built, Job
+from mpocompress.api.result import CompressionResult
+from mpocompress.api.size_budget import OnnxBytes, plan_for_size
 from mpocompress.api.tune import heal
-from mpocompress.errors import (
-    BudgetError,
-    DataError,
-    MPOCompressError,
-    NoLayerMatched,
-    PlanError,
-)
+from mpocompress.errors import BudgetError, DataError, NoLayerMatched, PlanError
 from mpocompress.loading import Batch
-from mpocompress.mpo import MPO, sequential_svd
-from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge, fix_identity_gauge
-from mpocompress.planning import LayoutChoice, Of, Plan, PlanOptions, Progress
+from mpocompress.mpo.identity_gauge import Gauge
+from mpocompress.planning import (
+    Latency,
+    LayoutChoice,
+    ObjectiveName,
+    Of,
+    Plan,
+    PlanOptions,
+    Progress,
+)
 from mpocompress.report import CompressionReport, Source
-from mpocompress.report.collect import Outcome, collect_report, measure
-from mpocompress.surgery import (
-    Inventory,
-    WeightSite,
-    check_finite,
-    copy_with_replacements,
-    find_weights,
-    open_modules,
-    opened_names,
-    select_sites,
-)
-from mpocompress.tuning import (
-    DistillOptions,
-    FitOptions,
-    FittedWeight,
-    LayerMoments,
-    SitePlan,
-    check_steps,
-    fit_in_sequence,
-    gain_of_bonds,
-    layer_moments,
-    tied_heads,
-)
+from mpocompress.report.predictions import with_budget, with_comparisons
+from mpocompress.surgery import Inventory
+from mpocompress.tuning import DistillOptions, check_steps
 
 
 def plan(
@@ -53,7 +41,13 @@ def plan(
     *,
     bond_dim: int | None = None,
     ratio: float | None = None,
+    max_size: int | str | None = None,
+    max_error: float | None = None,
+    max_drop: float | None = None,
+    eval_fn: EvalFn | None = None,
     of: Of = "model",
+    objective: ObjectiveName = "size",
+    batch: int = 1,
     layout: LayoutChoice = "auto",
     sites: int | None = None,
     include: Sequence[str] = (),
@@ -61,50 +55,74 @@ def plan(
     if_smaller: bool = True,
     gauge: Gauge = "none",
     data: Any = None,
+    onnx_bytes: OnnxBytes | None = None,
+    sweeps: int = 16,
     distill: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Plan:
     """Decide for every convertible weight whether, and with which layout, it becomes an MPO.
 
+    Exactly one of the first five options says how small.
+
     Args:
         model: any module; it is only read.
         bond_dim: largest bond dimension of every layer; or
         ratio: how many times fewer parameters: a ceiling for what is stored, met as closely as
             whole bond dimensions allow. With data, layers in which an error does more to the
-            model's output get more of the parameters; without, all layers get smaller alike.
+            model's output get more of the parameters; without, all layers get smaller alike; or
+        max_size: bytes of the ONNX file, such as 25_000_000 or "25MB"; files are written to measure
+            them; or
+        max_error: relative error, norm of the difference over norm, of the outputs of every
+            compressed layer and of the model, on a fifth of the data that nothing is fitted on.
+            Without data: of every compressed weight; or
+        max_drop: how much less of a metric: accuracy or R² from labels in the data (three fifths
+            to fit on, one to search with, one to measure with at the end), or `eval_fn`.
+        eval_fn: metric of a model, the higher the better, for `max_drop`; all data is then
+            fitted on.
         of: whether the ratio counts the whole "model" or the compressed "layers" only.
+        objective: what else is to be small: "size", "macs" (multiply-adds) or "latency" (time in
+            ONNX Runtime on this machine). By the latter two no layer is compressed that would cost
+            more than it does dense, and budgets are shared by what is gained for the cost.
+        batch: rows that latency is measured with.
         layout: "auto", "svd", "balanced", (out, in) pairs, text, a `Layout`, or a dict from layer
             pattern to one of these. At a bond dimension, "auto" takes the layout with the least
-            weight error that makes the layer smaller; for a ratio it is "svd", unless that
-            cannot be made small enough, or see `distill`.
+            weight error that makes the layer smaller; for budgets it is "svd", but see `distill`.
         sites: force balanced layouts of so many sites.
         include: globs on qualified names, or regular expressions after "re:"; default: all.
         exclude: likewise; they win.
         if_smaller: at a bond dimension: keep layers dense that would not get smaller.
         gauge: "identity" stores every layer with as many numbers as it has degrees of freedom:
             nothing is lost, and more layers get smaller. "none" stores all entries of the cores.
-        data: batches of forward arguments, as in `compress`; for a ratio. At a bond dimension they
-            are not looked at, but without any, embedding tables are kept unless they are included
-            by name: truncated without regard to how often each row is used, they lose the most.
-        distill: steps of healing that will follow. For a ratio, "auto" then takes four sites where
+        data: batches of forward arguments, as in `compress`. Without any, embedding tables are kept
+            unless they are included by name: truncated without regard to how often each row is
+            used, they lose the most.
+        onnx_bytes: for `max_size`: writes the ONNX file of a model and gives its bytes. Default:
+            `export_onnx` with the first batch of the data.
+        sweeps: of the fits that are tried for `max_error` and `max_drop`, as in `compress`.
+        distill: steps of healing that will follow. For a budget, "auto" then takes four sites where
             two factors would be too narrow for healing to widen, if there is data to tell.
-        seed: of the random directions of the gradients.
+        seed: of the random directions of the gradients, and of what is held out.
         progress: called as `progress(layer, done, total)`.
 
     Raises:
-        PlanError: neither or both of bond_dim and ratio, or a ratio of 1 or less.
-        BudgetError: a ratio that cannot be reached; the message says what can.
+        PlanError: none or several of the five, or one that makes no sense.
+        BudgetError: it cannot be met; the message says what can.
         BondDimError: `bond_dim` below 1.
         LayoutError: a forced layout that cannot be read, or fits no layer that it is for.
         NoLayerMatched: a pattern that matches nothing, or nothing to convert.
         ConversionError: NaN or Inf in a selected weight.
-        DataError: data that does not fit the model.
+        DataError: data that does not fit the model, or none where it is needed.
     """
     options = PlanOptions(
         bond_dim=bond_dim,
         ratio=ratio,
+        max_size=max_size,
+        max_error=max_error,
+        max_drop=max_drop,
         of=of,
+        objective=objective,
+        batch=batch,
         layout=layout,
         sites=sites,
         include=include,
@@ -112,54 +130,11 @@ def plan(
         if_smaller=if_smaller,
         gauge=gauge,
         healed=distill > 0,
-    )
-    opened = open_modules(model)
-    inventory = find_weights(opened)
-    moments = None
-    if data is not None and ratio is not None:
-        moments = _selected_moments(
-            opened, inventory, options, calls_of(data, model), seed=seed, progress=progress
-        )
-    return _plan(inventory, options, moments, data is not None, progress)
-
-
-def _plan(
-    inventory: Inventory,
-    options: PlanOptions,
-    moments: Mapping[nn.Module, LayerMoments] | None,
-    tables: bool,
-    progress: Progress | None,
-) -> Plan:
-    gains = None if moments is None else partial(gain_of_bonds, moments=moments)
-    return options.make(inventory, gains=gains, tables=tables, progress=progress)
-
-
-def _selected_moments(
-    model: nn.Module,
-    inventory: Inventory,
-    options: PlanOptions,
-    calls: Sequence[Batch],
-    *,
-    seed: int,
-    progress: Progress | None,
-) -> dict[nn.Module, LayerMoments]:
-    sites = select_sites(inventory, options.include, options.exclude)
-    return _moments(model, sites, calls, seed=seed, progress=progress)
-
-
-def _moments(
-    model: nn.Module,
-    sites: Sequence[WeightSite],
-    calls: Sequence[Batch],
-    *,
-    seed: int,
-    progress: Progress | None,
-) -> dict[nn.Module, LayerMoments]:
-    """What the dense model shows of these weights on the data."""
-    if progress is not None:
-        progress("inputs of the layers and gradients at their outputs", 0, len(sites))
-    modules = [module for site in sites for module in site.modules]
-    return layer_moments(model, modules, calls, seed=seed)
+    ).checked()
+    calls = None if data is None else calls_of(data, model)
+    task = _Task.of(options, calls, eval_fn, onnx_bytes, seed)
+    job = _job(model, options, task.fit, sweeps, seed, progress)
+    return _meet(job, task).plan
 
 
 def compress(
@@ -168,7 +143,13 @@ def compress(
     *,
     bond_dim: int | None = None,
     ratio: float | None = None,
+    max_size: int | str | None = None,
+    max_error: float | None = None,
+    max_drop: float | None = None,
+    eval_fn: EvalFn | None = None,
     of: Of = "model",
+    objective: ObjectiveName = "size",
+    batch: int = 1,
     layout: LayoutChoice = "auto",
     sites: int | None = None,
     include: Sequence[str] = (),
@@ -176,6 +157,7 @@ def compress(
     if_smaller: bool = True,
     gauge: Gauge = "none",
     data: Any = None,
+    onnx_bytes: OnnxBytes | None = None,
     sweeps: int = 16,
     distill: int = 0,
     seed: int = 0,
@@ -192,7 +174,13 @@ def compress(
         plan: from `plan`, perhaps edited; or None, and the options that make one.
         bond_dim: see `plan`.
         ratio: see `plan`; what is written is counted, and more than asked for is an error.
+        max_size: see `plan`.
+        max_error: see `plan`; measured on what is returned.
+        max_drop: see `plan`; likewise.
+        eval_fn: see `plan`.
         of: see `plan`.
+        objective: see `plan`.
+        batch: see `plan`.
         layout: see `plan`.
         sites: see `plan`.
         include: see `plan`.
@@ -200,20 +188,22 @@ def compress(
         if_smaller: see `plan`.
         gauge: see `plan`; layers are fitted first and brought into their gauge at the end.
         data: batches of forward arguments (a tensor, a tuple or a dict each); labels are not
-            needed. With data every layer is fitted to the outputs that the dense model has on it,
-            in the order of the forward pass, instead of to its weights.
+            needed but for `max_drop`. With data every layer is fitted to the outputs that the dense
+            model has on it, in the order of the forward pass, instead of to its weights.
+        onnx_bytes: see `plan`.
         sweeps: at most so many passes over the sites in the fit of a layer; the layout
             ((out, 1), (1, in)) needs none.
-        distill: after that, heal the whole model for so many optimizer steps; needs data. For its
+        distill: after that, heal the whole model for so many optimizer steps; needs data. If a
+            maximal error or drop that was met no longer holds then, the healing is undone. For its
             other options give 0 here and call `distill` on the result.
-        seed: of the order of the data in healing, of random directions and of the randomized
-            range finder for large matrices.
+        seed: of the order of the data in healing, of random directions, of what is held out and of
+            the randomized range finder for large matrices.
         source: name and hash of where the model came from, for the report.
         progress: called as `progress(layer, done, total)`.
 
     Raises:
-        PlanError: neither plan nor bond_dim, both, or a plan of another model.
-        BudgetError: the ratio cannot be reached, or was not.
+        PlanError: neither plan nor a way to make one, both, or a plan of another model.
+        BudgetError: a budget cannot be met, or was not.
         NoLayerMatched: the plan compresses nothing.
         DataError: data that does not fit the model, batches that take different paths, or
             `distill` without data.
@@ -225,14 +215,15 @@ def compress(
             f"distill={distill} trains on data, and there is none. Give batches of forward "
             "arguments: data=batches (--data on the command line); labels are not needed."
         )
-    clock = Clock()
-    with clock("inventory"):
-        opened = open_modules(model)
-        inventory = find_weights(opened)
     options = PlanOptions(
         bond_dim=bond_dim,
         ratio=ratio,
+        max_size=max_size,
+        max_error=max_error,
+        max_drop=max_drop,
         of=of,
+        objective=objective,
+        batch=batch,
         layout=layout,
         sites=sites,
         include=include,
@@ -242,124 +233,184 @@ def compress(
         healed=distill > 0,
     )
     if (plan is None) != options.is_given:
-        raise PlanError("compress needs either a plan, or a bond_dim or ratio. Try bond_dim=16.")
-    calls = None if data is None else calls_of(data, model)
-    moments: Mapping[nn.Module, LayerMoments] | None = None
-    if plan is None:
-        if calls is not None and ratio is not None:
-            with clock("statistics"):
-                moments = _selected_moments(
-                    opened, inventory, options, calls, seed=seed, progress=progress
-                )
-        with clock("planning"):
-            plan = _plan(inventory, options, moments, calls is not None, progress)
-    check_belongs(plan, inventory)
-    if not plan.compressed:
-        reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in plan.layers[:3])
-        raise NoLayerMatched(f"nothing to compress: every layer stays dense ({reasons}).")
-    with clock("inventory"):
-        opened, moments = _opened_as_planned(model, opened, plan, moments)
-        by_name = {site.name: site for site in find_weights(opened).sites}
-    planned = [
-        SitePlan(
-            site=by_name[layer.name],
-            layout=layer.sites(),
-            bond_dims=layer.sites().clip(layer.bond_dims or ()),
+        raise PlanError(
+            "compress needs either a plan, or a bond_dim or ratio, or another budget, that makes "
+            "one. Try bond_dim=16."
         )
-        for layer in plan.compressed
-    ]
-    for entry in planned:
-        check_finite(entry.site)
-    gauges: dict[str, Gauge] = {layer.name: layer.gauge for layer in plan.compressed}
-    # As executed: a plan that was edited may give each layer its own.
-    used = set(gauges.values())
-    gauge_setting = used.pop() if len(used) == 1 else gauges
-    settings: dict[str, Any] = {**plan.settings, "gauge": gauge_setting, "seed": seed}
-    fitted: dict[WeightSite, FittedWeight] = {}
-    if calls is not None:
-        settings |= {"sweeps": sweeps, "rows_of_data": sum(call.num_rows for call in calls)}
-        if moments is None:
-            with clock("statistics"):
-                weights = [entry.site for entry in planned]
-                moments = _moments(opened, weights, calls, seed=seed, progress=progress)
-        with clock("fitting"):
-            fitted = fit_in_sequence(
-                opened,
-                planned,
-                calls,
-                output_metrics={
-                    module: metric
-                    for module, moment in moments.items()
-                    if (metric := moment.output_metric) is not None
-                },
-                heads={entry.site: tied_heads(entry.site, moments) for entry in planned},
-                options=FitOptions(sweeps=sweeps, output_metric="sites" if distill else "exact"),
-                progress=progress,
-            )
-        moments = None  # the largest thing that is no longer needed
-    mpos: dict[WeightSite, MPO | IdentityGauge] = {}
-    outcomes: dict[str, Outcome] = {}
-    with clock("factorization"):
-        for done, entry in enumerate(planned):
-            if progress is not None:
-                progress(entry.site.name, done, len(planned))
-            mpos[entry.site], outcomes[entry.site.name] = factorize_site(
-                entry, fitted, seed, gauges[entry.site.name]
-            )
-    with clock("surgery"):
-        compressed = copy_with_replacements(opened, mpos)
-        for site, weight in fitted.items():
-            if weight.bias is not None:
-                bias = compressed.get_submodule(site.name).get_parameter("bias")
-                bias.data.copy_(weight.bias)
-    report = collect_report(
-        inventory,
-        plan,
-        outcomes,
-        source=source or Source(name=type(model).__name__),
-        seconds=clock.total(),
-        settings=settings,
+    options = options if plan is not None else options.checked()
+    calls = None if data is None else calls_of(data, model)
+    task = _Task.of(options, calls, eval_fn, onnx_bytes, seed)
+    job = _job(model, options, task.fit, sweeps, seed, progress)
+    if plan is not None:
+        check_belongs(plan, job.inventory)
+    aim = _meet(job, task) if plan is None else _Aim(plan=plan)
+    if not aim.plan.compressed:
+        reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in aim.plan.layers[:3])
+        raise NoLayerMatched(f"nothing to compress: every layer stays dense ({reasons}).")
+    built = aim.built or job.build(aim.plan)
+    result = job.finish(built, source=source)
+    if options.ratio is not None:
+        check_ratio(result.report, options.ratio, of)
+    met = aim.met
+    if task.fit is not None and distill:
+        met = _heal(job, task, result, built, met, distill)
+    report = result.report if met is None else with_budget(result.report, met.as_settings())
+    sample = None if task.fit is None else few_rows(task.held or task.fit)
+    error = None if sample is None else measured_errors(job, built, sample).model
+    report = with_comparisons(
+        report,
+        aim.plan,
+        relative_output_error=error,
+        measured_on="rows held out from fitting" if task.held else "rows that were fitted on",
+        seconds=job.measured_seconds(aim.plan),
     )
-    if ratio is not None:
-        check_ratio(report, ratio, of)
-    result = CompressionResult(model=compressed, report=report, plan=plan)
-    if calls is not None and distill:
-        healing = DistillOptions(seed=seed)
-        heal(result, model, calls, distill, healing, None, progress, inventory)
-    return result
+    return CompressionResult(model=result.model, report=report, plan=aim.plan)
 
 
-def _opened_as_planned(
-    model: nn.Module,
-    opened: nn.Module,
-    plan: Plan,
-    moments: Mapping[nn.Module, LayerMoments] | None,
-) -> tuple[nn.Module, Mapping[nn.Module, LayerMoments] | None]:
-    """The model with those modules opened that hold a weight to compress; the rest as it was.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Task:
+    """What a budget is measured with: parts of the data, the user's functions.
 
-    Args:
-        model: dense.
-        opened: with all modules opened that can be.
-        plan: what is compressed.
-        moments: of modules of `opened`; they are returned for the modules of the result.
+    Attributes:
+        fit: batches to fit on; None without data.
+        held: batches to measure errors on.
+        metric: for a drop.
+        onnx_bytes: for a size.
     """
-    names = opened_names(opened)
-    wanted = {
-        name
-        for name in names
-        if any(layer.name.startswith(f"{name}." if name else "") for layer in plan.compressed)
-    }
-    if len(wanted) == len(names):
-        return opened, moments
-    result = open_modules(model, wanted) if wanted else model
-    if moments is None:
-        return result, None
-    theirs = dict(result.named_modules())
-    return result, {
-        theirs[name]: moments[module]
-        for name, module in opened.named_modules()
-        if module in moments and name in theirs
-    }
+
+    fit: Sequence[Batch] | None
+    held: Sequence[Batch] = ()
+    metric: drop_budget.Metric | None = None
+    onnx_bytes: OnnxBytes | None = None
+
+    @classmethod
+    def of(
+        cls,
+        options: PlanOptions,
+        calls: Sequence[Batch] | None,
+        eval_fn: EvalFn | None,
+        onnx_bytes: OnnxBytes | None,
+        seed: int,
+    ) -> "_Task":
+        if options.max_error is not None and calls is not None:
+            fit, held = split_calls(calls, error_budget.HELD_OUT, seed=seed)
+            return cls(fit=fit, held=held)
+        if options.max_drop is not None and eval_fn is None:
+            if calls is None:
+                raise DataError(
+                    f"max_drop {options.max_drop:g} needs a metric: data with labels, or in Python "
+                    "eval_fn, a function of a model."
+                )
+            fit, search, final = split_calls(calls, drop_budget.HELD_OUT, seed=seed)
+            return cls(fit=fit, held=final, metric=drop_budget.Metric(None, search, final))
+        if options.max_size is not None and onnx_bytes is None:
+            if not calls:
+                raise DataError(
+                    f"max_size {options.max_size} is measured on ONNX files, which need an example "
+                    "input to be written. Give data, or onnx_bytes."
+                )
+            onnx_bytes = _writer(calls[0])
+        metric = None if eval_fn is None else drop_budget.Metric(eval_fn)
+        return cls(fit=calls, metric=metric, onnx_bytes=onnx_bytes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Aim:
+    """A plan, with the model that it gave where it had to be built to find it."""
+
+    plan: Plan
+    built: Built | None = None
+    met: Met | None = None
+
+
+def _meet(job: Job, task: _Task) -> _Aim:
+    """The plan for whatever was asked for."""
+    options = job.options
+    if options.max_size is not None and task.onnx_bytes is not None:
+        job.take_statistics()
+        found, met = plan_for_size(job, int(options.max_size), task.onnx_bytes)
+        return _Aim(plan=found, met=met)
+    if options.max_error is not None:
+        if task.held:
+            built, met = meet_output_error(job, options.max_error, task.held)
+        else:
+            built, met = meet_weight_error(job, options.max_error)
+        return _Aim(plan=built.plan, built=built, met=met)
+    if options.max_drop is not None and task.metric is not None:
+        built, met = meet_drop(job, options.max_drop, task.metric)
+        return _Aim(plan=built.plan, built=built, met=met)
+    if options.ratio is not None:
+        job.take_statistics()
+    return _Aim(plan=job.plan())
+
+
+def _job(
+    model: nn.Module,
+    options: PlanOptions,
+    calls: Sequence[Batch] | None,
+    sweeps: int,
+    seed: int,
+    progress: Progress | None,
+) -> Job:
+    latency: Latency | None = None
+    if options.objective == "latency" and options.is_given:
+        from mpocompress.export.latency import LatencyTable
+
+        latency = LatencyTable(options.batch)
+    return Job(
+        model,
+        options,
+        calls=calls,
+        sweeps=sweeps,
+        seed=seed,
+        latency=latency,
+        progress=progress,
+    )
+
+
+def _writer(example: Batch) -> OnnxBytes:
+    """Write a model with this batch as the example, into a directory that goes away again."""
+    from mpocompress.export import export_onnx
+
+    def onnx_bytes(model: nn.Module) -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            return export_onnx(model, path, forward_arguments(model, example)).num_bytes
+
+    return onnx_bytes
+
+
+def _heal(
+    job: Job, task: _Task, result: CompressionResult, built: Built, met: Met | None, steps: int
+) -> Met | None:
+    """Heal, and measure the budget again; undo the healing if that no longer holds."""
+    guarded = met is not None and met.target in ("max_error", "max_drop") and task.fit is not None
+    before = copy.deepcopy(result.model.state_dict()) if guarded else None
+    report = result.report
+    healing = DistillOptions(seed=job.seed)
+    heal(result, job.model, task.fit or (), steps, healing, None, job.progress, job.inventory)
+    if met is None or before is None:
+        return met
+    reached = met.reached
+    if met.target == "max_error" and task.held:
+        reached = measured_errors(job, built, task.held).largest
+    elif task.metric is not None:
+        dense = task.metric.value(job.model, final=True)
+        reached = dense - task.metric.value(result.model, final=True)
+    if reached <= met.asked:
+        return Met(
+            target=met.target,
+            asked=met.asked,
+            reached=reached,
+            what=met.what,
+            where=met.where,
+            trials=met.trials,
+        )
+    result.model.load_state_dict(before)
+    undone = {"steps": steps, "undone": f"the budget no longer held: {reached:.4g}"}
+    settings: Mapping[str, Any] = {**report.settings, "healing": undone}
+    object.__setattr__(result, "report", report.model_copy(update={"settings": settings}))
+    return met
 
 
 def check_ratio(report: CompressionReport, ratio: float, of: Of) -> None:
@@ -371,33 +422,6 @@ def check_ratio(report: CompressionReport, ratio: float, of: Of) -> None:
             f"a ratio of {ratio:g} of the {of} was asked for, but the result has {reached:.4g}. "
             f"Ask for a ratio of {reached:.4g}, and please report this."
         )
-
-
-def factorize_site(
-    entry: SitePlan, fitted: Mapping[WeightSite, FittedWeight], seed: int, gauge: Gauge
-) -> tuple[MPO | IdentityGauge, Outcome]:
-    """The fitted MPO or, without data or where data did not come by, the sequential SVD."""
-    site = entry.site
-    with _naming(site):
-        if site in fitted:
-            found = fitted[site]
-            error = found.relative_output_error
-            weight = _in_gauge(found.mpo, gauge)
-            return weight, measure(site, weight, relative_output_error=error)
-        factorization = sequential_svd(
-            site.matrix(),
-            entry.layout,
-            bond_dim=entry.bond_dims,
-            generator=torch.Generator(device=site.device).manual_seed(seed),
-        )
-        mpo = MPO(factorization.cores, shape=site.shape)
-        weight = _in_gauge(mpo, gauge).to(dtype=site.dtype)
-        bound = factorization.relative_error
-        return weight, measure(site, weight, discarded_weight_bound=bound)
-
-
-def _in_gauge(mpo: MPO, gauge: Gauge) -> MPO | IdentityGauge:
-    return mpo if gauge == "none" else fix_identity_gauge(mpo.cores, shape=mpo.shape)
 
 
 def check_belongs(plan: Plan, inventory: Inventory) -> None:
@@ -420,12 +444,3 @@ def check_belongs(plan: Plan, inventory: Inventory) -> None:
             f"the plan says nothing of layer {missing[0]!r} ({len(missing)} such layers). Add an "
             'entry with action "keep", or plan again.'
         )
-
-
-@contextmanager
-def _naming(site: WeightSite) -> Iterator[None]:
-    """Put the layer's name before what goes wrong inside."""
-    try:
-        yield
-    except MPOCompressError as error:
-        raise type(error)(f"layer {site.label}: {error}") from error

@@ -1,9 +1,14 @@
-"""The user's batches as the model takes them."""
+"""The user's batches as the model takes them, and parts of them."""
 
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from mpocompress.errors import DataError
 from mpocompress.loading import Batch, as_batches
 
 
@@ -14,3 +19,93 @@ def calls_of(data: Any, model: nn.Module) -> list[Batch]:
     if parameter is None:
         return list(batches)
     return [batch.to(parameter.device) for batch in batches.cast(parameter.dtype)]
+
+
+def forward_arguments(model: nn.Module, batch: Batch) -> tuple[Tensor, ...] | dict[str, Tensor]:
+    """A batch as a tuple or a dict of forward arguments; a mixed one goes by name.
+
+    Raises:
+        DataError: positional arguments that the forward has no names for.
+    """
+    if not batch.kwargs:
+        return batch.args
+    if not batch.args:
+        return dict(batch.kwargs)
+    try:
+        bound = inspect.signature(model.forward).bind(*batch.args, **batch.kwargs)
+    except TypeError as error:
+        raise DataError(
+            f"the batch does not fit forward of {type(model).__name__}: {error}. Name all arrays."
+        ) from None
+    return dict(bound.arguments)
+
+
+def split_calls(
+    calls: Sequence[Batch], shares: Sequence[float], *, seed: int
+) -> tuple[list[Batch], ...]:
+    """Cut data into disjoint parts: the rows of every batch or, if those are few, whole batches.
+
+    Args:
+        calls: batches.
+        shares: of each part but the first, which gets the rest; 0 < sum < 1.
+        seed: of what goes where.
+
+    Returns:
+        The parts, none of them empty.
+
+    Raises:
+        DataError: there is not enough data for so many parts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts: tuple[list[Batch], ...] = tuple([] for _ in range(len(shares) + 1))
+    if calls and all(_divisible(call) and call.num_rows * min(shares) >= 1 for call in calls):
+        for call in calls:
+            for part, chosen in zip(parts, _cut(call.num_rows, shares, generator), strict=True):
+                part.append(_take(call, chosen))
+        return parts
+    if len(calls) * min(shares) < 1:
+        rows = sum(call.num_rows for call in calls)
+        raise DataError(
+            f"{len(calls)} batches with {rows} rows in all are too few to hold out "
+            f"{' and '.join(f'{share:.0%}' for share in shares)} of them. Give more data, in "
+            f"batches of {int(1 / min(shares)) + 1} rows or more."
+        )
+    for part, chosen in zip(parts, _cut(len(calls), shares, generator), strict=True):
+        part += [calls[index] for index in chosen.tolist()]
+    return parts
+
+
+def few_rows(calls: Sequence[Batch], rows: int = 256) -> list[Batch]:
+    """The first batches that have so many rows together."""
+    found: list[Batch] = []
+    seen = 0
+    for call in calls:
+        found.append(call)
+        seen += call.num_rows
+        if seen >= rows:
+            break
+    return found
+
+
+def _divisible(call: Batch) -> bool:
+    tensors = [tensor for _, tensor in call.named_inputs()]
+    return all(tensor.ndim and tensor.shape[0] == call.num_rows for tensor in tensors)
+
+
+def _cut(count: int, shares: Sequence[float], generator: torch.Generator) -> list[Tensor]:
+    order = torch.randperm(count, generator=generator)
+    sizes = [int(share * count) for share in shares]
+    cut = order.split([count - sum(sizes), *sizes])
+    return [part.sort().values for part in cut]
+
+
+def _take(call: Batch, rows: Tensor) -> Batch:
+    def of(tensor: Tensor) -> Tensor:
+        return tensor[rows.to(tensor.device)]
+
+    return replace(
+        call,
+        args=tuple(of(tensor) for tensor in call.args),
+        kwargs={name: of(tensor) for name, tensor in call.kwargs.items()},
+        labels=None if call.labels is None else of(call.labels),
+    )

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mpocompress import saving
 from mpocompress._version import __version__
-from mpocompress.api.compression import check_ratio, factorize_site
+from mpocompress.api.compression import check_ratio
+from mpocompress.api.job import factorize_site
 from mpocompress.api.result import Clock
 from mpocompress.errors import MPOCompressError, NoLayerMatched
 from mpocompress.export.graphs import (
@@ -189,7 +190,7 @@ def compress_graph(
         for done, (site, entry) in enumerate(planned.items()):
             if progress is not None:
                 progress(site.name, done, len(planned))
-            weight, outcomes[site.name] = factorize_site(entry, fitted, seed, "none")
+            weight, outcomes[site.name] = factorize_site(entry, fitted, seed)
             if isinstance(weight, MPO):
                 weights[site] = weight
     report = collect_report(

@@ -25,7 +25,6 @@ from mpocompress.cli.options import (
 )
 from mpocompress.cli.results import show_report
 from mpocompress.cli.terminal import listed, print_table, progress_bar, show_notes
-from mpocompress.errors import PlanError
 
 if TYPE_CHECKING:
     from mpocompress.planning import Plan
@@ -36,6 +35,14 @@ class Of(StrEnum):
 
     MODEL = "model"
     LAYERS = "layers"
+
+
+class Objective(StrEnum):
+    """What is to be small besides."""
+
+    SIZE = "size"
+    MACS = "macs"
+    LATENCY = "latency"
 
 
 @app.command()
@@ -58,6 +65,42 @@ def compress(
             "matters more get more of them.",
         ),
     ] = None,
+    max_size: Annotated[
+        str | None,
+        typer.Option(
+            "--max-size",
+            metavar="BYTES",
+            help="Or: bytes of the ONNX file, at most, such as 25MB or 24MiB; measured on the "
+            "written file.",
+        ),
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            "--max-error",
+            metavar="E",
+            help="Or: relative output error, at most, of every layer and of the model, on a fifth "
+            "of --data that nothing is fitted on. Without --data: of every weight.",
+        ),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            "--max-drop",
+            metavar="P",
+            help="Or: how much less accuracy (or R², for labels that are not whole numbers), at "
+            "most, as in 0.01; --data needs labels.",
+        ),
+    ] = None,
+    objective: Annotated[
+        Objective,
+        typer.Option(
+            "--objective",
+            help="What else is to be small. macs and latency (measured in ONNX Runtime) keep "
+            "layers dense that would cost more than they do now.",
+        ),
+    ] = Objective.SIZE,
+    batch: BatchOption = 1,
     of: Annotated[
         Of,
         typer.Option("--of", help="Whether --ratio counts the whole model or compressed layers."),
@@ -114,7 +157,6 @@ def compress(
     ] = 0,
     inputs: InputOption = None,
     form: FormOption = Form.AUTO,
-    batch: BatchOption = 1,
     quantize: QuantizeOption = Quantize.NONE,
     factory: FactoryOption = None,
     trust_pickle: TrustOption = False,
@@ -127,18 +169,28 @@ def compress(
         int, typer.Option("--seed", help="Seed of everything random. Equal seeds, equal results.")
     ] = 0,
 ) -> None:
-    """Compress MODEL to a bond dimension or a ratio; write cores, verified ONNX and a report."""
+    """Compress MODEL to one of five targets; write cores, verified ONNX and a report."""
     from mpocompress import pipeline
+    from mpocompress.planning.budgets import the_one_given
 
-    if (bond_dim is None) == (ratio is None):
-        given = "both" if ratio is not None else "neither"
-        raise PlanError(
-            f"--bond-dim and --ratio say how small; {given} given. Give one, as in --bond-dim 16."
-        )
+    the_one_given(
+        {
+            "--bond-dim": bond_dim,
+            "--ratio": ratio,
+            "--max-size": max_size,
+            "--max-error": max_error,
+            "--max-drop": max_drop,
+        }
+    )
     request = pipeline.Request(
         bond_dim=bond_dim,
         ratio=ratio,
+        max_size=max_size,
+        max_error=max_error,
+        max_drop=max_drop,
         of=of.value,
+        objective=objective.value,
+        batch=batch,
         layout=layout,
         sites=sites,
         include=tuple(include or ()),
@@ -150,7 +202,6 @@ def compress(
         sweeps=sweeps,
         distill=distill,
         form=form.value,
-        batch=batch,
         quantize=quantize.value,
         seed=seed,
     )
@@ -179,27 +230,42 @@ def _stem(model: str) -> str:
 
 
 def _show_plan(plan: "Plan") -> None:
+    from mpocompress.planning import predicted_totals
+
     rows = []
+    timed = any(layer.predicted and layer.predicted.seconds for layer in plan.layers)
     for layer in plan.layers:
         size = f"{layer.shape[0]}x{layer.shape[1]}"
+        predicted = layer.fresh_prediction
+        seconds = ""
+        if predicted is not None and predicted.seconds and predicted.dense_seconds:
+            seconds = f"{predicted.seconds * 1e6:.0f} of {predicted.dense_seconds * 1e6:.0f}"
         if layer.action == "keep":
-            rows.append([layer.name, size, "keep", "", "", "", layer.reason])
-            continue
-        layout = layer.sites()
-        bonds = layout.clip(layer.bond_dims or ())
-        after = layout.num_parameters(bonds)
-        chosen = next((c for c in layer.candidates if c.chosen), None)
-        error = chosen.relative_weight_error if chosen else None
-        rows.append(
-            [
-                layer.name,
-                size,
+            figures = ["keep", "", "", "", ""]
+        else:
+            layout = layer.sites()
+            chosen = next((c for c in layer.candidates if c.chosen), None)
+            error = chosen.relative_weight_error if chosen else None
+            figures = [
                 str(layout),
-                listed(bonds),
-                f"{layer.shape[0] * layer.shape[1] / after:.2f}",
+                listed(layout.clip(layer.bond_dims or ())),
+                f"{layer.shape[0] * layer.shape[1] / layer.parameters:.2f}",
+                f"{layer.macs:,}",
                 "" if error is None else f"{error:.4f}",
-                layer.reason,
             ]
-        )
-    columns = ["layer", "out x in", "layout", "bond dims", "ratio", "weight error", "why"]
+        rows.append([layer.name, size, *figures, *([seconds] if timed else []), layer.reason])
+    columns = ["layer", "out x in", "layout", "bond dims", "ratio", "macs", "weight error"]
+    columns += [*(["µs of dense"] if timed else []), "why"]
     print_table("Plan (nothing was written)", columns, rows)
+    totals = predicted_totals(plan)
+    lines = []
+    if totals.parameters is not None and totals.bytes is not None:
+        lines.append(f"parameters {totals.parameters[0]:,} -> {totals.parameters[1]:,}")
+        lines.append(f"stored bytes {totals.bytes[0]:,} -> {totals.bytes[1]:,}")
+    lines.append(f"multiply-adds a row {totals.macs[0]:,} -> {totals.macs[1]:,}")
+    if totals.seconds is not None:
+        before, after = (seconds * 1e6 for seconds in totals.seconds)
+        lines.append(f"time of these layers {before:,.0f} -> {after:,.0f} µs")
+    if totals.relative_output_error is not None:
+        lines.append(f"change of the model's outputs {totals.relative_output_error:.3g}")
+    typer.echo("Predicted: " + "; ".join(lines))

@@ -32,7 +32,7 @@ FormOption = Annotated[
     ),
 ]
 BatchOption = Annotated[
-    int, typer.Option("--batch", metavar="N", min=1, help="Batch size that --form auto measures.")
+    int, typer.Option("--batch", metavar="N", min=1, help="Rows that latency is measured with.")
 ]
 QuantizeOption = Annotated[
     Quantize,

@@ -8,11 +8,16 @@ loss (inputs and gradients at the outputs), in which layers are comparable; in w
 the metric of the inputs alone, they are not, and the same rule was measured to be worse than
 uniform. Gains are a second-order prediction at the dense model, and errors interact: a floor for
 every layer keeps the rule from starving one that only looks unimportant while all others are exact.
+
+A layer may also stay dense, if its share says so: one step beyond its largest bond dimension. By
+sensitivity that step is taken from any bond dimension, where all that it gains, for all that it
+costs, is more than what the next bond dimension gains for its cost.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -34,8 +39,11 @@ class Share:
         max_bond_dim: at which the layer no longer gets larger or more exact.
         stored: numbers that the layer takes at a bond dimension; rises strictly up to
             `max_bond_dim`.
-        gains: (max_bond_dim,) float64, descending: by how much each further bond dimension lowers
-            the loss, on one scale for all layers; None if that is not known.
+        gains: float64, descending: by how much each further bond dimension lowers the loss, on one
+            scale for all layers, also beyond `max_bond_dim`; None if that is not known.
+        may_stay_dense: whether `max_bond_dim + 1`, which stands for dense, is among the choices.
+        price: what a bond dimension (or `max_bond_dim + 1`) costs by the objective, such as seconds
+            or multiply-adds; gains are weighed against it. None: the numbers that it stores.
     """
 
     name: str
@@ -43,9 +51,26 @@ class Share:
     max_bond_dim: int
     stored: Callable[[int], int]
     gains: Tensor | None = None
+    may_stay_dense: bool = False
+    price: Callable[[int], float] | None = None
+
+    @property
+    def top(self) -> int:
+        """The last choice: the largest bond dimension, or one more, which is dense."""
+        return self.max_bond_dim + self.may_stay_dense
+
+    def numbers(self, bond_dim: int) -> int:
+        """Numbers that a choice takes."""
+        return self.dense if bond_dim > self.max_bond_dim else self.stored(bond_dim)
+
+    def cost(self, bond_dim: int) -> float:
+        """What a choice costs by the objective."""
+        return self.numbers(bond_dim) if self.price is None else self.price(bond_dim)
 
     def within(self, numbers: float) -> int:
-        """The largest bond dimension that takes no more than so many numbers; 0 if none does."""
+        """The last choice that takes no more than so many numbers; 0 if none does."""
+        if self.may_stay_dense and numbers >= self.dense:
+            return self.top
         low, high = 0, self.max_bond_dim
         while low < high:
             middle = (low + high + 1) // 2
@@ -71,16 +96,16 @@ def allocate_uniform(shares: Sequence[Share], budget: int) -> list[int]:
     def at(fraction: float) -> list[int]:
         return [max(1, share.within(fraction * share.dense)) for share in shares]
 
-    low, high = 0.0, 1.0 + max(share.stored(share.max_bond_dim) / share.dense for share in shares)
+    low, high = 0.0, 1.0 + max(share.numbers(share.top) / share.dense for share in shares)
     for _ in range(50):  # halves the interval to the precision of a double
         middle = (low + high) / 2
         low, high = (middle, high) if _total(shares, at(middle)) <= budget else (low, middle)
     bonds = at(low)
 
-    def worst_off(index: int, bond: int) -> float:
-        return shares[index].stored(bond) / shares[index].dense
+    def worst_off(index: int, bond: int) -> list[tuple[float, int]]:
+        return [(shares[index].numbers(bond) / shares[index].dense, bond + 1)]
 
-    return _fill(shares, bonds, budget, worst_off, [share.max_bond_dim for share in shares])
+    return _fill(shares, bonds, budget, worst_off, [share.top for share in shares])
 
 
 def allocate_by_sensitivity(
@@ -103,21 +128,36 @@ def allocate_by_sensitivity(
     uniform = allocate_uniform(shares, budget)
     bonds = [max(1, int(floor * bond)) for bond in uniform]
     gains = [[] if share.gains is None else share.gains.tolist() for share in shares]
+    # Gains beyond each bond dimension, summed from the small ones up.
+    beyond = [[*accumulate(reversed(values), initial=0.0)][::-1] for values in gains]
 
-    def loss_per_number(index: int, bond: int) -> float:
+    def rate(index: int, bond: int, step: int) -> float:
+        """Loss that a step wins for what it costs, negative: the queue takes the smallest first."""
         share = shares[index]
-        cost = share.stored(bond + 1) - share.stored(bond)
-        gain: float = gains[index][bond] if bond < len(gains[index]) else 0.0
-        if cost == 0:  # clipped at the layout's maximum
+        cost = share.cost(step) - share.cost(bond)
+        if step > share.max_bond_dim:
+            gain: float = beyond[index][min(bond, len(gains[index]))]
+        else:
+            gain = gains[index][bond] if bond < len(gains[index]) else 0.0
+        if cost <= 0:  # as fast or as small, and more exact
             return float("-inf")
-        return -gain / cost  # the queue takes the smallest first
+        return -gain / cost
 
-    tops = [
-        min(share.max_bond_dim, max(1, int(cap * bond)))
-        for share, bond in zip(shares, uniform, strict=True)
-    ]
-    bonds = _fill(shares, bonds, budget, loss_per_number, tops)
-    return _fill(shares, bonds, budget, loss_per_number, [share.max_bond_dim for share in shares])
+    def steps(index: int, bond: int) -> list[tuple[float, int]]:
+        share = shares[index]
+        ways = {bond + 1, share.top} if share.may_stay_dense else {bond + 1}
+        return [(rate(index, bond, step), step) for step in ways]
+
+    def capped(share: Share, bond: int) -> int:
+        most = max(1, int(cap * bond))
+        affordable = share.dense <= cap * share.numbers(bond)
+        return (
+            share.top if affordable and most > share.max_bond_dim else min(share.max_bond_dim, most)
+        )
+
+    tops = [capped(share, bond) for share, bond in zip(shares, uniform, strict=True)]
+    bonds = _fill(shares, bonds, budget, steps, tops)
+    return _fill(shares, bonds, budget, steps, [share.top for share in shares])
 
 
 def least_numbers(shares: Sequence[Share]) -> int:
@@ -137,33 +177,43 @@ def _check_budget(shares: Sequence[Share], budget: int) -> None:
 
 
 def _total(shares: Sequence[Share], bonds: Sequence[int]) -> int:
-    return sum(share.stored(bond) for share, bond in zip(shares, bonds, strict=True))
+    return sum(share.numbers(bond) for share, bond in zip(shares, bonds, strict=True))
 
 
 def _fill(
     shares: Sequence[Share],
     bonds: Sequence[int],
     budget: int,
-    priority: Callable[[int, int], float],
+    steps: Callable[[int, int], list[tuple[float, int]]],
     tops: Sequence[int],
 ) -> list[int]:
-    """Raise bond dimensions one by one, smallest priority first, while they fit the budget.
+    """Raise bond dimensions step by step, smallest priority first, while they fit the budget.
 
-    A layer whose next bond dimension does not fit is passed over: a cheaper one may still fit.
+    A step that does not fit is passed over: another layer's, or a smaller one, may still fit.
+
+    Args:
+        shares: the layers.
+        bonds: to begin with.
+        budget: for all of them.
+        steps: of a layer at a bond dimension: (priority, next choice).
+        tops: the last choice of each layer.
     """
     bonds = list(bonds)
     left = budget - _total(shares, bonds)
-    queue = [
-        (priority(index, bond), index) for index, bond in enumerate(bonds) if bond < tops[index]
-    ]
-    heapify(queue)
+    queue: list[tuple[float, int, int, int]] = []
+
+    def offer(index: int) -> None:
+        for priority, step in steps(index, bonds[index]):
+            if bonds[index] < step <= tops[index]:
+                heappush(queue, (priority, index, bonds[index], step))
+
+    for index in range(len(bonds)):
+        offer(index)
     while queue:
-        _, index = heappop(queue)
-        bond = bonds[index]
-        cost = shares[index].stored(bond + 1) - shares[index].stored(bond)
-        if cost > left:
+        _, index, bond, step = heappop(queue)
+        cost = shares[index].numbers(step) - shares[index].numbers(bond)
+        if bond != bonds[index] or cost > left:
             continue
-        bonds[index], left = bond + 1, left - cost
-        if bond + 1 < tops[index]:
-            heappush(queue, (priority(index, bond + 1), index))
+        bonds[index], left = step, left - cost
+        offer(index)
     return bonds

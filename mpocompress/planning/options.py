@@ -1,37 +1,60 @@
-"""What may be asked of a plan, in one object, and the planner that answers it."""
+"""What may be asked of a plan, in one object, and the planners that answer it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from mpocompress.errors import PlanError
 from mpocompress.mpo.identity_gauge import Gauge
+from mpocompress.planning.budgets import (
+    check_max_drop,
+    check_max_error,
+    parse_size,
+    the_one_given,
+)
 from mpocompress.planning.layout_rules import LayoutChoice
+from mpocompress.planning.objective import Latency, Objective, ObjectiveName, check_objective
 from mpocompress.planning.plan import Plan
 from mpocompress.planning.planner import Progress, plan_bond_dim
-from mpocompress.planning.ratio import Gains, Of, plan_ratio
+from mpocompress.planning.ratio import Of, check_ratio, plan_ratio
+from mpocompress.planning.sharing import Gains, Sharing
 from mpocompress.surgery import Inventory
+
+Target = Literal["bond_dim", "ratio", "max_size", "max_error", "max_drop"]
+"""The ways to say how small."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanOptions:
-    """Exactly one of `bond_dim` and `ratio`, and how to get there.
+    """Exactly one target, and how to get there.
 
     Attributes:
         bond_dim: largest bond dimension of every layer, see `plan_bond_dim`.
         ratio: parameters before / after, see `plan_ratio`.
+        max_size: bytes of the ONNX file, see `parse_size`.
+        max_error: relative output error of every layer and of the model; without data the relative
+            weight error of every layer.
+        max_drop: metric before minus metric after.
         of: what the ratio counts.
+        objective: what is to be small besides.
+        batch: rows for which latency counts.
         layout: see `plan_bond_dim`.
         sites: see `plan_bond_dim`.
         include: patterns of layers to compress.
         exclude: patterns of layers to keep.
         if_smaller: with `bond_dim`: keep layers that would not get smaller.
         gauge: how cores are stored.
-        healed: with `ratio`: healing will follow.
+        healed: with a budget: healing will follow.
     """
 
     bond_dim: int | None = None
     ratio: float | None = None
+    max_size: int | str | None = None
+    max_error: float | None = None
+    max_drop: float | None = None
     of: Of = "model"
+    objective: ObjectiveName = "size"
+    batch: int = 1
     layout: LayoutChoice = "auto"
     sites: int | None = None
     include: Sequence[str] = ()
@@ -42,44 +65,97 @@ class PlanOptions:
 
     @property
     def is_given(self) -> bool:
-        """Whether a bond dimension or a budget was given at all."""
-        return self.bond_dim is not None or self.ratio is not None
+        """Whether any target was given at all."""
+        return any(value is not None for value in self._targets().values())
+
+    @property
+    def target(self) -> Target:
+        """Which one was given.
+
+        Raises:
+            PlanError: none, or more than one.
+        """
+        given = the_one_given(self._targets())
+        return next(name for name in _TARGETS if name == given)
+
+    def checked(self) -> "PlanOptions":
+        """The options with the size in bytes.
+
+        Raises:
+            PlanError: none or several targets, or one that makes no sense.
+        """
+        target = self.target
+        check_objective(self.objective, self.batch)
+        if target == "ratio":
+            check_ratio(self.ratio or 0.0, self.of)
+        elif self.of != "model":
+            raise PlanError(f"of {self.of!r} is for a ratio, but {target} was given. Drop it.")
+        if self.max_error is not None:
+            check_max_error(self.max_error)
+        if self.max_drop is not None:
+            check_max_drop(self.max_drop)
+        if self.max_size is not None:
+            return replace(self, max_size=parse_size(self.max_size))
+        return self
+
+    def aim(self, latency: Latency | None = None) -> Objective:
+        """The objective, with the table of measured times that "latency" needs."""
+        return Objective(name=self.objective, batch=self.batch, latency=latency)
+
+    def sharing(
+        self,
+        inventory: Inventory,
+        *,
+        objective: Objective,
+        gains: Gains | None = None,
+        tables: bool = True,
+        progress: Progress | None = None,
+    ) -> Sharing:
+        """What a budget is shared among.
+
+        Raises:
+            MPOCompressError: see `Sharing`.
+        """
+        return Sharing(
+            inventory,
+            gains=gains,
+            layout=self.layout,
+            sites=self.sites,
+            include=self.include,
+            exclude=self.exclude,
+            gauge=self.gauge,
+            objective=objective,
+            may_stay_dense=self.of == "model",
+            healed=self.healed,
+            tables=tables,
+            progress=progress,
+        )
 
     def make(
         self,
         inventory: Inventory,
         *,
+        objective: Objective | None = None,
         gains: Gains | None = None,
         tables: bool = True,
         progress: Progress | None = None,
     ) -> Plan:
-        """The plan for a model; see `plan_ratio` for `gains`, `plan_bond_dim` for `tables`.
+        """The plan for a bond dimension or a ratio; the other targets have to be measured.
+
+        See `Sharing` for `gains` and `tables`.
 
         Raises:
-            PlanError: neither a bond dimension nor a ratio, or both.
+            PlanError: another target, none, or several.
             MPOCompressError: see `plan_bond_dim` and `plan_ratio`.
         """
-        if self.bond_dim is not None and self.ratio is not None:
-            raise PlanError(
-                f"bond_dim {self.bond_dim} and ratio {self.ratio:g} both say how small; give one."
+        objective = objective or self.aim()
+        if self.target == "ratio" and self.ratio is not None:
+            sharing = self.sharing(
+                inventory, objective=objective, gains=gains, tables=tables, progress=progress
             )
-        if self.ratio is not None:
-            return plan_ratio(
-                inventory,
-                self.ratio,
-                of=self.of,
-                gains=gains,
-                layout=self.layout,
-                sites=self.sites,
-                include=self.include,
-                exclude=self.exclude,
-                gauge=self.gauge,
-                healed=self.healed,
-                tables=tables,
-                progress=progress,
-            )
+            return plan_ratio(sharing, self.ratio, of=self.of)
         if self.bond_dim is None:
-            raise PlanError("how small is not said. Give a bond_dim, such as 16, or a ratio.")
+            raise PlanError(f"{self.target} is met by measuring: call plan or compress with it.")
         return plan_bond_dim(
             inventory,
             self.bond_dim,
@@ -89,6 +165,13 @@ class PlanOptions:
             exclude=self.exclude,
             if_smaller=self.if_smaller,
             gauge=self.gauge,
+            objective=objective,
             tables=tables,
             progress=progress,
         )
+
+    def _targets(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in _TARGETS}
+
+
+_TARGETS: tuple[Target, ...] = ("bond_dim", "ratio", "max_size", "max_error", "max_drop")

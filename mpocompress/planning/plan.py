@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from mpocompress.errors import PlanError
 from mpocompress.mpo import Layout
 from mpocompress.mpo.identity_gauge import Gauge, stored_parameters
-from mpocompress.planning.layouts import Candidate
+from mpocompress.planning.layouts import Candidate, chain_macs
 
 FORMAT_VERSION = 1
 
@@ -43,6 +43,22 @@ class CandidateFigures(_Frozen):
         )
 
 
+class LayerPrediction(_Frozen):
+    """What is expected of one layer.
+
+    Attributes:
+        choice: layout and bond dimensions that this was predicted for; an edited entry has others.
+        seconds: of a batch in ONNX Runtime, from measured times; None if not asked for.
+        dense_seconds: the same of the dense layer.
+        loss: share of the model's squared outputs that changes, to second order; None if unknown.
+    """
+
+    choice: str
+    seconds: float | None = None
+    dense_seconds: float | None = None
+    loss: float | None = None
+
+
 class LayerPlan(_Frozen):
     """What becomes of one convertible weight.
 
@@ -58,6 +74,7 @@ class LayerPlan(_Frozen):
         gauge: "none" to store all entries of the cores, "identity" to store as many numbers as the
             layer has degrees of freedom.
         candidates: what other layouts would have given.
+        predicted: what was expected when the plan was made.
     """
 
     name: str
@@ -70,6 +87,38 @@ class LayerPlan(_Frozen):
     bond_dims: tuple[PositiveInt, ...] | None = None
     gauge: Gauge = "none"
     candidates: tuple[CandidateFigures, ...] = ()
+    predicted: LayerPrediction | None = None
+
+    @property
+    def choice(self) -> str:
+        """Layout and bond dimensions as text, or "dense"."""
+        if self.action == "keep":
+            return "dense"
+        layout = self.sites()
+        return f"{layout} {list(layout.clip(self.bond_dims or ()))} {self.gauge}"
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that are stored afterwards."""
+        if self.action == "keep":
+            return self.shape[0] * self.shape[1]
+        layout = self.sites()
+        return stored_parameters(layout, layout.clip(self.bond_dims or ()), self.gauge)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds for one input row afterwards."""
+        if self.action == "keep":
+            return self.shape[0] * self.shape[1]
+        layout = self.sites()
+        return chain_macs(layout, layout.clip(self.bond_dims or ()))
+
+    @property
+    def fresh_prediction(self) -> LayerPrediction | None:
+        """The prediction, unless the entry was edited since."""
+        if self.predicted is None or self.predicted.choice != self.choice:
+            return None
+        return self.predicted
 
     def sites(self) -> Layout:
         """The layout of a layer that is to be compressed; padded if it is larger than the shape.
@@ -98,11 +147,17 @@ class Plan(_Frozen):
         format_version: of this file.
         settings: what was asked for.
         layers: one entry a weight.
+        parameters_elsewhere: of the model, besides the weights listed; None if not known.
+        bytes_elsewhere: likewise.
+        bytes_listed: of the weights listed, dense.
     """
 
     format_version: int = FORMAT_VERSION
     settings: dict[str, Any] = Field(default_factory=dict)
     layers: tuple[LayerPlan, ...]
+    parameters_elsewhere: int | None = None
+    bytes_elsewhere: int | None = None
+    bytes_listed: int | None = None
 
     def __iter__(self) -> Iterator[LayerPlan]:  # type: ignore[override]  # rows, not fields
         return iter(self.layers)

@@ -16,6 +16,7 @@ from mpocompress.planning.layouts import (
     make_candidate,
     with_error,
 )
+from mpocompress.planning.objective import Objective
 from mpocompress.planning.plan import CandidateFigures, LayerPlan, Plan
 from mpocompress.surgery import Inventory, WeightSite, check_finite, select_sites
 
@@ -34,6 +35,7 @@ def plan_bond_dim(
     if_smaller: bool = True,
     gauge: Gauge = "none",
     tables: bool = True,
+    objective: Objective | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Plan every selected weight at one bond dimension.
@@ -51,6 +53,7 @@ def plan_bond_dim(
         gauge: how the cores of all layers are stored; in the "identity" gauge a layer takes fewer
             parameters at the same bond dimensions.
         tables: whether embedding tables are among the layers that are meant by no pattern.
+        objective: "macs" and "latency" keep layers dense that would cost more than they do now.
         progress: called once before each layer.
 
     Raises:
@@ -61,6 +64,7 @@ def plan_bond_dim(
     """
     check_bond_dim(bond_dim)
     check_gauge(gauge)
+    objective = objective or Objective()
     if sites is not None:
         if layout != "auto":
             raise LayoutError(
@@ -78,32 +82,41 @@ def plan_bond_dim(
             continue
         check_finite(site)
         try:
-            layers.append(_plan_site(site, bond_dim, rules, if_smaller, gauge))
+            layers.append(_plan_site(site, bond_dim, rules, if_smaller, gauge, objective))
         except MPOCompressError as error:
             raise type(error)(f"layer {site.label}: {error}") from error
     rules.check_used()
-    return Plan(
-        settings={
-            "bond_dim": bond_dim,
-            "layout": describe_layout(layout),
-            "sites": sites,
-            "include": list(include),
-            "exclude": list(exclude),
-            "if_smaller": if_smaller,
-            "gauge": gauge,
-        },
-        layers=tuple(layers),
-    )
+    settings = {
+        "bond_dim": bond_dim,
+        "layout": describe_layout(layout),
+        "sites": sites,
+        "include": list(include),
+        "exclude": list(exclude),
+        "if_smaller": if_smaller,
+        "gauge": gauge,
+    }
+    if objective.name != "size":
+        settings["objective"] = objective.name
+    if objective.name == "latency":
+        settings["batch"] = objective.batch
+    return Plan(settings=settings, layers=tuple(layers))
 
 
 def _plan_site(
-    site: WeightSite, bond_dim: int, rules: LayoutRules, if_smaller: bool, gauge: Gauge
+    site: WeightSite,
+    bond_dim: int,
+    rules: LayoutRules,
+    if_smaller: bool,
+    gauge: Gauge,
+    objective: Objective,
 ) -> LayerPlan:
     forced = rules.forced(site)
     if isinstance(forced, LayoutError):
         return keep_entry(site, f"the layout does not fit: {forced}")
     if forced is not None:
         candidate = make_candidate(forced, bond_dim, gauge=gauge)
+        if not objective.allows(site.shape, forced, candidate.bond_dims):
+            return keep_entry(site, objective.refusal(site.shape, forced, candidate.bond_dims))
         return _forced(site, candidate, if_smaller)
     weight_OI = site.matrix()
     if if_smaller and min(site.shape) <= bond_dim:
@@ -117,6 +130,11 @@ def _plan_site(
         if if_smaller:
             return keep_entry(site, f"no layout at bond dimension {bond_dim} makes it smaller")
         candidates = [make_candidate(Layout.svd(*site.shape), bond_dim, gauge=gauge)]
+    cheap = [c for c in candidates if objective.allows(site.shape, c.layout, c.bond_dims)]
+    if not cheap:
+        first = candidates[0]
+        return keep_entry(site, objective.refusal(site.shape, first.layout, first.bond_dims))
+    candidates = cheap
     measured = [with_error(candidate, weight_OI) for candidate in candidates]
     chosen = choose(measured)
     return compress_entry(

@@ -6,7 +6,7 @@ from functools import cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from mpocompress.report import narrative, wording
+from mpocompress.report import expectations, narrative, wording
 from mpocompress.report.figures import (
     group_colours,
     layers_with_spectra,
@@ -51,6 +51,9 @@ def render_html(report: CompressionReport) -> str:
             picture_narrow=_parameters_svg(report, groups, "narrow", width=4.4, font_size=9.5),
             groups=list(zip(groups, group_colours(groups), strict=True)),
             compressed=compressed,
+            budget=expectations.budget_sentence(report),
+            expected_columns=expectations.COLUMNS,
+            expected=expectations.comparison_rows(report),
             show_output_error=any(layer.relative_output_error is not None for layer in compressed),
             spectra=[_spectrum(layer, place, lowest) for place, layer in enumerate(with_spectra)],
             most_bonds=max((len(layer.bond_dims or []) for layer in with_spectra), default=0),

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from mpocompress.report import narrative, wording
+from mpocompress.report import expectations, narrative, wording
 from mpocompress.report.glossary import GLOSSARY
 from mpocompress.report.groups import kept_groups
 from mpocompress.report.schema import CompressionReport, LayerReport
@@ -40,6 +40,7 @@ def render_markdown(report: CompressionReport) -> str:
             "## What to know before you use it",
             "\n".join(f"- {_sentence(caution)}" for caution in narrative.cautions(report)),
         ),
+        *_section("## Predicted and measured", _expectations(report)),
         *_section("## Compressed layers", _layers(report.compressed_layers)),
         *_section("## What each layout would have given", _candidates(report.compressed_layers)),
         *_section("## Not rewritten", _kept(report)),
@@ -49,6 +50,13 @@ def render_markdown(report: CompressionReport) -> str:
         *_run(report),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _expectations(report: CompressionReport) -> str:
+    sentence = expectations.budget_sentence(report)
+    rows = [[_text(cell) for cell in row] for row in expectations.comparison_rows(report)]
+    table = _table(expectations.COLUMNS, rows, left=1) if rows else ""
+    return "\n\n".join(part for part in (sentence and _text(sentence), table) if part)
 
 
 def _verdicts(report: CompressionReport) -> list[str]:

@@ -254,6 +254,44 @@ class Parity(_Frozen):
         return fields
 
 
+class Budget(_Frozen):
+    """A budget that was met by measuring.
+
+    Args:
+        target: "max_size", "max_error" or "max_drop".
+        asked: the ceiling.
+        reached: what was measured on what is written.
+        what: of what, in words.
+        where: on what it was measured, in words.
+        trials: plans that were built and measured to find it.
+    """
+
+    target: Literal["max_size", "max_error", "max_drop"]
+    asked: NonNegativeFloat
+    reached: float
+    what: str
+    where: str
+    trials: NonNegativeInt
+
+
+class Comparison(_Frozen):
+    """A figure that the plan predicted, and what was measured.
+
+    Args:
+        quantity: of what, in words.
+        unit: "bytes", "seconds", or "" for a plain number.
+        predicted: by the plan; None if it was not, or was edited since.
+        measured: on what came out; None if it was not.
+        note: where or how it was measured.
+    """
+
+    quantity: str
+    unit: str
+    predicted: NonNegativeFloat | None
+    measured: NonNegativeFloat | None
+    note: str = ""
+
+
 class CompressionReport(_Frozen):
     """All that was measured in one run, and its renderings.
 
@@ -267,6 +305,8 @@ class CompressionReport(_Frozen):
         parity: ONNX Runtime against PyTorch; None if no ONNX file was checked.
         files: bytes on disk of each file that was written.
         onnx_note: why there is no ONNX file, if so.
+        budget: how a size, an error or a drop that was asked for was met.
+        predictions: of the plan, beside what was measured.
         seconds: wall time by stage, and "total".
     """
 
@@ -279,6 +319,8 @@ class CompressionReport(_Frozen):
     parity: Parity | None = None
     files: dict[str, NonNegativeInt] = {}
     onnx_note: str | None = None
+    budget: Budget | None = None
+    predictions: list[Comparison] = []
     seconds: dict[str, NonNegativeFloat] = {}
 
     @field_validator("settings", mode="after")

@@ -6,10 +6,12 @@ from mpocompress.tuning.gradients import LayerMoments, layer_moments
 from mpocompress.tuning.independent import fit_alone
 from mpocompress.tuning.loss_sweeps import sweep_on_loss
 from mpocompress.tuning.objectives import Distillation, Loss
-from mpocompress.tuning.sensitivity import gain_of_bonds, tied_heads
+from mpocompress.tuning.output_errors import OutputErrors, output_energy, output_errors
+from mpocompress.tuning.sensitivity import gain_of_bonds, output_error_curve, tied_heads
 from mpocompress.tuning.sequential import FitOptions, FittedWeight, SitePlan, fit_in_sequence
 from mpocompress.tuning.supervised import Supervised, SupervisedLoss, supervised_loss
 from mpocompress.tuning.sweep_options import LocalOptions, LossSweepOptions, LossSweepRecord
+from mpocompress.tuning.task_score import TaskScore, task_score
 from mpocompress.tuning.train import train_
 from mpocompress.tuning.train_options import TrainOptions, TrainRecord, TrainResult
 
@@ -25,20 +27,26 @@ __all__ = [
     "Loss",
     "LossSweepOptions",
     "LossSweepRecord",
+    "OutputErrors",
     "SitePlan",
     "Supervised",
     "SupervisedLoss",
     "TrainOptions",
     "TrainRecord",
     "TrainResult",
+    "TaskScore",
     "check_steps",
     "distill_",
     "fit_alone",
     "fit_in_sequence",
     "gain_of_bonds",
     "layer_moments",
+    "output_energy",
+    "output_error_curve",
+    "output_errors",
     "supervised_loss",
     "sweep_on_loss",
+    "task_score",
     "tied_heads",
     "train_",
 ]

@@ -40,14 +40,10 @@ def gain_of_bonds(
     """
     if any(adapter_of(module).looks_up for module in site.modules):
         return _gain_of_table(site, moments, ridge)
-    seen = [moments[module] for module in site.modules if module in moments]
-    seen = [moment for moment in seen if moment.inputs.rows and moment.gradients.rows]
-    if not seen:
+    found = _moments_of(site, moments)
+    if found is None:
         return None
-    inputs = _merged([moment.inputs for moment in seen])
-    gradients = _merged([moment.gradients for moment in seen])
-    # The mean is taken up by the bias where there is one.
-    centered = all(adapter_of(module).has_offset(module) for module in site.modules)
+    inputs, gradients, centered = found
     input_II = inputs.mean(centered=centered)[0]
     output_OO = gradients.mean(centered=False)[0]
     if not (bool(input_II.any()) and bool(output_OO.any())):
@@ -89,6 +85,58 @@ def _gain_of_table(
     heads = tied_heads(site, moments)
     weights_O, metric_II = table_weights(counts.frequencies(), output_II, ridge=ridge, heads=heads)
     return counts.rows * table_gains(site.matrix(), weights_O, metric_II)
+
+
+def output_error_curve(
+    site: WeightSite, moments: Mapping[nn.Module, LayerMoments], *, ridge: float = 1e-3
+) -> Tensor | None:
+    """Least relative output error of a layer at each bond dimension of ((out, 1), (1, in)).
+
+    On the inputs that the dense model has on the data, outputs without the bias.
+
+    Args:
+        site: the weight; all modules that share it count.
+        moments: of its modules, from `layer_moments`.
+        ridge: of the input moment, as in the fit.
+
+    Returns:
+        (min(out, in) + 1,) float64 on the CPU, entry r at bond dimension r, descending to 0; None
+        if the data reaches none of its modules, or excites nothing, and for tables.
+    """
+    if any(adapter_of(module).looks_up for module in site.modules):
+        return None
+    found = _moments_of(site, moments)
+    if found is None:
+        return None
+    inputs, _, centered = found
+    weight_OI = site.matrix()
+    input_II = inputs.mean(centered=centered)[0]
+    whole_II = inputs.mean(centered=False)[0]
+    if not bool(input_II.any()):
+        return None
+    weight_OI = weight_OI.to(whole_II)
+    norm = float(torch.sum(weight_OI @ whole_II * weight_OI))
+    if norm <= 0:
+        return None
+    whitened_OI = Metric(input_II, ridge=ridge).input_factor.apply(weight_OI)
+    squares = linalg.svd_values(whitened_OI).double().cpu() ** 2
+    lost_D = torch.zeros(min(site.shape) + 1, dtype=torch.float64)
+    lost_D[: len(squares)] = squares.flip(0).cumsum(0).flip(0)
+    return (lost_D / norm).sqrt()
+
+
+def _moments_of(
+    site: WeightSite, moments: Mapping[nn.Module, LayerMoments]
+) -> tuple[CrossMoment, CrossMoment, bool] | None:
+    """Of inputs and of gradients, and whether the mean is taken up by a bias."""
+    seen = [moments[module] for module in site.modules if module in moments]
+    seen = [moment for moment in seen if moment.inputs.rows and moment.gradients.rows]
+    if not seen:
+        return None
+    inputs = _merged([moment.inputs for moment in seen])
+    gradients = _merged([moment.gradients for moment in seen])
+    centered = all(adapter_of(module).has_offset(module) for module in site.modules)
+    return inputs, gradients, centered
 
 
 def _merged(moments: Sequence[CrossMoment]) -> CrossMoment:

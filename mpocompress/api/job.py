@@ -1,0 +1,388 @@
+"""One compression: its model, options and data, and the steps from a plan to a result."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from mpocompress.api.result import Clock, CompressionResult
+from mpocompress.errors import MPOCompressError
+from mpocompress.loading import Batch
+from mpocompress.mpo import MPO, Layout, sequential_svd
+from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge, fix_identity_gauge
+from mpocompress.planning import (
+    Gains,
+    Latency,
+    Objective,
+    Plan,
+    PlanOptions,
+    Progress,
+    Sharing,
+    with_predictions,
+)
+from mpocompress.report import Source
+from mpocompress.report.collect import Outcome, collect_report, measure
+from mpocompress.surgery import (
+    WeightSite,
+    check_finite,
+    copy_with_replacements,
+    find_weights,
+    open_modules,
+    opened_names,
+    select_sites,
+)
+from mpocompress.tuning import (
+    FitOptions,
+    FittedWeight,
+    LayerMoments,
+    SitePlan,
+    fit_in_sequence,
+    gain_of_bonds,
+    layer_moments,
+    output_energy,
+    tied_heads,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Built:
+    """A compressed model before it is reported on.
+
+    Attributes:
+        plan: that was executed.
+        model: with MPO layers.
+        weights: of each compressed site, as stored.
+        fitted: what the fit found; empty without data.
+        bounds: on the relative weight errors, of weights that were not fitted.
+    """
+
+    plan: Plan
+    model: nn.Module
+    weights: Mapping[WeightSite, MPO | IdentityGauge]
+    fitted: Mapping[WeightSite, FittedWeight]
+    bounds: Mapping[WeightSite, float]
+
+
+@runtime_checkable
+class ExactLatency(Protocol):
+    """A table of times that can also be measured anew at given bond dimensions."""
+
+    def __call__(
+        self, shape: tuple[int, int], layout: Layout | None, bond_dims: Sequence[int]
+    ) -> float:
+        """Seconds of a layer from the table."""
+        ...
+
+    def measure(
+        self, shape: tuple[int, int], layout: Layout | None, bond_dims: Sequence[int]
+    ) -> float:
+        """Seconds of a layer, timed now."""
+        ...
+
+
+class Job:
+    """What all plans that are tried for one model have in common.
+
+    Args:
+        model: dense; only read.
+        options: what was asked for.
+        calls: batches to fit on; None without data.
+        sweeps: of the fit of a layer.
+        seed: of everything random.
+        latency: the table of times, for the objective "latency".
+        progress: called as `progress(what, done, total)`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: PlanOptions,
+        *,
+        calls: Sequence[Batch] | None,
+        sweeps: int,
+        seed: int,
+        latency: Latency | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.model = model
+        # Modules that read their weights themselves are opened: they call layers that share them.
+        self.opened = open_modules(model)
+        self.inventory = find_weights(self.opened)
+        self.options = options
+        self.calls = calls
+        self.sweeps = sweeps
+        self.seed = seed
+        self.progress = progress
+        self.clock = Clock()
+        self.moments: dict[nn.Module, LayerMoments] | None = None
+        self.keeps_statistics = False
+        self._latency = latency
+        self._energy: float | None = None
+        self._gains: dict[WeightSite, Tensor | None] = {}
+
+    @property
+    def objective(self) -> Objective:
+        """What is to be small."""
+        return self.options.aim(self._latency)
+
+    @property
+    def has_data(self) -> bool:
+        """Whether there are batches to fit on."""
+        return self.calls is not None
+
+    @property
+    def gains(self) -> Gains | None:
+        """What each bond dimension is worth on the data; None without statistics."""
+        if self.moments is None:
+            return None
+        compute = partial(gain_of_bonds, moments=self.moments)
+
+        def known(site: WeightSite) -> Tensor | None:
+            if site not in self._gains:
+                self._gains[site] = compute(site)
+            return self._gains[site]
+
+        return known
+
+    def take_statistics(self, sites: Sequence[WeightSite] | None = None) -> None:
+        """Collect what the dense model shows of weights on the data; default: the selected ones."""
+        if self.calls is None or self.moments is not None:
+            return
+        if sites is None:
+            sites = select_sites(self.inventory, self.options.include, self.options.exclude)
+        if self.progress is not None:
+            self.progress("inputs of the layers and gradients at their outputs", 0, len(sites))
+        modules = [module for site in sites for module in site.modules]
+        with self.clock("statistics"):
+            self.moments = layer_moments(self.opened, modules, self.calls, seed=self.seed)
+            self._energy = output_energy(self.model, self.calls)
+
+    def sharing(self) -> Sharing:
+        """What a budget is shared among."""
+        with self.clock("planning"):
+            return self.options.sharing(
+                self.inventory,
+                objective=self.objective,
+                gains=self.gains,
+                tables=self.has_data,
+                progress=self.progress,
+            )
+
+    def plan(self) -> Plan:
+        """The plan for a bond dimension or a ratio."""
+        with self.clock("planning"):
+            found = self.options.make(
+                self.inventory,
+                objective=self.objective,
+                gains=self.gains,
+                tables=self.has_data,
+                progress=self.progress,
+            )
+            return self.predicted(found)
+
+    def predicted(self, plan: Plan) -> Plan:
+        """The plan with what is expected of it."""
+        return with_predictions(
+            plan,
+            self.inventory,
+            objective=self.objective,
+            gains=self.gains,
+            output_energy=self._energy,
+        )
+
+    def measured_seconds(self, plan: Plan) -> tuple[float, float] | None:
+        """Seconds of a batch through all listed layers, dense and as planned, timed exactly."""
+        if not isinstance(self._latency, ExactLatency):
+            return None
+        dense = after = 0.0
+        for layer in plan.layers:
+            before = self._latency(layer.shape, None, ())
+            dense += before
+            if layer.action == "compress":
+                layout = layer.sites()
+                bonds = layout.clip(layer.bond_dims or ())
+                before = self._latency.measure(layer.shape, layout, bonds)
+            after += before
+        return dense, after
+
+    def build(self, plan: Plan) -> Built:
+        """Fit, factorize and replace the planned weights in a copy of the model."""
+        with self.clock("inventory"):
+            opened, moments = _opened_as_planned(self.model, self.opened, plan, self.moments)
+            by_name = {site.name: site for site in find_weights(opened).sites}
+        planned = [
+            SitePlan(
+                site=by_name[layer.name],
+                layout=layer.sites(),
+                bond_dims=layer.sites().clip(layer.bond_dims or ()),
+            )
+            for layer in plan.compressed
+        ]
+        for entry in planned:
+            check_finite(entry.site)
+        gauges: dict[str, Gauge] = {layer.name: layer.gauge for layer in plan.compressed}
+        fitted = self._fit(opened, planned, moments)
+        weights: dict[WeightSite, MPO | IdentityGauge] = {}
+        bounds: dict[WeightSite, float] = {}
+        with self.clock("factorization"):
+            for done, entry in enumerate(planned):
+                if self.progress is not None:
+                    self.progress(entry.site.name, done, len(planned))
+                site = entry.site
+                with _naming(site):
+                    if site in fitted:
+                        weights[site] = in_gauge(fitted[site].mpo, gauges[site.name])
+                        continue
+                    mpo, bounds[site] = _truncated(entry, self.seed)
+                    weights[site] = in_gauge(mpo, gauges[site.name]).to(dtype=site.dtype)
+        with self.clock("surgery"):
+            compressed = copy_with_replacements(opened, weights)
+            for site, weight in fitted.items():
+                if weight.bias is not None:
+                    bias = compressed.get_submodule(site.name).get_parameter("bias")
+                    bias.data.copy_(weight.bias)
+        return Built(plan=plan, model=compressed, weights=weights, fitted=fitted, bounds=bounds)
+
+    def finish(self, built: Built, *, source: Source | None) -> CompressionResult:
+        """Measure what was built, layer by layer, and report."""
+        outcomes: dict[str, Outcome] = {}
+        with self.clock("measurement"):
+            for site, weight in built.weights.items():
+                found = built.fitted.get(site)
+                outcomes[site.name] = measure(
+                    site,
+                    weight,
+                    discarded_weight_bound=built.bounds.get(site),
+                    relative_output_error=None if found is None else found.relative_output_error,
+                )
+        gauges = {layer.name: layer.gauge for layer in built.plan.compressed}
+        # As executed: a plan that was edited may give each layer its own.
+        used = set(gauges.values())
+        settings: dict[str, Any] = {
+            **built.plan.settings,
+            "gauge": used.pop() if len(used) == 1 else gauges,
+            "seed": self.seed,
+        }
+        if self.calls is not None:
+            rows = sum(call.num_rows for call in self.calls)
+            settings |= {"sweeps": self.sweeps, "rows_of_data": rows}
+        report = collect_report(
+            self.inventory,
+            built.plan,
+            outcomes,
+            source=source or Source(name=type(self.model).__name__),
+            seconds=self.clock.total(),
+            settings=settings,
+        )
+        return CompressionResult(model=built.model, report=report, plan=built.plan)
+
+    def _fit(
+        self,
+        opened: nn.Module,
+        planned: Sequence[SitePlan],
+        moments: Mapping[nn.Module, LayerMoments] | None,
+    ) -> dict[WeightSite, FittedWeight]:
+        if self.calls is None:
+            return {}
+        if moments is None:
+            modules = [module for entry in planned for module in entry.site.modules]
+            with self.clock("statistics"):
+                moments = layer_moments(opened, modules, self.calls, seed=self.seed)
+        healed = self.options.healed
+        with self.clock("fitting"):
+            fitted = fit_in_sequence(
+                opened,
+                planned,
+                self.calls,
+                output_metrics={
+                    module: metric
+                    for module, moment in moments.items()
+                    if (metric := moment.output_metric) is not None
+                },
+                heads={entry.site: tied_heads(entry.site, moments) for entry in planned},
+                options=FitOptions(
+                    sweeps=self.sweeps, output_metric="sites" if healed else "exact"
+                ),
+                progress=self.progress,
+            )
+        if not self.keeps_statistics:
+            self.moments = None  # the largest thing that is no longer needed
+        return fitted
+
+
+def factorize_site(
+    entry: SitePlan, fitted: Mapping[WeightSite, FittedWeight], seed: int
+) -> tuple[MPO, Outcome]:
+    """The fitted MPO or, without data or where data did not come by, the sequential SVD."""
+    site = entry.site
+    with _naming(site):
+        if site in fitted:
+            found = fitted[site]
+            error = found.relative_output_error
+            return found.mpo, measure(site, found.mpo, relative_output_error=error)
+        mpo, bound = _truncated(entry, seed)
+        mpo = mpo.to(dtype=site.dtype)
+        return mpo, measure(site, mpo, discarded_weight_bound=bound)
+
+
+def _truncated(entry: SitePlan, seed: int) -> tuple[MPO, float]:
+    """The sequential SVD of a weight, and a bound of its relative error."""
+    site = entry.site
+    found = sequential_svd(
+        site.matrix(),
+        entry.layout,
+        bond_dim=entry.bond_dims,
+        generator=torch.Generator(device=site.device).manual_seed(seed),
+    )
+    return MPO(found.cores, shape=site.shape), found.relative_error
+
+
+def _opened_as_planned(
+    model: nn.Module,
+    opened: nn.Module,
+    plan: Plan,
+    moments: Mapping[nn.Module, LayerMoments] | None,
+) -> tuple[nn.Module, Mapping[nn.Module, LayerMoments] | None]:
+    """The model with those modules opened that hold a weight to compress; the rest as it was.
+
+    Args:
+        model: dense.
+        opened: with all modules opened that can be.
+        plan: what is compressed.
+        moments: of modules of `opened`; they are returned for the modules of the result.
+    """
+    names = opened_names(opened)
+    wanted = {
+        name
+        for name in names
+        if any(layer.name.startswith(f"{name}." if name else "") for layer in plan.compressed)
+    }
+    if len(wanted) == len(names):
+        return opened, moments
+    result = open_modules(model, wanted) if wanted else model
+    if moments is None:
+        return result, None
+    theirs = dict(result.named_modules())
+    return result, {
+        theirs[name]: moments[module]
+        for name, module in opened.named_modules()
+        if module in moments and name in theirs
+    }
+
+
+def in_gauge(mpo: MPO, gauge: Gauge) -> MPO | IdentityGauge:
+    """The MPO as it is stored."""
+    return mpo if gauge == "none" else fix_identity_gauge(mpo.cores, shape=mpo.shape)
+
+
+@contextmanager
+def _naming(site: WeightSite) -> Iterator[None]:
+    """Put the layer's name before what goes wrong inside."""
+    try:
+        yield
+    except MPOCompressError as error:
+        raise type(error)(f"layer {site.label}: {error}") from error

@@ -1,0 +1,103 @@
+"""A ceiling for the bytes of the ONNX file, measured on written files."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpocompress.api.budgets import Met
+from mpocompress.api.job import Job, in_gauge
+from mpocompress.errors import BudgetError, NoLayerMatched
+from mpocompress.mpo import MPO
+from mpocompress.planning import Plan
+from mpocompress.planning.search import Measured, approach_ceiling
+from mpocompress.surgery import WeightSite, copy_with_replacements
+
+OnnxBytes = Callable[[nn.Module], int]
+"""Writes the ONNX file of a model and gives its bytes."""
+
+_SIZE_TRIES = 10
+
+
+def plan_for_size(job: Job, max_size: int, onnx_bytes: OnnxBytes) -> tuple[Plan, Met]:
+    """The plan whose ONNX file comes closest to a size from below, measured on written files.
+
+    What a file takes does not depend on the values in it, so those that are tried hold cores of the
+    planned shapes with random entries; nothing is fitted before the plan is found.
+
+    Raises:
+        BudgetError: no plan gives so small a file; the message says which is the smallest.
+    """
+    sharing = job.sharing()
+    whole = job.inventory.parameters
+    if not sharing.parts:
+        sharing.of_model(whole, f"an ONNX file of {max_size} bytes")  # says why there is nothing
+    plans: dict[float, Plan] = {}
+    written: dict[tuple[str, ...], int] = {}
+
+    def measure(parameters: float) -> float:
+        plan = sharing.of_model(parameters, f"an ONNX file of {max_size} bytes")
+        plans[parameters] = plan
+        choice = tuple(layer.choice for layer in plan.layers)
+        if choice not in written:
+            if job.progress is not None:
+                job.progress("writing ONNX files to measure them", len(written), _SIZE_TRIES)
+            with job.clock("planning"):
+                written[choice] = onnx_bytes(hollow(job, plan))
+        return written[choice]
+
+    tried = approach_ceiling(
+        min(max_size / 4, 0.999 * whole),
+        sharing.least,
+        whole,
+        measure,
+        max_size,
+        per_number=4.0,
+        tries=_SIZE_TRIES,
+    )
+    fitting = [found for found in tried if found.fits]
+    if not fitting and tried[0].size > sharing.least:
+        smallest = measure(sharing.least)
+        tried.append(Measured(sharing.least, smallest, smallest <= max_size))
+        fitting = [tried[-1]] if tried[-1].fits else []
+    if fitting and not plans[max(fitting, key=lambda found: found.figure).size].compressed:
+        raise NoLayerMatched(
+            f"the dense model's ONNX file has {int(fitting[-1].figure)} bytes, within {max_size}: "
+            "there is nothing to compress. Allow fewer bytes."
+        )
+    if not fitting:
+        reachable = int(min(found.figure for found in tried))
+        raise BudgetError(
+            f"an ONNX file of {max_size} bytes cannot be met: with bond dimension 1 everywhere it "
+            f"has {reachable}. Allow that many, or force layouts of more sites."
+        )
+    best = max(fitting, key=lambda found: found.figure)
+    plan = plans[best.size]
+    settings = {"max_size": max_size, **plan.settings}
+    met = Met(
+        target="max_size",
+        asked=max_size,
+        reached=best.figure,
+        what="bytes of the ONNX file",
+        where="the written file",
+        trials=len(written),
+    )
+    return job.predicted(plan.model_copy(update={"settings": settings})), met
+
+
+def hollow(job: Job, plan: Plan) -> nn.Module:
+    """The compressed model with random cores: the very file, but for its values."""
+    by_name = {site.name: site for site in job.inventory.sites}
+    generator = torch.Generator().manual_seed(job.seed)
+    weights: dict[WeightSite, Any] = {}
+    for layer in plan.compressed:
+        site, layout = by_name[layer.name], layer.sites()
+        bonds = (1, *layout.clip(layer.bond_dims or ()), 1)
+        cores = [
+            torch.randn((bonds[k], *pair, bonds[k + 1]), generator=generator)
+            for k, pair in enumerate(layout.pairs)
+        ]
+        mpo = MPO(cores, shape=site.shape)
+        weights[site] = in_gauge(mpo, layer.gauge).to(dtype=site.dtype, device=site.device)
+    return copy_with_replacements(job.opened, weights)

@@ -1,0 +1,125 @@
+"""What a plan is expected to give: size, multiply-adds, time, and what it does to the outputs.
+
+The change of the model's outputs is predicted to second order at the dense model: the squared
+singular values that each layer discards in the metric of its inputs and of the gradients at its
+outputs, summed over the layers. Errors of different layers are taken as independent, and nothing is
+known here of what later layers repair.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
+
+from torch import Tensor
+
+from mpocompress.mpo import Layout
+from mpocompress.planning.objective import Objective
+from mpocompress.planning.plan import LayerPlan, LayerPrediction, Plan
+from mpocompress.surgery import Inventory, WeightSite
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predicted:
+    """Figures of the whole model, dense and as planned.
+
+    Attributes:
+        parameters: dense, planned.
+        bytes: of stored tensors, likewise, in the dtypes of the model; None if not known.
+        macs: multiply-adds of one row through the listed layers.
+        seconds: of a batch through the listed layers; None unless times were measured.
+        relative_output_error: norm of the change of the model's outputs over their norm; None if a
+            layer's part in it is not known.
+    """
+
+    parameters: tuple[int, int] | None
+    bytes: tuple[int, int] | None
+    macs: tuple[int, int]
+    seconds: tuple[float, float] | None
+    relative_output_error: float | None
+
+
+def with_predictions(
+    plan: Plan,
+    inventory: Inventory,
+    *,
+    objective: Objective,
+    gains: Callable[[WeightSite], Tensor | None] | None = None,
+    output_energy: float | None = None,
+) -> Plan:
+    """The plan with what is expected of each entry.
+
+    Args:
+        plan: to complete.
+        inventory: of its model.
+        objective: with the table of times, if there is one.
+        gains: what each bond dimension of the layout ((out, 1), (1, in)) is worth, if known.
+        output_energy: sum of the squares of the model's outputs on the data that `gains` are from.
+    """
+    sites = {site.name: site for site in inventory.sites}
+    layers = tuple(
+        _predicted(layer, sites[layer.name], objective, gains, output_energy)
+        for layer in plan.layers
+    )
+    return plan.model_copy(
+        update={
+            "layers": layers,
+            "parameters_elsewhere": inventory.parameters
+            - sum(site.parameters for site in inventory.sites),
+            "bytes_elsewhere": inventory.bytes - sum(site.bytes for site in inventory.sites),
+            "bytes_listed": sum(site.bytes for site in inventory.sites),
+        }
+    )
+
+
+def predicted_totals(plan: Plan) -> Predicted:
+    """Sum up what a plan is expected to give; edited entries have sizes, but nothing else."""
+    dense = sum(layer.shape[0] * layer.shape[1] for layer in plan.layers)
+    after = sum(layer.parameters for layer in plan.layers)
+    predictions = [layer.fresh_prediction for layer in plan.layers]
+    seconds = None
+    if all(p is not None and p.seconds is not None for p in predictions):
+        seconds = (
+            sum(p.dense_seconds or 0.0 for p in predictions if p),
+            sum(p.seconds or 0.0 for p in predictions if p),
+        )
+    losses = [
+        None if prediction is None else prediction.loss
+        for layer, prediction in zip(plan.layers, predictions, strict=True)
+        if layer.action == "compress"
+    ]
+    known = [loss for loss in losses if loss is not None]
+    error = sqrt(sum(known)) if known and len(known) == len(losses) else None
+    elsewhere, rest, listed = plan.parameters_elsewhere, plan.bytes_elsewhere, plan.bytes_listed
+    return Predicted(
+        parameters=None if elsewhere is None else (elsewhere + dense, elsewhere + after),
+        bytes=None
+        if rest is None or listed is None
+        else (rest + listed, rest + round(listed * after / dense)),
+        macs=(dense, sum(layer.macs for layer in plan.layers)),
+        seconds=seconds,
+        relative_output_error=error,
+    )
+
+
+def _predicted(
+    layer: LayerPlan,
+    site: WeightSite,
+    objective: Objective,
+    gains: Callable[[WeightSite], Tensor | None] | None,
+    output_energy: float | None,
+) -> LayerPlan:
+    layout = None if layer.action == "keep" else layer.sites()
+    bonds = () if layout is None else layout.clip(layer.bond_dims or ())
+    seconds = dense_seconds = None
+    if objective.latency is not None:
+        seconds = objective.latency(layer.shape, layout, bonds)
+        dense_seconds = objective.latency(layer.shape, None, ())
+    loss = None
+    if layout is not None and layout.pairs == Layout.svd(*layer.shape).pairs:
+        known = None if gains is None or not output_energy else gains(site)
+        if known is not None and output_energy:
+            loss = float(known[bonds[0] :].sum()) / output_energy
+    prediction = LayerPrediction(
+        choice=layer.choice, seconds=seconds, dense_seconds=dense_seconds, loss=loss
+    )
+    return layer.model_copy(update={"predicted": prediction})

@@ -1,0 +1,313 @@
+"""All plans of a model that share a number of stored parameters among its layers.
+
+A ratio asks for one of them. Budgets that can only be measured (bytes of a file, errors, a drop in
+accuracy) are met by walking along them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor
+
+from mpocompress.errors import BudgetError, LayoutError, NoLayerMatched
+from mpocompress.mpo import Layout
+from mpocompress.mpo.identity_gauge import Gauge, check_gauge, stored_parameters
+from mpocompress.planning.allocation import (
+    Share,
+    allocate_by_sensitivity,
+    allocate_uniform,
+    least_numbers,
+)
+from mpocompress.planning.bottleneck import wider_layout
+from mpocompress.planning.entries import compress_entry, keep_entry, why_kept
+from mpocompress.planning.layout_rules import LayoutChoice, LayoutRules, describe_layout
+from mpocompress.planning.layouts import make_candidate
+from mpocompress.planning.objective import Objective
+from mpocompress.planning.plan import LayerPlan, Plan
+from mpocompress.planning.planner import Progress
+from mpocompress.surgery import Inventory, WeightSite, check_finite, select_sites
+
+Gains = Callable[[WeightSite], Tensor | None]
+"""What each further bond dimension of the layout ((out, 1), (1, in)) is worth, if known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Part:
+    """A weight that may be compressed, its layout, and its share of a budget."""
+
+    site: WeightSite
+    layout: Layout
+    share: Share
+    forced: bool = False
+    why: str = ""
+
+    @property
+    def how(self) -> str:
+        """How its bond dimension is found, for the plan's reader."""
+        if self.why:
+            return self.why
+        if self.share.gains is None:
+            return "the same for all layers"
+        return "by what an error here does to the model's output"
+
+
+class Sharing:
+    """What can be shared: the selected weights with their layouts and costs.
+
+    Args:
+        inventory: of the model.
+        gains: per layer, see `allocation`; layers without them share the uniform ratio.
+        layout: "auto" is the layout ((out, 1), (1, in)), whose errors are known at every bond
+            dimension, except where `bottleneck` finds a better one; otherwise one that is forced,
+            as in `plan_bond_dim`.
+        sites: force balanced layouts of so many sites.
+        include: patterns of layers to compress; default: all.
+        exclude: patterns of layers to keep.
+        gauge: how the cores are stored.
+        objective: what gains are weighed against, and which chains are worth having.
+        may_stay_dense: whether a plan may keep selected layers dense where that pays.
+        healed: the compressed model will be trained to do what the dense one does.
+        tables: whether embedding tables are among the layers that are meant by no pattern.
+        progress: called once before each layer.
+
+    Raises:
+        LayoutError, NoLayerMatched, ConversionError: as in `plan_bond_dim`.
+    """
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        *,
+        gains: Gains | None = None,
+        layout: LayoutChoice = "auto",
+        sites: int | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        gauge: Gauge = "none",
+        objective: Objective | None = None,
+        may_stay_dense: bool = True,
+        healed: bool = False,
+        tables: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
+        check_gauge(gauge)
+        self.inventory = inventory
+        self.gauge: Gauge = gauge
+        self.objective = objective or Objective()
+        self._may_stay_dense = may_stay_dense
+        # More sites cost more multiply-adds than parameters: they are for small size alone.
+        self._widens = healed and self.objective.name == "size"
+        self.settings = {
+            "layout": describe_layout(layout),
+            "sites": sites,
+            "include": list(include),
+            "exclude": list(exclude),
+            "gauge": gauge,
+        }
+        if self.objective.name != "size":
+            self.settings["objective"] = self.objective.name
+        if self.objective.name == "latency":
+            self.settings["batch"] = self.objective.batch
+        selected = {site.name for site in select_sites(inventory, include, exclude)}
+        rules = LayoutRules(layout, sites, inventory, selected)
+        self.kept: dict[WeightSite, LayerPlan] = {}
+        self.parts: list[Part] = []
+        for done, site in enumerate(inventory.sites):
+            if progress is not None:
+                progress(site.name, done, len(inventory.sites))
+            if (kept := why_kept(site, selected, include, tables)) is not None:
+                self.kept[site] = keep_entry(site, kept)
+                continue
+            check_finite(site)
+            forced = rules.forced(site)
+            if isinstance(forced, LayoutError):
+                self.kept[site] = keep_entry(site, f"the layout does not fit: {forced}")
+                continue
+            part = self._part(site, forced or Layout.svd(*site.shape), gains)
+            if part is not None:
+                self.parts.append(replace(part, forced=forced is not None))
+        rules.check_used()
+
+    @property
+    def dense(self) -> int:
+        """Numbers of the weights that take part, dense."""
+        return sum(part.share.dense for part in self.parts)
+
+    @property
+    def least(self) -> int:
+        """Parameters of the whole model with bond dimension 1 everywhere."""
+        return self.inventory.parameters - self.dense + least_numbers(self._shares(self.parts))
+
+    def at(
+        self,
+        allowed: Callable[[int], float],
+        why: str,
+        *,
+        unreachable: Callable[[Sequence[Part]], BudgetError],
+    ) -> Plan:
+        """The plan whose compressed weights take no more than an allowed number of parameters.
+
+        Args:
+            allowed: from the dense parameters of the weights that take part to what they may take
+                together.
+            why: for the reason of each entry, such as "a ratio of 4".
+            unreachable: the error if even bond dimension 1 everywhere takes more.
+        """
+        entries = dict(self.kept)
+        kept = max(allowed(self.dense), 0.0) / max(self.dense, 1)
+        taking_part = [self._wide_enough(part, kept) for part in self.parts]
+        parts, budget = self._fitting(taking_part, allowed, entries, unreachable)
+        bonds = _allocate(self._shares(parts), budget)
+        for part, bond in zip(parts, bonds, strict=True):
+            entries[part.site] = self.entry(part, bond, f"bond dimension from {why}, {part.how}")
+        return self.plan(entries)
+
+    def of_model(self, parameters: float, why: str) -> Plan:
+        """The plan in which the whole model has no more than so many parameters."""
+
+        def unreachable(parts: Sequence[Part]) -> BudgetError:
+            return BudgetError(
+                f"{why} cannot be met: with bond dimension 1 everywhere "
+                f"{self.least} parameters are left of {self.inventory.parameters}. Ask for less, "
+                "or force layouts of more sites."
+            )
+
+        def allowed(dense: int) -> float:
+            return parameters - (self.inventory.parameters - dense)
+
+        return self.at(allowed, why, unreachable=unreachable)
+
+    def entry(self, part: Part, bond: int, reason: str) -> LayerPlan:
+        """The row of a weight at a bond dimension, or dense for one beyond the largest."""
+        if bond > part.share.max_bond_dim:
+            return keep_entry(part.site, "dense: more exact for about as many parameters")
+        candidate = make_candidate(part.layout, bond, gauge=self.gauge)
+        return compress_entry(part.site, candidate, reason)
+
+    def plan(self, entries: dict[WeightSite, LayerPlan]) -> Plan:
+        """A plan of these rows, in model order."""
+        rows = tuple(entries[site] for site in self.inventory.sites)
+        return Plan(settings=dict(self.settings), layers=rows)
+
+    def _wide_enough(self, part: Part, kept: float) -> Part:
+        """The weight in another layout where its own is a bottleneck that healing cannot widen."""
+        if not self._widens or part.forced:
+            return part
+        found = wider_layout(part.site.shape, part.share, kept)
+        if found is None:
+            return part
+        other = self._part(part.site, found[0], None)
+        if other is None or other.share.within(kept * other.share.dense) < 1:
+            return part
+        return replace(other, why=found[1])
+
+    def _part(self, site: WeightSite, layout: Layout, gains: Gains | None) -> Part | None:
+        stored = partial(_stored, layout, self.gauge)
+        dense = site.shape[0] * site.shape[1]
+        bare = Share(
+            name=site.name,
+            dense=dense,
+            max_bond_dim=max(layout.max_bond_dims(), default=0),
+            stored=stored,
+        )
+        smaller = bare.within(dense - 1)
+        if smaller == 0:
+            self.kept[site] = keep_entry(site, "no bond dimension makes it smaller")
+            return None
+        top = self.objective.largest(site.shape, layout, smaller)
+        if top == 0:
+            self.kept[site] = keep_entry(site, self.objective.refusal(site.shape, layout))
+            return None
+        known = None
+        if gains is not None and layout.pairs == Layout.svd(*site.shape).pairs:
+            known = gains(site)
+        price = None
+        if self.objective.name != "size":
+            price = partial(self._price, site.shape, layout, top)
+        share = Share(
+            name=site.name,
+            dense=dense,
+            max_bond_dim=top,
+            stored=stored,
+            gains=known,
+            may_stay_dense=self._may_stay_dense,
+            price=price,
+        )
+        return Part(site=site, layout=layout, share=share)
+
+    def _price(self, shape: tuple[int, int], layout: Layout, top: int, bond: int) -> float:
+        return self.objective.cost(shape, None if bond > top else layout, bond)
+
+    def _shares(self, parts: Sequence[Part]) -> list[Share]:
+        return [part.share for part in parts]
+
+    def _fitting(
+        self,
+        taking_part: Sequence[Part],
+        allowed: Callable[[int], float],
+        entries: dict[WeightSite, LayerPlan],
+        unreachable: Callable[[Sequence[Part]], BudgetError],
+    ) -> tuple[list[Part], int]:
+        """The weights that can take part, and how many numbers they may store together.
+
+        One that even at bond dimension 1 is less compact than all of them must be on average would
+        only take from the others; it stays dense.
+        """
+        parts = list(taking_part)
+        while parts:
+            dense = sum(part.share.dense for part in parts)
+            budget = int(allowed(dense))
+            able = [
+                part for part in parts if part.share.stored(1) * dense <= budget * part.share.dense
+            ]
+            if len(able) == len(parts):
+                return parts, budget
+            if not able:
+                break
+            for part in set(parts) - set(able):
+                entries[part.site] = keep_entry(
+                    part.site,
+                    f"even bond dimension 1, {part.share.stored(1)} parameters of "
+                    f"{part.share.dense}, is less compact than what all layers must be",
+                )
+            parts = able
+        if not self.parts:
+            raise NoLayerMatched(self._nothing())
+        # Nothing can be spared: all must be as small as they get.
+        shares = self._shares(taking_part)
+        if shares[0].may_stay_dense and least_numbers(shares) <= int(allowed(self.dense)):
+            for part in taking_part:
+                entries.pop(part.site, None)
+            return list(taking_part), int(allowed(self.dense))
+        raise unreachable(taking_part if shares[0].may_stay_dense else parts or taking_part)
+
+    def _nothing(self) -> str:
+        reasons = sorted({entry.reason for entry in self.kept.values()})
+        because = f" ({'; '.join(reasons[:2])})" if reasons else ""
+        return (
+            f"nothing to compress: no selected layer gets smaller{because}. See "
+            "`mpocompress inspect`."
+        )
+
+
+def _stored(layout: Layout, gauge: Gauge, bond_dim: int) -> int:
+    bonds = layout.clip([bond_dim] * (layout.num_sites - 1))
+    return stored_parameters(layout, bonds, gauge) if bond_dim > 0 else 0
+
+
+def _allocate(shares: Sequence[Share], budget: int) -> list[int]:
+    """By sensitivity among the layers whose gains are known; the others stay at uniform."""
+    bonds = allocate_uniform(shares, budget)
+    known = [index for index, share in enumerate(shares) if share.gains is not None]
+    if len(known) < 2:
+        return bonds
+    rest = sum(
+        share.numbers(bond)
+        for share, bond in zip(shares, bonds, strict=True)
+        if share.gains is None
+    )
+    better = allocate_by_sensitivity([shares[index] for index in known], budget - rest)
+    for index, bond in zip(known, better, strict=True):
+        bonds[index] = bond
+    return bonds

@@ -1,0 +1,98 @@
+"""How well a model does its job, from labels: accuracy for classes, R² for numbers."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mpocompress.errors import DataError
+from mpocompress.layers.modes import evaluation_mode
+from mpocompress.tuning.lockstep import Call, floating_outputs
+
+
+class LabelledCall(Call, Protocol):
+    """Arguments of one forward call, and what should come out."""
+
+    @property
+    def labels(self) -> Tensor | None:
+        """One entry a row."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScore:
+    """A metric, the higher the better.
+
+    Attributes:
+        name: "accuracy" (share of rows, or of tokens, whose largest output is the label) or "R²"
+            (1 less the squared error over that of the labels' mean).
+        value: its value.
+        rows: that were judged.
+    """
+
+    name: str
+    value: float
+    rows: int
+
+
+def task_score(model: nn.Module, calls: Iterable[LabelledCall]) -> TaskScore:
+    """Judge the first floating output of a model by the labels.
+
+    Args:
+        model: its mode is restored.
+        calls: batches with labels: whole numbers are classes of the output's last dimension (those
+            below 0 are skipped), floating ones are targets of the output's size.
+
+    Raises:
+        DataError: no labels, or labels whose shape does not fit the outputs.
+    """
+    right = rows = 0
+    error = total = squares = 0.0
+    names = set()
+    with evaluation_mode(model), torch.no_grad():
+        for call in calls:
+            labels = call.labels
+            if labels is None:
+                raise DataError(
+                    'the data has no labels, and a drop is measured with them. Add "labels" to the '
+                    "batches, or give eval_fn in Python."
+                )
+            output = floating_outputs(model(*call.args, **call.kwargs))[0]
+            labels = labels.to(output.device)
+            if labels.is_floating_point():
+                names.add("R²")
+                output = _like(output, labels).double()
+                error += float((output - labels).square().sum())
+                total += float(labels.double().sum())
+                squares += float(labels.double().square().sum())
+                rows += labels.numel()
+                continue
+            names.add("accuracy")
+            if output.shape[:-1] != labels.shape:
+                raise DataError(
+                    f"labels of shape {tuple(labels.shape)} for outputs of shape "
+                    f"{tuple(output.shape)}: class labels have the shape of the output without its "
+                    "last dimension."
+                )
+            judged = labels >= 0
+            right += int((output.argmax(-1) == labels)[judged].sum())
+            rows += int(judged.sum())
+    if len(names) > 1:
+        raise DataError("some batches have whole numbers as labels, others floating ones.")
+    if not rows:
+        raise DataError("there are no labelled rows to measure a drop on.")
+    if names == {"accuracy"}:
+        return TaskScore("accuracy", right / rows, rows)
+    spread = squares - total**2 / rows
+    return TaskScore("R²", 1 - error / spread if spread > 0 else 0.0, rows)
+
+
+def _like(output: Tensor, labels: Tensor) -> Tensor:
+    if output.numel() != labels.numel():
+        raise DataError(
+            f"labels of shape {tuple(labels.shape)} for outputs of shape {tuple(output.shape)}: "
+            "floating labels have the shape of the output."
+        )
+    return output.reshape(labels.shape)
