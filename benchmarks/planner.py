@@ -237,8 +237,12 @@ def claims(rows: Sequence[dict[str, Any]], speeds: Sequence[dict[str, Any]]) -> 
             key: statistics.mean(found) for key, found in gaps.items() if found
         },
         "predicted_over_measured_change": factors,
-        "prediction_within_factor_2": all(0.5 <= factor <= 2 for factor in factors),
-        "speeds_held": all(row["speedup"] >= (row["claimed"] or 0) for row in speeds),
+        "prediction_within_factor_2": all(0.5 <= factor <= 2 for factor in factors)
+        if factors
+        else None,
+        "speeds_held": all(row["speedup"] >= (row["claimed"] or 0) for row in speeds)
+        if speeds
+        else None,
         "times_within_30_percent": sum(row["within_30_percent"] for row in speeds) / timed
         if timed
         else None,
