@@ -3,9 +3,10 @@
 *Chain*: the input meets one core after the other. Small in the file and in memory; its speed is a
 property of the layout. *Dense*: the file holds the same cores, but the graph multiplies them to W
 first. ONNX Runtime folds what depends on stored tensors only, once, when a session starts; from
-then on the layer is an ordinary MatMul, with the speed and the memory of the dense layer. Where
-nothing is folded (another runtime, or a limit on the size of folded tensors) the graph computes
-the same, with W rebuilt in every run.
+then on the layer is an ordinary MatMul at the speed of the dense layer, with its memory and what
+ONNX Runtime keeps of the folding (sentence encoder: 269 MB against 130 MB dense). Where nothing is
+folded (another runtime, or a limit on the size of folded tensors) the graph computes the same, with
+W rebuilt in every run.
 """
 
 # Shape suffixes: M outputs done, N inputs done, O out, I in, R bond.

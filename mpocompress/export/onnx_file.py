@@ -96,9 +96,9 @@ def export_onnx(
             rows does not matter.
         form: how compressed layers are spelled. "chain": the input meets the cores one by one.
             "dense": the cores are multiplied to the dense weight when a session starts, so the
-            file is small, and speed and memory are the dense layer's. "auto": whichever is faster
-            in ONNX Runtime, measured layer by layer; near a tie, runs may differ. Or a dict from
-            layer to "chain" or "dense", as in `ExportedModel.forms`; other layers are chains.
+            file is small, and the speed is the dense layer's; memory is more. "auto": whichever is
+            faster in ONNX Runtime, measured layer by layer; near a tie, runs may differ. Or a dict
+            from layer to "chain" or "dense", as in `ExportedModel.forms`; other layers are chains.
         form_batch: rows of the example to measure at.
         quantize: "int8" or "int4" to store cores as integers, see `quantize_cores`; or what that
             gave for this model.

@@ -2,7 +2,7 @@
 
 The copy that is returned has the rounded cores in float32, so it computes what the file computes,
 and serves for checking it. Integers become floats by Cast and Mul, which ONNX Runtime folds when a
-session starts: speed and memory are those of float32 cores. (A DequantizeLinear would be kept in
+session starts: the speed is that of float32 cores. (A DequantizeLinear would be kept in
 the graph, or made a MatMulNBits, which with 8 bits is slower than float32 at every batch size that
 was tried, and at batch 1 only in its lossy mode as fast.)
 """
