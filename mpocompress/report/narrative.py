@@ -143,11 +143,12 @@ def what_was_done(report: CompressionReport) -> tuple[Sentence, ...]:
         else ""
     )
     kept = report.kept_layers
-    state = (
-        "kept its shape and was trained along in the healing"
-        if report.settings.get("distill")
-        else "is exactly as it was"
-    )
+    if report.settings.get("distill"):
+        state = "kept its shape and was trained along in the healing"
+    elif any(layer.relative_output_error is not None for layer in compressed):
+        state = "is as it was, but that biases of rewritten weights took up the mean of the errors"
+    else:
+        state = "is exactly as it was"
     rest = (
         f"Everything else ({plural(len(kept), 'tensor')}, listed below) {state}. " if kept else ""
     )
@@ -300,9 +301,13 @@ def _caution_weight_error(report: CompressionReport) -> Sentence | None:
         Code("--bond-dim"),
         " keeps more and ",
         Code("--exclude"),
-        " leaves a layer as it was; fitting the cores to real data instead of to the weights, and "
-        "training the compressed model for some more epochs (healing), win back much of what was "
-        "lost.",
+        " leaves a layer as it was; much of what was lost is won back by "
+        + (
+            ""
+            if all(layer.relative_output_error is not None for layer in report.compressed_layers)
+            else "fitting the cores to real data instead of to the weights, and by "
+        )
+        + "training the compressed model for some more epochs (healing).",
     )
 
 
