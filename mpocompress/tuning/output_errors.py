@@ -23,7 +23,8 @@ class OutputErrors:
     """Relative errors, norm of the difference over norm of the dense outputs; padding not counted.
 
     Attributes:
-        layers: by name; those that the data reaches.
+        layers: by name; those that the data reaches, and whose calls correspond in both models. A
+            router that sends rows to experts may choose others once it is compressed, too.
         model: of all floating outputs of the model.
         rows: of the batches.
     """
@@ -50,7 +51,7 @@ def output_errors(
         calls: batches.
 
     Raises:
-        DataError: no batches, or outputs of other shapes.
+        DataError: no batches, or outputs of the models of other shapes.
     """
     sums = {name: _Sum() for name in layers}
     whole = _Sum()
@@ -62,7 +63,10 @@ def output_errors(
                 expected = floating_outputs(dense(*call.args, **call.kwargs))
             with _outputs_of(compressed, layers) as theirs:
                 found = floating_outputs(compressed(*call.args, **call.kwargs))
-            for name in layers:
+            for name in list(sums):
+                if [t.shape for t in ours[name]] != [t.shape for t in theirs[name]]:
+                    del sums[name]
+                    continue
                 for left, right in zip(ours[name], theirs[name], strict=True):
                     sums[name].add(left, right, keep)
             for left, right in zip(expected, found, strict=True):
