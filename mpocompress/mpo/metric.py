@@ -193,8 +193,8 @@ class Metric:
     def over_sites(self, layout: Layout) -> "Metric":
         """The same with G replaced by a Kronecker product over the sites: its partial traces.
 
-        Every local problem of a fit is then solved directly, which is thirty times faster; what G
-        says of outs of different sites together is lost. A layout with padding keeps G.
+        Every local problem of a fit is then solved directly instead of by conjugate gradients; what
+        G says of outs of different sites together is lost. A layout with padding keeps G.
         """
         if self.output_OO is None or layout.out_features != self.output_OO.shape[0]:
             return self
