@@ -1,7 +1,6 @@
 """The state of a distillation on disk: safetensors with JSON in the metadata, never a pickle."""
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,11 +8,11 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
-from mpocompress.errors import DataError, LoadError, SaveError
+from mpocompress.errors import LoadError
+from mpocompress.tuning.state_file import check_same_run, read_tensors, write_tensors
 
 _FORMAT_VERSION = 1
 _METADATA_KEY = "mpocompress.distillation"
@@ -104,18 +103,7 @@ def write_state(path: Path, state: DistillState, arguments: Mapping[str, Any]) -
         best_record=state.best_record,
         history=state.history,
     )
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        plain = {
-            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, value in tensors.items()
-        }
-        save_file(plain, scratch, metadata={_METADATA_KEY: metadata.model_dump_json()})
-        os.replace(scratch, path)
-    except (OSError, SafetensorError) as error:
-        raise SaveError(f"cannot write the checkpoint {str(path)!r}: {error}.") from error
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_tensors(path, tensors, key=_METADATA_KEY, text=metadata.model_dump_json())
 
 
 def read_state(path: Path, arguments: Mapping[str, Any]) -> DistillState | None:
@@ -128,9 +116,7 @@ def read_state(path: Path, arguments: Mapping[str, Any]) -> DistillState | None:
     if not path.exists():
         return None
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            text = (file.metadata() or {}).get(_METADATA_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        text, tensors = read_tensors(path, key=_METADATA_KEY)
         if text is None:
             raise LoadError(
                 f"{str(path)!r} is a safetensors file, but no checkpoint of a distillation. Give "
@@ -142,13 +128,7 @@ def read_state(path: Path, arguments: Mapping[str, Any]) -> DistillState | None:
             f"the checkpoint {str(path)!r} is truncated or foreign: {str(error).splitlines()[0]}. "
             "Remove it to start anew."
         ) from None
-    for name, value in arguments.items():
-        if found.arguments.get(name) != value:
-            raise DataError(
-                f"the checkpoint {str(path)!r} belongs to a run with {name} = "
-                f"{found.arguments.get(name)!r}, and this one has {value!r}. Give the same "
-                "arguments, another path, or remove it to start anew."
-            )
+    check_same_run(path, found.arguments, arguments)
     count = sum(name.startswith("best.") for name in tensors)
     moments: list[dict[str, Tensor]] = [{} for _ in range(count)]
     for name, value in tensors.items():

@@ -6,17 +6,16 @@ numbers that follow from the seed and its place, so nothing else is needed to go
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
-from mpocompress.errors import LoadError, SaveError
+from mpocompress.errors import LoadError
+from mpocompress.tuning.state_file import read_tensors, write_tensors
 from mpocompress.tuning.sweep_options import LossSweepRecord
 
 _KEY = "mpocompress.loss_sweeps"
@@ -55,15 +54,7 @@ def write_state(state: SweepState, path: Path) -> None:
         "step_scales": state.step_scales,
         "history": [asdict(record) for record in state.history],
     }
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in state.tensors.items()}
-        save_file(tensors, aside, metadata={_KEY: json.dumps(facts)})
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        raise SaveError(f"cannot write {str(path)!r}: {error}.") from error
-    finally:
-        aside.unlink(missing_ok=True)
+    write_tensors(path, state.tensors, key=_KEY, text=json.dumps(facts))
 
 
 def read_state(path: Path) -> SweepState:
@@ -73,9 +64,8 @@ def read_state(path: Path) -> SweepState:
         LoadError: truncated, foreign or of another version.
     """
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            facts = json.loads((file.metadata() or {}).get(_KEY, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        text, tensors = read_tensors(path, key=_KEY)
+        facts = json.loads(text or "null")
     except (OSError, SafetensorError, ValueError) as error:
         raise LoadError(
             f"{str(path)!r} is truncated or not a state of sweeps: {error}. Remove it to begin "

@@ -1,17 +1,16 @@
 """The state of a training on disk: safetensors with JSON in the metadata, never a pickle."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
-from mpocompress.errors import DataError, LoadError, SaveError
+from mpocompress.errors import LoadError
+from mpocompress.tuning.state_file import check_same_run, read_tensors, write_tensors
 from mpocompress.tuning.train_options import TrainRecord
 
 _KEY = "mpocompress.training"
@@ -62,19 +61,12 @@ def write_state(path: Path, state: TrainState, arguments: Mapping[str, Any]) -> 
         "best_record": state.best_record,
         "history": [asdict(record) for record in state.history],
     }
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        tensors = {
-            f"{group}.{name}": tensor.detach().cpu().contiguous().clone()
-            for group in _GROUPS
-            for name, tensor in getattr(state, group).items()
-        }
-        save_file(tensors, aside, metadata={_KEY: json.dumps(facts)})
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        raise SaveError(f"cannot write the checkpoint {str(path)!r}: {error}.") from error
-    finally:
-        aside.unlink(missing_ok=True)
+    tensors = {
+        f"{group}.{name}": tensor
+        for group in _GROUPS
+        for name, tensor in getattr(state, group).items()
+    }
+    write_tensors(path, tensors, key=_KEY, text=json.dumps(facts))
 
 
 def read_state(path: Path, arguments: Mapping[str, Any]) -> TrainState | None:
@@ -87,9 +79,8 @@ def read_state(path: Path, arguments: Mapping[str, Any]) -> TrainState | None:
     if not path.exists():
         return None
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            facts = json.loads((file.metadata() or {}).get(_KEY, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        text, tensors = read_tensors(path, key=_KEY)
+        facts = json.loads(text or "null")
     except (OSError, SafetensorError, ValueError) as error:
         raise LoadError(
             f"the checkpoint {str(path)!r} is truncated or foreign: {error}. Remove it to start "
@@ -100,13 +91,7 @@ def read_state(path: Path, arguments: Mapping[str, Any]) -> TrainState | None:
             f"{str(path)!r} is no checkpoint of a training that this release can read. Remove it, "
             "or give another path."
         )
-    for name, value in json.loads(json.dumps(dict(arguments))).items():
-        if facts["arguments"].get(name) != value:
-            raise DataError(
-                f"the checkpoint {str(path)!r} belongs to a run with {name} = "
-                f"{facts['arguments'].get(name)!r}, and this one has {value!r}. Give the same "
-                "arguments, another path, or remove it to start anew."
-            )
+    check_same_run(path, facts["arguments"], json.loads(json.dumps(dict(arguments))))
     groups: dict[str, dict[str, Tensor]] = {group: {} for group in _GROUPS}
     for name, tensor in tensors.items():
         group, _, rest = name.partition(".")

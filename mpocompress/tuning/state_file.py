@@ -1,0 +1,65 @@
+"""The file that a run's state is kept in: safetensors with text in the metadata, never a pickle."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mpocompress.errors import DataError, SaveError
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str, text: str) -> None:
+    """Write tensors and a text aside and rename: a killed run leaves the old file or the new.
+
+    Args:
+        path: of the file.
+        tensors: by name, of any device; they may share memory.
+        key: what the text is filed under.
+        text: all that is no tensor.
+
+    Raises:
+        SaveError: it cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        plain = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
+        save_file(plain, aside, metadata={key: text})
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        raise SaveError(f"cannot write the checkpoint {str(path)!r}: {error}.") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path, *, key: str) -> tuple[str | None, dict[str, Tensor]]:
+    """The text filed under a key, None if there is none, and the tensors, on the CPU.
+
+    Raises:
+        OSError, SafetensorError: the file cannot be read; what that means is for those who call.
+    """
+    with safe_open(path, framework="pt", device="cpu") as file:
+        text = (file.metadata() or {}).get(key)
+        return text, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def check_same_run(path: Path, recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse the state of a run with other arguments.
+
+    Raises:
+        DataError: it names the first argument that differs.
+    """
+    for name, value in given.items():
+        if recorded.get(name) != value:
+            raise DataError(
+                f"the checkpoint {str(path)!r} belongs to a run with {name} = "
+                f"{recorded.get(name)!r}, and this one has {value!r}. Give the same "
+                "arguments, another path, or remove it to start anew."
+            )
