@@ -101,14 +101,18 @@ def verify(
     """
     model, _ = inference_copy(reference)
     graph = _Graph(Path(onnx_path), model)
-    comparison = _Comparison()
+    comparison = Comparison()
     pairs = (
         _made_up(graph, model, batch_sizes, seed)
         if data is None
         else _given(graph, model, data, batch_sizes)
     )
     for call, expected in pairs:
-        comparison.add(call.rows, _matched(graph, graph.run(call), expected))
+        comparison.count(call.rows)
+        for name, (ours, theirs) in _matched(graph, graph.run(call), expected).items():
+            output = comparison.output(name)
+            output.exact = not np.issubdtype(theirs.dtype, np.floating)
+            comparison.compare(output, ours, theirs)
     return comparison.result(tolerance)
 
 
@@ -260,8 +264,8 @@ def _matched(
 
 
 @dataclass(slots=True)
-class _Output:
-    """Running figures of one output."""
+class OutputFigures:
+    """Running figures of one output; `exact` for one that is not floating."""
 
     max_difference: float = 0.0
     max_value: float = 0.0
@@ -269,6 +273,7 @@ class _Output:
 
     @property
     def relative(self) -> float:
+        """Largest difference over largest value; at least 1 for an exact output that differs."""
         if not self.max_difference:
             return 0.0
         ratio = self.max_difference / self.max_value if self.max_value else float("inf")
@@ -276,30 +281,37 @@ class _Output:
 
 
 @dataclass(slots=True)
-class _Comparison:
+class Comparison:
     """Running figures over all batches; nothing is kept of the batches themselves."""
 
-    outputs: dict[str, _Output] = field(default_factory=dict)
+    outputs: dict[str, OutputFigures] = field(default_factory=dict)
     batch_sizes: set[int] = field(default_factory=set)
     samples: int = 0
     argmax_rows: int = 0
     argmax_equal: int = 0
 
-    def add(self, rows: int, pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    def count(self, rows: int) -> None:
+        """Note a batch of so many rows."""
         self.batch_sizes.add(rows)
         self.samples += rows
-        for name, (actual, expected) in pairs.items():
-            output = self.outputs.setdefault(name, _Output())
-            output.exact = not np.issubdtype(expected.dtype, np.floating)
-            difference = differences(actual, expected)
-            finite = np.abs(expected[np.isfinite(expected)])
-            output.max_difference = max(output.max_difference, float(difference.max(initial=0)))
-            output.max_value = max(output.max_value, float(finite.max(initial=0)))
-            if not output.exact and expected.ndim == 2 and expected.shape[1] > 1:
-                self.argmax_rows += len(expected)
-                self.argmax_equal += int((actual.argmax(1) == expected.argmax(1)).sum())
+
+    def output(self, name: str) -> OutputFigures:
+        """The figures of an output, begun if it is new."""
+        return self.outputs.setdefault(name, OutputFigures())
+
+    def compare(self, output: OutputFigures, actual: np.ndarray, expected: np.ndarray) -> None:
+        """Note the differences of two arrays of one shape."""
+        difference = differences(actual, expected)
+        finite = np.abs(expected[np.isfinite(expected)])
+        output.max_difference = max(output.max_difference, float(difference.max(initial=0)))
+        output.max_value = max(output.max_value, float(finite.max(initial=0)))
+        floating = np.issubdtype(expected.dtype, np.floating)
+        if floating and expected.ndim == 2 and expected.shape[1] > 1:
+            self.argmax_rows += len(expected)
+            self.argmax_equal += int((actual.argmax(1) == expected.argmax(1)).sum())
 
     def result(self, tolerance: float) -> ParityResult:
+        """What was found, held against the largest relative difference allowed."""
         relative = {name: output.relative for name, output in self.outputs.items()}
         worst = max(relative, key=lambda name: relative[name])
         return ParityResult(

@@ -1,7 +1,6 @@
 """A compressed graph in ONNX Runtime against the original one with the densified weights."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from mpocompress.export.graphs.model import OnnxModel
 from mpocompress.export.graphs.sessions import Feed, GraphInputs, Session
 from mpocompress.export.graphs.write import write_graph
 from mpocompress.export.inputs import symbols
-from mpocompress.export.verify import ParityResult
+from mpocompress.export.verify import Comparison, ParityResult
 
 # Of batches made up for one batch size, the sizes of other open dimensions, from the guessed ones.
 _OTHER_SIZES = (lambda size: size, lambda size: size // 2 + 1, lambda size: size + 3)
@@ -65,7 +64,7 @@ def compare_graphs(
         write_graph(reference[0], folder, beside, computed=reference[1])
         dense = Session(beside, folder, f"the dense graph of {inputs.name}")
         compressed = Session(path, path.parent, f"the compressed graph of {inputs.name}")
-        comparison = _Comparison()
+        comparison = Comparison()
         made_up = feeds is None
         refused: DataError | None = None
         for rows, feed, optional in _all_feeds(dense, inputs, feeds, batch_sizes, seed):
@@ -84,7 +83,7 @@ def compare_graphs(
                     f"{first_line(error)}. Please report this; the model's name helps."
                 ) from error
             for name, ours, theirs in zip(dense.outputs, actual, expected, strict=True):
-                comparison.add(name, _arrays(ours), _arrays(theirs))
+                _add(comparison, name, _arrays(ours), _arrays(theirs))
             comparison.count(rows)
         if refused is not None and not comparison.samples:
             raise refused
@@ -158,73 +157,24 @@ def _arrays(value: object) -> list[np.ndarray]:
     return [] if value is None else [np.asarray(value)]
 
 
-@dataclass(slots=True)
-class _Output:
-    difference: float = 0.0
-    largest: float = 0.0
-    exact: bool = False
-
-    @property
-    def relative(self) -> float:
-        if not self.difference:
-            return 0.0
-        if self.exact:
-            return max(1.0, self.difference)
-        return self.difference / self.largest if self.largest else float("inf")
-
-
-@dataclass(slots=True)
-class _Comparison:
-    """Running figures over all feeds."""
-
-    outputs: dict[str, _Output] = field(default_factory=dict)
-    batch_sizes: set[int] = field(default_factory=set)
-    samples: int = 0
-    argmax_rows: int = 0
-    argmax_equal: int = 0
-
-    def count(self, rows: int) -> None:
-        self.batch_sizes.add(rows)
-        self.samples += rows
-
-    def add(self, name: str, ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
-        output = self.outputs.setdefault(name, _Output())
-        if [array.shape for array in ours] != [array.shape for array in theirs]:
-            raise ParityError(
-                f"output {name!r} has shapes {[array.shape for array in ours]} in the compressed "
-                f"graph, but {[array.shape for array in theirs]} in the dense one. Please report "
-                "this; the model's name helps."
-            )
-        for actual, expected in zip(ours, theirs, strict=True):
-            if not np.issubdtype(expected.dtype, np.floating) and expected.dtype.name != "bfloat16":
-                output.exact = True
-                output.difference = max(output.difference, float(np.sum(actual != expected)))
-                continue
-            a, b = actual.astype(np.float64), expected.astype(np.float64)
-            with np.errstate(invalid="ignore"):
-                gap = np.abs(a - b)
-            gap[(a == b) | (np.isnan(a) & np.isnan(b))] = 0  # equal infinities, NaN on both sides
-            gap[~np.isfinite(gap)] = np.inf
-            output.difference = max(output.difference, float(gap.max(initial=0)))
-            output.largest = max(output.largest, float(np.abs(b[np.isfinite(b)]).max(initial=0)))
-            if b.ndim == 2 and b.shape[1] > 1:
-                self.argmax_rows += len(b)
-                self.argmax_equal += int((a.argmax(1) == b.argmax(1)).sum())
-
-    def result(self, tolerance: float) -> ParityResult:
-        relative = {name: output.relative for name, output in self.outputs.items()}
-        worst = max(relative, key=lambda name: relative[name])
-        return ParityResult(
-            max_abs_difference=max(output.difference for output in self.outputs.values()),
-            max_relative_difference=relative[worst],
-            tolerance=tolerance,
-            batch_sizes=tuple(sorted(self.batch_sizes)),
-            argmax_agreement=self.argmax_equal / self.argmax_rows if self.argmax_rows else None,
-            passed=relative[worst] <= tolerance,
-            outputs=tuple(self.outputs),
-            samples=self.samples,
-            worst_output=worst,
+def _add(
+    comparison: Comparison, name: str, ours: list[np.ndarray], theirs: list[np.ndarray]
+) -> None:
+    """Compare an output, which may be a sequence; of labels, count those that differ."""
+    if [array.shape for array in ours] != [array.shape for array in theirs]:
+        raise ParityError(
+            f"output {name!r} has shapes {[array.shape for array in ours]} in the compressed "
+            f"graph, but {[array.shape for array in theirs]} in the dense one. Please report "
+            "this; the model's name helps."
         )
+    output = comparison.output(name)
+    for actual, expected in zip(ours, theirs, strict=True):
+        if np.issubdtype(expected.dtype, np.floating) or expected.dtype.name == "bfloat16":
+            comparison.compare(output, actual.astype(np.float64), expected.astype(np.float64))
+            continue
+        output.exact = True
+        output.max_value = max(output.max_value, 1.0)
+        output.max_difference = max(output.max_difference, float(np.sum(actual != expected)))
 
 
 def raise_if_failed(found: ParityResult) -> None:
