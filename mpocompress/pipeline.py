@@ -202,9 +202,7 @@ def plan_model(
         plan, inventory = plan_graph(graph.source.model, options, progress=progress)
         return plan, graph, inventory
     opened = open_model(path, factory=request.factory, trust_pickle=request.trust_pickle)
-    # A bond dimension is planned from the weights alone; only budgets look at the data.
-    needs_data = request.data is not None and request.bond_dim is None
-    batches = load_batches(request.data) if request.data and needs_data else None
+    batches = None if request.data is None else load_batches(request.data)
     examples = _examples(opened, request, batches) if request.max_size is not None else None
     plan = api.plan(
         opened.module,
