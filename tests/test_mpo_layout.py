@@ -73,7 +73,7 @@ def test_unreadable_text_names_the_part_and_the_form(text):
         (lambda: as_layout(None), r"layout None: give a Layout"),
         (lambda: as_layout([2, 3]), r"layout \[2, 3\]: give a Layout"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_malformed_layouts_are_refused(make, message):
     with pytest.raises(LayoutError, match=message):
