@@ -11,16 +11,20 @@ and Spearman correlation of the similarities of all pairs. Every method has the 
     ours                     compress(ratio=R, of="layers", data=...): metric of inputs and
                              gradients, bond dimensions by sensitivity
     ours, identity gauge     the same with gauge="identity": larger bond dimensions
-    ours, gauge, healed      and distill=STEPS
+    ..., healed              then distill(steps=STEPS) on the calibration's and --healing-sentences
+                             more sentences, without labels
 
 For comparison in bytes, the same layers quantized (simulated; weight only): int8 by rows, int4 in
-blocks of 32. Sentences: paragraphs of the `fortunes` package, split at random by --seed.
+blocks of 32. Sentences: paragraphs of the `fortunes` package, split at random by the seed. Rows
+are written as they come: a run that was stopped goes on from there.
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common import PeakMemory, environment, print_table, write_json
@@ -46,22 +50,18 @@ from mpocompress.tuning import FitOptions, SitePlan, fit_in_sequence, layer_mome
 
 LAYERS = ["encoder.*"]
 PACKAGES = ("mpocompress", "torch", "transformers", "numpy")
-Method = Callable[[nn.Module, list[Tokens], float, int, int], nn.Module]
+Method = Callable[[nn.Module, list[Tokens], float, int], nn.Module]
 
 
 def _uniform(model: nn.Module, ratio: float) -> Plan:
     return mpo.plan(model, ratio=ratio, of="layers", layout="svd", include=LAYERS)
 
 
-def truncated(
-    model: nn.Module, data: list[Tokens], ratio: float, steps: int, seed: int
-) -> nn.Module:
+def truncated(model: nn.Module, data: list[Tokens], ratio: float, seed: int) -> nn.Module:
     return mpo.compress(model, _uniform(model, ratio), seed=seed).model
 
 
-def whitened(
-    model: nn.Module, data: list[Tokens], ratio: float, steps: int, seed: int
-) -> nn.Module:
+def whitened(model: nn.Module, data: list[Tokens], ratio: float, seed: int) -> nn.Module:
     return whitened_by_plan(model, data, _uniform(model, ratio), seed)
 
 
@@ -85,9 +85,7 @@ def whitened_by_plan(model: nn.Module, data: list[Tokens], plan: Plan, seed: int
     return result
 
 
-def sequential(
-    model: nn.Module, data: list[Tokens], ratio: float, steps: int, seed: int
-) -> nn.Module:
+def sequential(model: nn.Module, data: list[Tokens], ratio: float, seed: int) -> nn.Module:
     plan = _uniform(model, ratio)
     sites = {site.name: site for site in find_weights(model).sites}
     planned = [
@@ -103,10 +101,8 @@ def sequential(
     return result
 
 
-def _ours(gauge: str, *, healed: bool = False) -> Method:
-    def method(
-        model: nn.Module, data: list[Tokens], ratio: float, steps: int, seed: int
-    ) -> nn.Module:
+def _ours(gauge: str) -> Method:
+    def method(model: nn.Module, data: list[Tokens], ratio: float, seed: int) -> nn.Module:
         return mpo.compress(
             model,
             ratio=ratio,
@@ -115,7 +111,6 @@ def _ours(gauge: str, *, healed: bool = False) -> Method:
             include=LAYERS,
             gauge=gauge,
             data=data,
-            distill=steps if healed else 0,
             seed=seed,
         ).model
 
@@ -128,8 +123,8 @@ METHODS: dict[str, Method] = {
     "sequential": sequential,
     "ours": _ours("none"),
     "ours, identity gauge": _ours("identity"),
-    "ours, gauge, healed": _ours("identity", healed=True),
 }
+HEALED = ("truncated SVD", "ours, identity gauge")
 
 
 def quantized(model: nn.Module, bits: int, block: int | None) -> tuple[nn.Module, float]:
@@ -161,6 +156,124 @@ def layer_ratio(model: nn.Module, result: nn.Module) -> float:
     return dense / sum(sum(p.numel() for p in layer.cores.parameters()) for layer in layers)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One compressed model, measured.
+
+    Attributes:
+        method: of `METHODS`, or a quantizer; "NAME, healed" after distillation.
+        asked: ratio that was asked for; 0 for quantizers, which have the one they have.
+        ratio: reached; of the bytes for quantizers, of the parameters for all others.
+        seed: of the split and of the method.
+        steps: of healing; 0 without.
+        cosine, spearman: on held-out sentences, against the dense model.
+        seconds: that it took; of healing alone where that follows a row without.
+        forward_passes: the same, in forward passes of the dense model over the calibration data.
+    """
+
+    method: str
+    asked: float
+    ratio: float
+    seed: int
+    steps: int
+    cosine: float
+    spearman: float
+    seconds: float
+    forward_passes: float
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.method, self.asked, self.seed, self.steps)
+
+
+class Table:
+    """Rows, written as they come; those that the file has are not measured again."""
+
+    def __init__(self, path: Path | None, settings: dict[str, object]) -> None:
+        self._path = path
+        self._settings = settings
+        self.rows: list[Row] = []
+        if path is not None and path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            for name, value in settings.items():
+                if name != "environment" and found.get(name) != value:
+                    raise SystemExit(f"error: {path} has {name} = {found.get(name)}, not {value}")
+            self.rows = [Row(**row) for row in found["rows"]]
+
+    def has(self, *key: object) -> bool:
+        return any(row.key == key for row in self.rows)
+
+    def add(self, row: Row, **more: object) -> None:
+        self.rows.append(row)
+        self._settings |= more
+        told = f"seed {row.seed}: {row.method} at {row.ratio:.2f}"
+        print(f"{told}: {row.cosine:.4f} / {row.spearman:.4f}", file=sys.stderr, flush=True)
+        if self._path is not None:
+            write_json(
+                self._path,
+                {
+                    "claim": __doc__.splitlines()[0],
+                    **self._settings,
+                    "rows": [asdict(row) for row in self.rows],
+                },
+            )
+
+
+def run_seed(table: Table, seed: int, options: argparse.Namespace) -> None:
+    """Measure all that is missing for one split of the sentences."""
+    sizes = [options.sentences, options.held_out, options.healing_sentences]
+    calibration, held_out, more = split_sentences(read_sentences(), sizes, seed)
+    model, tokenizer = load_encoder()
+    data, batches = batches_of(tokenizer, calibration), batches_of(tokenizer, held_out)
+    dense = embed(model, batches)
+    started = time.perf_counter()
+    embed(model, data)
+    forward_seconds = time.perf_counter() - started
+    memory = PeakMemory()
+
+    def record(method: str, ratios: tuple[float, float], steps: int, seconds: float) -> None:
+        cosine, spearman = fidelity(embed(result, batches), dense)
+        row = Row(
+            method=method,
+            asked=ratios[0],
+            ratio=ratios[1],
+            seed=seed,
+            steps=steps,
+            cosine=cosine,
+            spearman=spearman,
+            seconds=seconds,
+            forward_passes=seconds / forward_seconds,
+        )
+        table.add(row, forward_seconds=forward_seconds, peak_memory_bytes=memory.read())
+
+    for bits, block in ((8, None), (4, 32)):
+        name = f"int{bits}" + (f" in blocks of {block}" if block else "")
+        if not table.has(name, 0.0, seed, 0):
+            result, ratio = quantized(model, bits, block)
+            record(name, (0.0, ratio), 0, 0.0)
+    healing_data = batches_of(tokenizer, calibration + more)
+    for ratio in options.ratios:
+        for method in options.methods:
+            steps = options.steps if method in HEALED else 0
+            healed = f"{method}, healed"
+            missing_healed = steps > 0 and not table.has(healed, ratio, seed, steps)
+            if table.has(method, ratio, seed, 0) and not missing_healed:
+                continue
+            started = time.perf_counter()
+            result = METHODS[method](model, data, ratio, seed)
+            seconds = time.perf_counter() - started
+            reached = layer_ratio(model, result)
+            if reached < ratio:
+                raise SystemExit(f"error: {method} has a ratio of {reached}, not {ratio}")
+            if not table.has(method, ratio, seed, 0):
+                record(method, (ratio, reached), 0, seconds)
+            if missing_healed:
+                started = time.perf_counter()
+                mpo.distill(result, reference=model, data=healing_data, steps=steps, seed=seed)
+                seconds = time.perf_counter() - started
+                record(healed, (ratio, layer_ratio(model, result)), steps, seconds)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -169,94 +282,44 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--sentences", type=int, default=1000, help="for calibration")
     parser.add_argument("--held-out", type=int, default=1000, help="for evaluation")
-    parser.add_argument("--steps", type=int, default=400, help="of healing")
-    parser.add_argument("--seed", type=int, default=0, help="of the split and of the methods")
-    parser.add_argument("--out", type=Path, help="JSON file")
-    options = parser.parse_args()
-
-    calibration, held_out = split_sentences(
-        read_sentences(), [options.sentences, options.held_out], options.seed
+    parser.add_argument(
+        "--healing-sentences", type=int, default=3000, help="for healing, besides the calibration's"
     )
-    model, tokenizer = load_encoder()
-    data, batches = batches_of(tokenizer, calibration), batches_of(tokenizer, held_out)
-    facts = environment(PACKAGES, seed=options.seed)
-    dense = embed(model, batches)
-    started = time.perf_counter()
-    embed(model, data)
-    forward_seconds = time.perf_counter() - started
-    rows: list[dict[str, object]] = []
-
-    def record(method: str, ratio: float, unit: str, seconds: float, result: nn.Module) -> None:
-        cosine, spearman = fidelity(embed(result, batches), dense)
-        rows.append(
-            {
-                "method": method,
-                "ratio": ratio,
-                "ratio_of": unit,
-                "cosine": cosine,
-                "spearman": spearman,
-                "seconds": seconds,
-                "forward_passes": seconds / forward_seconds,
-            }
-        )
-        print(
-            f"{method} at {ratio:.2f}: {cosine:.4f} / {spearman:.4f}", file=sys.stderr, flush=True
-        )
-
-    memory = PeakMemory()
-    for bits, block in ((8, None), (4, 32)):
-        result, ratio = quantized(model, bits, block)
-        record(
-            f"int{bits}" + (f" in blocks of {block}" if block else ""), ratio, "bytes", 0, result
-        )
-    for ratio in options.ratios:
-        for method in options.methods:
-            started = time.perf_counter()
-            result = METHODS[method](model, data, ratio, options.steps, options.seed)
-            seconds = time.perf_counter() - started
-            reached = layer_ratio(model, result)
-            if reached < ratio:
-                raise SystemExit(f"error: {method} has a ratio of {reached}, not {ratio}")
-            record(method, reached, "parameters", seconds, result)
-    print_results(rows, forward_seconds, memory.read())
-    if options.out:
-        write_json(
-            options.out,
-            {
-                "claim": __doc__.splitlines()[0],
-                "environment": facts,
-                "calibration_sentences": options.sentences,
-                "held_out_sentences": options.held_out,
-                "healing_steps": options.steps,
-                "forward_seconds": forward_seconds,
-                "peak_memory_bytes": memory.read(),
-                "rows": rows,
-            },
-        )
+    parser.add_argument("--steps", type=int, default=400, help="of healing; 0 for none")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1], help="of the split and of the methods"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file; what it has is not run again")
+    options = parser.parse_args()
+    settings: dict[str, object] = {
+        "environment": environment(PACKAGES, seed=options.seeds[0]),
+        "calibration_sentences": options.sentences,
+        "held_out_sentences": options.held_out,
+        "healing_sentences": options.healing_sentences,
+    }
+    table = Table(options.out, settings)
+    for seed in options.seeds:
+        run_seed(table, seed, options)
+    print_results(table.rows)
     return 0
 
 
-def print_results(
-    rows: Sequence[dict[str, object]], forward_seconds: float, peak_bytes: int
-) -> None:
+def print_results(rows: Sequence[Row]) -> None:
     print_table(
-        ["method", "ratio", "of", "cosine", "Spearman", "seconds", "forward passes"],
+        ["method", "ratio", "seed", "steps", "cosine", "Spearman", "seconds", "forward passes"],
         [
             [
-                str(row["method"]),
-                f"{row['ratio']:.3f}",
-                str(row["ratio_of"]),
-                f"{row['cosine']:.4f}",
-                f"{row['spearman']:.4f}",
-                f"{row['seconds']:.0f}",
-                f"{row['forward_passes']:.1f}",
+                row.method,
+                f"{row.ratio:.3f}" + ("" if row.asked else " (bytes)"),
+                str(row.seed),
+                str(row.steps),
+                f"{row.cosine:.4f}",
+                f"{row.spearman:.4f}",
+                f"{row.seconds:.0f}",
+                f"{row.forward_passes:.1f}",
             ]
-            for row in rows
+            for row in sorted(rows, key=lambda row: (row.asked, row.method, row.steps, row.seed))
         ],
-    )
-    print(
-        f"one forward pass of the calibration sentences takes {forward_seconds:.1f} s; "
-        f"peak memory {peak_bytes / 1e6:.0f} MB above the loaded model"
     )
 
 

@@ -1,8 +1,10 @@
 """One command's worth of work: from a checkpoint to a verified result directory."""
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -223,20 +225,31 @@ def convert(
     request: Request,
     *,
     force: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
     """Compress a checkpoint or an ONNX file into a directory: cores, verified ONNX, report.
 
-    Everything appears at the end, all at once; a run that fails leaves nothing behind.
+    Everything appears at the end, all at once; a run that fails leaves nothing behind. With
+    `resume` it leaves what has been fitted and healed so far, in `DIR.state` beside the directory,
+    and the next run with `resume` and the same arguments goes on from there.
 
     Raises:
         ParityError: ONNX Runtime and PyTorch, or the compressed and the dense graph, disagree.
         MPOCompressError: bad input, see `load_source`, `load_onnx`, `plan` and `staged_output`.
     """
     if is_onnx(path):
+        if resume:
+            raise DataError(
+                "--resume keeps fitted layers and the state of healing, which an ONNX graph has "
+                "not: its layers are done in one short pass. Drop it."
+            )
         return _convert_graph(path, directory, request, force=force, progress=progress)
     clock = api.Clock()
-    with saving.staged_output(directory, force=force) as scratch:
+    with (
+        saving.staged_output(directory, force=force or resume) as scratch,
+        _state_of(directory, resume) as state,
+    ):
         with clock("loading"):
             opened = open_model(path, factory=request.factory, trust_pickle=request.trust_pickle)
             batches = None if request.data is None else load_batches(request.data)
@@ -250,6 +263,7 @@ def convert(
             distill=request.distill,
             seed=request.seed,
             source=ReportSource(name=opened.source.name, sha256=opened.source.sha256),
+            state=state,
             progress=progress,
         )
         clock.add(result.report.seconds)
@@ -287,6 +301,18 @@ def convert(
         _check_size(report)
         api.write_report(report, scratch)
     return Conversion(directory=Path(directory), report=report, notes=tuple(notes))
+
+
+@contextmanager
+def _state_of(directory: str | Path, resume: bool) -> Iterator[Path | None]:
+    """The folder for the state of a run; it goes once the run is done."""
+    if not resume:
+        yield None
+        return
+    target = Path(directory)
+    state = target.with_name(f"{target.name}.state")
+    yield state
+    shutil.rmtree(state, ignore_errors=True)
 
 
 def _convert_graph(

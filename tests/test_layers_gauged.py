@@ -366,3 +366,33 @@ def test_healing_trains_the_free_numbers_and_the_report_stays_true(tmp_path):
     mpo.save(result, tmp_path / "out")
     again = mpo.load(tmp_path / "out", model=dense)
     assert torch.equal(again(data[0]), result.model(data[0]))
+
+
+def test_healing_trains_plain_cores_and_keeps_the_gauge():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+    x = torch.randn(64, 16)
+    plain, gauged = (
+        mpo.compress(dense, bond_dim=3, include=["0"], layout="4x4,4x4", gauge=gauge)
+        for gauge in ("none", "identity")
+    )
+    for result in (plain, gauged):
+        mpo.distill(result, reference=dense, data=list(x.split(16)), steps=30, learning_rate=1e-3)
+    assert gauged.model[0].gauge == "identity"
+    stored = sum(parameter.numel() for parameter in gauged.model[0].cores.parameters())
+    assert stored == 2 * 3 * 16 - 3 * 3
+    # The function that is found does not depend on how the layer is stored.
+    assert_close(gauged.model(x), plain.model(x), rtol=1e-3, atol=1e-4)
+    assert float((gauged.model(x) - dense(x)).detach().norm()) > 0
+
+
+def test_healing_leaves_a_frozen_layer_in_the_gauge_alone():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+    x = torch.randn(64, 16)
+    result = mpo.compress(dense, bond_dim=3, include=["0"], layout="4x4,4x4", gauge="identity")
+    result.model[0].requires_grad_(False)
+    before = result.model[0].to_dense().clone()
+    mpo.distill(result, reference=dense, data=list(x.split(16)), steps=5, learning_rate=1e-2)
+    assert_close(result.model[0].to_dense(), before, **TOL[torch.float32]["apply"])
+    assert not any(parameter.requires_grad for parameter in result.model[0].parameters())

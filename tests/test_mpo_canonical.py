@@ -13,7 +13,14 @@ from torch.testing import assert_close
 
 from mpocompress.errors import BondDimError, ContractionError
 from mpocompress.mpo import MPO, Layout
-from mpocompress.mpo.canonical import canonical_defects, move_center, round_cores
+from mpocompress.mpo.canonical import (
+    canonical_defects,
+    equalize_norms,
+    move_center,
+    round_cores,
+    symmetric_gauge,
+)
+from mpocompress.mpo.factorize import random_cores
 from tests.planted import (
     LAWS,
     SEEDS,
@@ -363,3 +370,58 @@ def test_copies_and_pickles():
     for twin in (copy.deepcopy(mpo), pickle.loads(pickle.dumps(mpo))):
         assert (twin.shape, twin.center, twin.layout) == (mpo.shape, mpo.center, mpo.layout)
         assert all(torch.equal(a, b) for a, b in zip(twin.cores, mpo.cores, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("sites", "bonds"),
+    [("4x3,6x5", (7,)), ("4x4,4x4,4x4", (6, 9)), ("2x3,3x2,4x4,3x5", (4, 6, 9)), ("8x8", ())],
+)
+def test_the_symmetric_gauge_forgets_how_the_cores_came_about(sites, bonds):
+    generator = torch.Generator().manual_seed(0)
+    layout = Layout.parse(sites)
+    cores = [
+        core.double() for core in random_cores(layout, bonds, variance=1.0, generator=generator)
+    ]
+    other = list(cores)
+    for bond, size in enumerate(bonds):
+        change = torch.randn(size, size, generator=generator, dtype=torch.float64)
+        other[bond] = torch.tensordot(other[bond], change, dims=1)
+        other[bond + 1] = torch.tensordot(torch.linalg.inv(change), other[bond + 1], dims=1)
+    ours, theirs = symmetric_gauge(cores), symmetric_gauge(other)
+    assert [core.shape for core in ours] == [core.shape for core in cores]
+    assert_close(MPO(ours).to_dense(), MPO(cores).to_dense(), rtol=1e-10, atol=1e-12)
+    for first, second in zip(
+        ours, theirs, strict=True
+    ):  # equal but for the signs of singular vectors
+        assert_close(first.abs(), second.abs(), rtol=1e-8, atol=1e-9)
+    norms = [float(core.norm()) for core in ours]
+    assert max(norms) <= min(norms) * (1 + 1e-12)
+
+
+def test_the_symmetric_gauge_of_two_sites_is_balanced():
+    cores = random_cores(
+        Layout.parse("4x3,6x5"), (7,), variance=1.0, generator=torch.Generator().manual_seed(0)
+    )
+    left, right = (core.double() for core in symmetric_gauge([core.double() for core in cores]))
+    left_KK = torch.einsum("loik,loim->km", left, left)
+    assert_close(left_KK, torch.einsum("koir,moir->km", right, right), rtol=1e-10, atol=1e-12)
+    assert_close(left_KK, torch.diag(left_KK.diagonal()), rtol=1e-10, atol=1e-12)
+
+
+def test_the_symmetric_gauge_of_a_bond_that_is_too_large_only_equalizes_norms():
+    cores = [gaussian(1, 2, 2, 5), gaussian(5, 3, 3, 1)]
+    for ours, expected in zip(symmetric_gauge(cores), equalize_norms(cores), strict=True):
+        assert_close(ours, expected)
+
+
+def test_the_symmetric_gauge_of_a_rank_deficient_chain_is_finite_and_exact():
+    cores = [
+        core.double()
+        for core in random_cores(
+            Layout.parse("4x4,4x4"), (6,), variance=1.0, generator=torch.Generator().manual_seed(0)
+        )
+    ]
+    cores[0][..., 3:] = 0
+    found = symmetric_gauge(cores)
+    assert all(bool(core.isfinite().all()) for core in found)
+    assert_close(MPO(found).to_dense(), MPO(cores).to_dense(), rtol=1e-10, atol=1e-12)

@@ -57,6 +57,7 @@ OPTIONS = {
             "--dry-run",
             "--exclude",
             "--force",
+            "--resume",
             "--include",
             "--input",
             "--json",

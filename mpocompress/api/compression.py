@@ -162,6 +162,7 @@ def compress(
     distill: int = 0,
     seed: int = 0,
     source: Source | None = None,
+    state: str | Path | None = None,
     progress: Progress | None = None,
 ) -> CompressionResult:
     """Replace the planned weights of a model by MPOs. The model itself is untouched.
@@ -199,14 +200,19 @@ def compress(
         seed: of the order of the data in healing, of random directions, of what is held out and of
             the randomized range finder for large matrices.
         source: name and hash of where the model came from, for the report.
+        state: a folder in which a run keeps its fitted layers and the state of the healing, and
+            from which a run with the same arguments goes on that was interrupted: it ends with the
+            same result. Statistics and plans are made anew. It stays when the run is done.
         progress: called as `progress(layer, done, total)`.
 
     Raises:
         PlanError: neither plan nor a way to make one, both, or a plan of another model.
         BudgetError: a budget cannot be met, or was not.
         NoLayerMatched: the plan compresses nothing.
-        DataError: data that does not fit the model, batches that take different paths, or
-            `distill` without data.
+        DataError: data that does not fit the model, batches that take different paths,
+            `distill` without data, or the state of a run with other arguments.
+        LoadError: a truncated state.
+        SaveError: the state cannot be written.
         MPOCompressError: see `plan`.
     """
     check_steps(distill, "distill")
@@ -240,7 +246,8 @@ def compress(
     options = options if plan is not None else options.checked()
     calls = None if data is None else calls_of(data, model)
     task = _Task.of(options, calls, eval_fn, onnx_bytes, seed)
-    job = _job(model, options, task.fit, sweeps, seed, progress)
+    folder = None if state is None else Path(state)
+    job = _job(model, options, task.fit, sweeps, seed, progress, state=folder)
     if plan is not None:
         check_belongs(plan, job.inventory)
     aim = _meet(job, task) if plan is None else _Aim(plan=plan)
@@ -351,6 +358,8 @@ def _job(
     sweeps: int,
     seed: int,
     progress: Progress | None,
+    *,
+    state: Path | None = None,
 ) -> Job:
     latency: Latency | None = None
     if options.objective == "latency" and options.is_given:
@@ -364,6 +373,7 @@ def _job(
         sweeps=sweeps,
         seed=seed,
         latency=latency,
+        state=state,
         progress=progress,
     )
 
@@ -388,7 +398,9 @@ def _heal(
     before = copy.deepcopy(result.model.state_dict()) if guarded else None
     report = result.report
     healing = DistillOptions(seed=job.seed)
-    heal(result, job.model, task.fit or (), steps, healing, None, job.progress, job.inventory)
+    checkpoint = None if job.state is None else job.state / "healing.safetensors"
+    calls = task.fit or ()
+    heal(result, job.model, calls, steps, healing, checkpoint, job.progress, job.inventory)
     if met is None or before is None:
         return met
     reached = met.reached

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -37,6 +38,7 @@ from mpocompress.surgery import (
 )
 from mpocompress.tuning import (
     FitOptions,
+    FitStore,
     FittedWeight,
     LayerMoments,
     SitePlan,
@@ -94,6 +96,7 @@ class Job:
         sweeps: of the fit of a layer.
         seed: of everything random.
         latency: the table of times, for the objective "latency".
+        state: folder for the state of an interrupted run; None keeps none.
         progress: called as `progress(what, done, total)`.
     """
 
@@ -106,6 +109,7 @@ class Job:
         sweeps: int,
         seed: int,
         latency: Latency | None = None,
+        state: Path | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.model = model
@@ -116,6 +120,7 @@ class Job:
         self.calls = calls
         self.sweeps = sweeps
         self.seed = seed
+        self.state = state
         self.progress = progress
         self.clock = Clock()
         self.moments: dict[nn.Module, LayerMoments] | None = None
@@ -307,6 +312,7 @@ class Job:
                 options=FitOptions(
                     sweeps=self.sweeps, output_metric="sites" if healed else "exact"
                 ),
+                store=None if self.state is None else FitStore(self.state),
                 progress=self.progress,
             )
         if not self.keeps_statistics:

@@ -56,9 +56,10 @@ def distill(
     """Heal a compressed model: train it, in place, to do what the dense model does.
 
     All floating parameters that require gradients are trained, in evaluation mode, in float32 or
-    float64, with Adam, warm-up, a cosine and clipped gradients. The best weights on the held-out
-    part of the data are kept: there the model is never worse than before. A result's report is
-    brought up to date, so that what `save` writes is what is true of the healed weights.
+    float64, with Adam, warm-up, a cosine and clipped gradients; layers in the identity gauge as
+    plain cores, which are brought back into it at the end. The best weights on the held-out part
+    of the data are kept: there the model is never worse than before. A result's report is brought
+    up to date, so that what `save` writes is what is true of the healed weights.
 
     Args:
         result: from `compress`, or its model.
@@ -102,15 +103,16 @@ def distill(
     calls = calls_of(data, reference)
     if isinstance(result, CompressionResult):
         return heal(result, reference, calls, steps, options, checkpoint, progress, None)
-    return distill_(
-        result,
-        reference,
-        calls,
-        steps=steps,
-        options=options,
-        checkpoint=checkpoint,
-        progress=progress,
-    )
+    with plain_gauge(result):
+        return distill_(
+            result,
+            reference,
+            calls,
+            steps=steps,
+            options=options,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
 
 
 def heal(
@@ -126,7 +128,9 @@ def heal(
     """Distill a result's model and bring its report up to date."""
     clock = Clock()
     clock.add(result.report.seconds)
-    with clock("distillation"):
+    # Trained with all entries of the cores: Adam's steps then are those of balanced factors, not
+    # of the gauge's, and no core is rebuilt at every step. Fixing the gauge again loses nothing.
+    with clock("distillation"), plain_gauge(result.model):
         found = distill_(
             result.model,
             reference,

@@ -165,6 +165,14 @@ def compress(
     ] = False,
     as_json: JsonOption = False,
     force: ForceOption = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Keep what is fitted and healed in DIR.state until the run is done, and go on "
+            "from what an interrupted run with --resume has left there.",
+        ),
+    ] = False,
     seed: Annotated[
         int, typer.Option("--seed", help="Seed of everything random. Equal seeds, equal results.")
     ] = 0,
@@ -216,7 +224,9 @@ def compress(
         return
     directory = output or Path(f"{_stem(model)}-mpo")
     with progress_bar() as progress:
-        done = pipeline.convert(model, directory, request, force=force, progress=progress)
+        done = pipeline.convert(
+            model, directory, request, force=force, resume=resume, progress=progress
+        )
     show_notes(done.notes)
     if as_json:
         typer.echo(done.report.to_json(), nl=False)

@@ -1,4 +1,4 @@
-"""Bring the cores of MPO layers to equal norms, so that one learning rate fits all."""
+"""Share Schmidt values equally among the cores of MPO layers: one learning rate fits all."""
 
 from collections import Counter
 
@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from mpocompress.layers.base import MPOLayer
-from mpocompress.mpo.canonical import equalize_norms
+from mpocompress.mpo.canonical import symmetric_gauge
 
 
 @torch.no_grad()
 def balance_cores_(model: nn.Module) -> int:
-    """Give the cores of each MPO layer equal Frobenius norms, in place.
+    """Bring each MPO layer into the symmetric gauge, with cores of equal Frobenius norms, in place.
 
     No matrix changes but for rounding; names, shapes and `requires_grad` stay, and so do ties.
     Left as they are: layers whose cores are computed from other parameters, and layers that share
@@ -32,7 +32,7 @@ def balance_cores_(model: nn.Module) -> int:
     for key, cores in chains.items():
         if any(uses[core] > 1 for core in key):
             continue
-        for core, new in zip(cores, equalize_norms(cores), strict=True):
+        for core, new in zip(cores, symmetric_gauge(cores), strict=True):
             core.copy_(new)
         balanced += 1
     return balanced

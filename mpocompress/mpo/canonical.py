@@ -21,6 +21,8 @@ from mpocompress.mpo.truncate import Cut, Truncation, choose_bond_dim
 
 Center = tuple[int, int]
 
+_LEAST_SHARED = 1e-4
+
 
 def move_center(
     cores: Sequence[Tensor], center: Center, first: int, last: int
@@ -79,6 +81,51 @@ def equalize_norms(cores: Sequence[Tensor]) -> Cores:
         return tuple(cores)
     common = math.exp(sum(math.log(norm) for norm in norms) / len(norms))
     return tuple(core * (common / norm) for core, norm in zip(cores, norms, strict=True))
+
+
+def symmetric_gauge(cores: Sequence[Tensor]) -> Cores:
+    """Share the Schmidt values of every bond equally between its two cores.
+
+    The result depends on the matrix alone, but for signs and rotations among equal Schmidt values:
+    what is done to the cores next no longer remembers how they came about. For two sites these are
+    the balanced factors U sqrt(S), sqrt(S) V^T; then all norms are equalized. The matrix does not
+    change; Schmidt values below 1e-4 of a bond's largest are shared as if they were that large,
+    which keeps the transformation well conditioned.
+
+    Returns:
+        Cores of the same shapes and dtype; those of `equalize_norms` where a bond dimension is
+        larger than the rank that its sites allow, or a core is 0 or not finite.
+
+    Source: Vidal, Phys. Rev. Lett. 91 (2003) 147902: Gamma and lambda, here with half of lambda on
+    each side.
+    """
+    sites = len(cores)
+    sizes = [core.shape[1] * core.shape[2] for core in cores]
+    largest = [
+        min(math.prod(sizes[: bond + 1]), math.prod(sizes[bond + 1 :])) for bond in range(sites - 1)
+    ]
+    bonds = [core.shape[3] for core in cores[:-1]]
+    usable = all(bool(core.isfinite().all()) and bool(core.any()) for core in cores)
+    if not usable or any(bond > most for bond, most in zip(bonds, largest, strict=True)):
+        return equalize_norms(cores)
+    moved = list(move_center([c.double() for c in cores], (0, sites - 1), sites - 1, sites - 1)[0])
+    right_half_R: Tensor | None = None
+    for site in range(sites - 1, 0, -1):
+        left, out, in_, right = moved[site].shape
+        u_LK, values_K, v_KY = torch.linalg.svd(moved[site].reshape(left, -1), full_matrices=False)
+        if len(values_K) < bonds[site - 1] or left < bonds[site - 1]:
+            return equalize_norms(cores)
+        half_K = values_K.clamp_min(_LEAST_SHARED * values_K[0]).sqrt()
+        moved[site] = (half_K[:, None] * v_KY).reshape(left, out, in_, right)
+        moved[site - 1] = torch.tensordot(moved[site - 1], u_LK * values_K, dims=1)
+        # The core to the right has its half. This one gives it up only now: its own SVD was to
+        # see all of the Schmidt values.
+        if right_half_R is not None:
+            moved[site] = moved[site] / right_half_R
+        right_half_R = half_K
+    if right_half_R is not None:
+        moved[0] = moved[0] / right_half_R
+    return equalize_norms([core.to(cores[0].dtype) for core in moved])
 
 
 def round_cores(

@@ -2,13 +2,15 @@
 
 from mpocompress.tuning.distill import DistillOptions, DistillResult, check_steps, distill_
 from mpocompress.tuning.distill_state import DistillRecord
+from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan
+from mpocompress.tuning.fit_state import FitStore
 from mpocompress.tuning.gradients import LayerMoments, layer_moments
 from mpocompress.tuning.independent import fit_alone
 from mpocompress.tuning.loss_sweeps import sweep_on_loss
 from mpocompress.tuning.objectives import Distillation, Loss
 from mpocompress.tuning.output_errors import OutputErrors, output_energy, output_errors
 from mpocompress.tuning.sensitivity import gain_of_bonds, output_error_curve, tied_heads
-from mpocompress.tuning.sequential import FitOptions, FittedWeight, SitePlan, fit_in_sequence
+from mpocompress.tuning.sequential import fit_in_sequence
 from mpocompress.tuning.supervised import Supervised, SupervisedLoss, supervised_loss
 from mpocompress.tuning.sweep_options import LocalOptions, LossSweepOptions, LossSweepRecord
 from mpocompress.tuning.task_score import TaskScore, task_score
@@ -21,6 +23,7 @@ __all__ = [
     "DistillResult",
     "Distillation",
     "FitOptions",
+    "FitStore",
     "FittedWeight",
     "LayerMoments",
     "LocalOptions",

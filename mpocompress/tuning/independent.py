@@ -13,8 +13,8 @@ from torch import Tensor
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.fit import fit
 from mpocompress.mpo.metric import Metric
+from mpocompress.tuning.fit_plan import FitOptions, FittedWeight
 from mpocompress.tuning.moments import CrossMoment
-from mpocompress.tuning.sequential import FitOptions, FittedWeight
 
 
 def fit_alone(

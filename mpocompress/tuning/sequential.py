@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,8 @@ from mpocompress.mpo.contract import apply_cores
 from mpocompress.mpo.fit import fit
 from mpocompress.mpo.metric import Metric
 from mpocompress.surgery import WeightSite
+from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan
+from mpocompress.tuning.fit_state import FitStore
 from mpocompress.tuning.layer_rows import adapter_of, row_pieces
 from mpocompress.tuning.lockstep import Call, OperationRecorder, Runner, stopping_layers
 from mpocompress.tuning.moments import (
@@ -41,59 +42,6 @@ from mpocompress.tuning.table_fit import HeadUse, fit_table, table_weights
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FitOptions:
-    """How layers are fitted.
-
-    Attributes:
-        ridge: shrinks the input moment, relative to its mean diagonal. Without it directions that
-            the data hardly shows would be free, and other data would show them.
-        sweeps: at most so many passes over the sites of a layer, for layouts without a closed
-            form; 0 keeps the start of the fit.
-        repair_streams: let a layer that feeds a residual stream correct the stream's error.
-        output_metric: of layouts that are swept: "exact" as given, or "sites", its product over the
-            sites. The former needs conjugate gradients, which take many times as long; on a digit
-            classifier at four sites its one-shot accuracy is 90 % instead of 76. The latter is for
-            fits that healing follows.
-    """
-
-    ridge: float = 1e-3
-    sweeps: int = 16
-    repair_streams: bool = True
-    output_metric: Literal["exact", "sites"] = "exact"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 0:
-            raise DataError(f"sweeps {self.sweeps!r}: a number of sweeps is 0 or more. Try 16.")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FittedWeight:
-    """A fitted layer.
-
-    Attributes:
-        mpo: in the weight's dtype.
-        bias: (out,) in the bias's dtype, with the mean of the error taken out; None to keep the
-            layer's own bias, or none.
-        relative_output_error: of the MPO against its target, on the inputs that it was fitted on.
-        rows: of activations that were seen.
-    """
-
-    mpo: MPO
-    bias: Tensor | None
-    relative_output_error: float
-    rows: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SitePlan:
-    """A weight, its sites and the bond dimensions to fit it with."""
-
-    site: WeightSite
-    layout: Layout
-    bond_dims: tuple[int, ...]
-
-
 def fit_in_sequence(
     model: nn.Module,
     plans: Sequence[SitePlan],
@@ -102,6 +50,7 @@ def fit_in_sequence(
     output_metrics: Mapping[nn.Module, Tensor] | None = None,
     heads: Mapping[WeightSite, Sequence[HeadUse]] | None = None,
     options: FitOptions | None = None,
+    store: FitStore | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[WeightSite, FittedWeight]:
     """Fit all planned weights in one simultaneous pass of the dense and the compressed model.
@@ -116,6 +65,7 @@ def fit_in_sequence(
         output_metrics: for a module, the covariance (out, out) of the loss gradient at its outputs.
         heads: for a table, how output layers that are tied to it use it.
         options: ridge and round trips.
+        store: keeps each fitted layer on disk; those that it has are not fitted again.
         progress: called with the layer, how many are done, and of how many.
 
     Returns:
@@ -123,6 +73,8 @@ def fit_in_sequence(
 
     Raises:
         DataError: no data, batches that take different paths through the model, or NaN activations.
+        LoadError: a layer of the store that is truncated.
+        SaveError: the store cannot be written.
     """
     if not calls:
         raise DataError("there are no batches to fit on.")
@@ -152,6 +104,8 @@ def fit_in_sequence(
 
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     shared = {parameter for parameter, count in uses.items() if count > 1}
+    if store is not None:
+        store.begin(model, calls, output_metrics or {}, options)
     collector = _Collector([keep_mask(call.kwargs) for call in calls])
     with (
         evaluation_mode(model),
@@ -168,8 +122,13 @@ def fit_in_sequence(
                 progress(plan.site.name, len(fitted), len(plans))
             places = [_place(layer, pair, options.repair_streams) for pair in pairs]
             output_metric = (output_metrics or {}).get(layer)
+            if store is not None:
+                store.reach(plan)
+            kept = None if store is None else store.get(plan)
             try:
-                if adapter_of(layer).looks_up:
+                if kept is not None:
+                    done = kept
+                elif adapter_of(layer).looks_up:
                     counts = collector.count(layer, places)
                     tied = (heads or {}).get(plan.site, ())
                     done = _fit_table(plan, counts, output_metric, tied, options)
@@ -179,6 +138,8 @@ def fit_in_sequence(
             except MPOCompressError as error:
                 raise type(error)(f"layer {plan.site.label}: {error}") from error
             fitted[plan.site] = done
+            if store is not None and kept is None:
+                store.put(plan, done)
             del places
             for dense, compressed in pairs:
                 compressed.resume(compressed_forward(layer))

@@ -1,0 +1,131 @@
+"""The fits of an interrupted run on disk: one file a layer, found again by all that led to it."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from mpocompress.errors import LoadError, SaveError
+from mpocompress.mpo import MPO
+from mpocompress.tuning.distill_state import fingerprint
+from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan
+from mpocompress.tuning.lockstep import Call
+from mpocompress.tuning.state_file import read_tensors, write_tensors
+
+_METADATA_KEY = "mpocompress.fitted_layer"
+_FORMAT_VERSION = 1
+
+
+class _Metadata(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = _FORMAT_VERSION
+    layer: str
+    shape: tuple[int, int]
+    relative_output_error: float
+    rows: int
+
+
+class FitStore:
+    """Fitted layers in a folder.
+
+    A layer's fit depends on the model, the data, the options and all layers fitted before it. The
+    name of its file is a hash of these: what another run left is never taken for this run's, and
+    searches that build several models share what they have in common.
+
+    Args:
+        folder: made if it does not exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._run = ""
+        self._prefix = hashlib.sha256()
+
+    def begin(
+        self,
+        model: nn.Module,
+        calls: Sequence[Call],
+        output_metrics: Mapping[nn.Module, Tensor],
+        options: FitOptions,
+    ) -> None:
+        """Start a pass through the layers of this model with this data.
+
+        Raises:
+            SaveError: the folder cannot be made.
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SaveError(
+                f"cannot keep the state of the run in {str(self._folder)!r}: {error.strerror}."
+            ) from None
+        # The order of the metrics is that of the model's modules, not that of a mapping.
+        metrics = [output_metrics[m] for m in model.modules() if m in output_metrics]
+        tensors = [*model.parameters(), *model.buffers()]
+        for call in calls:
+            tensors += [*call.args, *(call.kwargs[name] for name in sorted(call.kwargs))]
+        names = [name for name, _ in model.named_parameters()]
+        text = json.dumps([_FORMAT_VERSION, names, asdict(options), len(calls)])
+        self._prefix = hashlib.sha256(text.encode())
+        self._prefix.update(fingerprint([*tensors, *metrics]).encode())
+
+    def reach(self, plan: SitePlan) -> None:
+        """The pass has come to this layer: from now on, its plan is part of what led here."""
+        self._prefix.update(
+            json.dumps([plan.site.name, list(plan.layout.pairs), list(plan.bond_dims)]).encode()
+        )
+
+    def get(self, plan: SitePlan) -> FittedWeight | None:
+        """The fit of the layer that was reached last; None if it is not there.
+
+        Raises:
+            LoadError: a truncated or foreign file.
+        """
+        path = self._path()
+        if not path.exists():
+            return None
+        try:
+            text, tensors = read_tensors(path, key=_METADATA_KEY)
+            if text is None:
+                raise LoadError(f"{str(path)!r} is no fitted layer. Remove it to fit anew.")
+            found = _Metadata.model_validate_json(text)
+            cores = [tensors[f"core.{site}"] for site in range(len(plan.bond_dims) + 1)]
+        except (OSError, SafetensorError, ValidationError, KeyError) as error:
+            raise LoadError(
+                f"the state {str(path)!r} is truncated or foreign: {str(error).splitlines()[0]}. "
+                "Remove it to fit this layer anew."
+            ) from None
+        device = plan.site.device
+        bias = tensors.get("bias")
+        return FittedWeight(
+            mpo=MPO([core.to(device) for core in cores], shape=found.shape),
+            bias=None if bias is None else bias.to(device),
+            relative_output_error=found.relative_output_error,
+            rows=found.rows,
+        )
+
+    def put(self, plan: SitePlan, fitted: FittedWeight) -> None:
+        """Keep the fit of the layer that was reached last.
+
+        Raises:
+            SaveError: it cannot be written.
+        """
+        tensors = {f"core.{site}": core for site, core in enumerate(fitted.mpo.cores)}
+        if fitted.bias is not None:
+            tensors["bias"] = fitted.bias
+        metadata = _Metadata(
+            layer=plan.site.name,
+            shape=fitted.mpo.shape,
+            relative_output_error=fitted.relative_output_error,
+            rows=fitted.rows,
+        )
+        write_tensors(self._path(), tensors, key=_METADATA_KEY, text=metadata.model_dump_json())
+
+    def _path(self) -> Path:
+        return self._folder / f"layer-{self._prefix.hexdigest()[:32]}.safetensors"

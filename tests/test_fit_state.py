@@ -1,0 +1,165 @@
+"""An interrupted run goes on where it stopped, and ends with the same result."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import mpocompress as mpo
+from mpocompress.errors import DataError, LoadError
+from mpocompress.pipeline import Request, convert
+from mpocompress.saving import CORES_FILE
+
+
+def network():
+    torch.manual_seed(0)
+    layers = [nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 16)]
+    return nn.Sequential(*layers)
+
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return list(torch.randn(120, 24, generator=generator).split(30))
+
+
+class InterruptedRunError(Exception):
+    """What a signal would be."""
+
+
+def stop_at(what, step):
+    def progress(name, done, total):
+        if name == what and done >= step:
+            raise InterruptedRunError
+
+    return progress
+
+
+def stop_after_fits(folder, count):
+    def progress(*_):
+        if len(fits(folder)) == count:
+            raise InterruptedRunError
+
+    return progress
+
+
+def fits(folder):
+    return {file: file.stat().st_mtime_ns for file in folder.glob("layer-*.safetensors")}
+
+
+def same(first, second):
+    ours, theirs = first.state_dict(), second.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def compress(state=None, progress=None, **options):
+    options = {"bond_dim": 4, "sites": 2, "data": batches(), **options}
+    return mpo.compress(network(), **options, state=state, progress=progress)
+
+
+def test_layers_that_were_fitted_are_not_fitted_again(tmp_path):
+    with pytest.raises(InterruptedRunError):
+        compress(tmp_path / "state", stop_after_fits(tmp_path / "state", 2))
+    before = fits(tmp_path / "state")
+    assert len(before) == 2
+    resumed = compress(tmp_path / "state")
+    after = fits(tmp_path / "state")
+    assert len(after) == 3
+    assert {file: after[file] for file in before} == before
+    same(resumed.model, compress().model)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"bond_dim": 3}, {"data": batches()[:3]}, {"sweeps": 2}, {"exclude": ["0"]}],
+    ids=str,
+)
+def test_another_run_takes_nothing_from_it(changed, tmp_path):
+    compress(tmp_path / "state")
+    before = fits(tmp_path / "state")
+    changed_run = compress(tmp_path / "state", **changed)
+    assert not fits(tmp_path / "state").items() <= before.items()
+    same(changed_run.model, compress(**changed).model)
+
+
+def test_other_weights_take_nothing_from_it(tmp_path):
+    compress(tmp_path / "state")
+    model = network()
+    with torch.no_grad():
+        model[0].weight.mul_(1.5)
+    options = {"bond_dim": 4, "sites": 2, "data": batches()}
+    found = mpo.compress(model, **options, state=tmp_path / "state")
+    assert len(fits(tmp_path / "state")) == 6
+    same(found.model, mpo.compress(model, **options).model)
+
+
+def test_healing_goes_on_at_its_last_evaluation(tmp_path):
+    state = tmp_path / "state"
+    with pytest.raises(InterruptedRunError):
+        compress(state, stop_at("distillation (model)", 30), distill=50)
+    assert (state / "healing.safetensors").exists()
+    steps = []
+    resumed = compress(
+        state,
+        lambda name, done, total: steps.append(done) if name.startswith("distillation") else None,
+        distill=50,
+    )
+    assert steps[0] > 20
+    same(resumed.model, compress(distill=50).model)
+
+
+def test_a_truncated_fit_is_named(tmp_path):
+    compress(tmp_path / "state")
+    for file in fits(tmp_path / "state"):
+        file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(
+        LoadError, match=r"layer-[0-9a-f]{32}\.safetensors' is truncated.*Remove it"
+    ):
+        compress(tmp_path / "state")
+
+
+class TestCommand:
+    """`--resume`, by its function."""
+
+    request = staticmethod(
+        lambda data: Request(bond_dim=4, sites=2, data=str(data), distill=50, trust_pickle=True)
+    )
+
+    @pytest.fixture
+    def files(self, tmp_path):
+        from safetensors.torch import save_file
+
+        model, data = tmp_path / "model.pt2", tmp_path / "data.safetensors"
+        torch.export.save(torch.export.export(network(), (batches()[0],)), model)
+        save_file({"input": torch.cat(batches())}, data)
+        return model, data
+
+    def test_the_state_goes_when_the_run_is_done(self, files, tmp_path):
+        model, data = files
+        out, whole = tmp_path / "out", tmp_path / "whole"
+        with pytest.raises(InterruptedRunError):
+            convert(
+                model,
+                out,
+                self.request(data),
+                resume=True,
+                progress=stop_at("distillation (model)", 30),
+            )
+        assert not out.exists()
+        assert len(fits(tmp_path / "out.state")) == 3
+        convert(model, out, self.request(data), resume=True)
+        assert not (tmp_path / "out.state").exists()
+        convert(model, whole, self.request(data))
+        ours, theirs = (load_file(folder / CORES_FILE) for folder in (out, whole))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    def test_without_it_nothing_stays(self, files, tmp_path):
+        model, data = files
+        with pytest.raises(InterruptedRunError):
+            convert(model, tmp_path / "out", self.request(data), progress=stop_at("4", 2))
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["data.safetensors", "model.pt2"]
+
+    def test_a_graph_has_no_state(self, tmp_path):
+        (tmp_path / "model.onnx").write_bytes(b"")
+        with pytest.raises(DataError, match="--resume keeps fitted layers"):
+            convert(tmp_path / "model.onnx", tmp_path / "out", Request(bond_dim=4), resume=True)
