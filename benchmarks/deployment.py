@@ -127,6 +127,9 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=32, help="tokens, for latencies")
     parser.add_argument("--repeats", type=int, default=9, help="timings of each file")
     parser.add_argument("--seed", type=int, default=0, help="of the split and of the methods")
+    parser.add_argument(
+        "--models", type=Path, help="folder of compressed models; those found there are not redone"
+    )
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--plot", type=Path, help="PNG file")
     options = parser.parse_args()
@@ -182,7 +185,7 @@ def main() -> int:
         chosen = [("identity", ratio) for ratio in options.ratios]
         for gauge, ratio in [*chosen, *(("none", ratio) for ratio in options.plain_ratios)]:
             started = time.perf_counter()
-            small = compressed(model, data, ratio, gauge, options.steps, options.seed)
+            small = compressed(model, data, ratio, gauge, options)
             seconds = time.perf_counter() - started
             label = f"ours {ratio:g}" + ("" if gauge == "identity" else " plain")
             for quantize in ("none", "int8", "int4"):
@@ -231,9 +234,15 @@ def main() -> int:
 
 
 def compressed(
-    model: nn.Module, data: list[Tokens], ratio: float, gauge: str, steps: int, seed: int
+    model: nn.Module, data: list[Tokens], ratio: float, gauge: str, options: argparse.Namespace
 ) -> nn.Module:
-    return mpo.compress(
+    """Return a compressed model: from the folder of models, or made now and kept there."""
+    name = f"minilm-{ratio:g}-{gauge}-{options.steps}-{options.sentences}-{options.seed}"
+    kept = None if options.models is None else options.models / name
+    if kept is not None and kept.exists():
+        found: nn.Module = mpo.load(kept, model=model)
+        return found
+    result = mpo.compress(
         model,
         ratio=ratio,
         of="layers",
@@ -241,9 +250,13 @@ def compressed(
         include=LAYERS,
         gauge=gauge,
         data=data,
-        distill=steps,
-        seed=seed,
-    ).model
+        distill=options.steps,
+        seed=options.seed,
+    )
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        mpo.save(result, kept)
+    return result.model
 
 
 def print_results(rows: Sequence[dict[str, Any]], batches: Sequence[int]) -> None:
