@@ -26,9 +26,8 @@ from typing import Any
 
 import torch
 from common import environment, print_table, write_json
-from minilm_quality import LAYERS, quantized
+from minilm_quality import healed_encoder, quantized
 from sentences import (
-    Tokens,
     batches_of,
     embed,
     fidelity,
@@ -120,8 +119,11 @@ def main() -> int:
     )
     parser.add_argument("--ratios", type=float, nargs="*", default=[1.5, 2.0, 2.5, 4.0])
     parser.add_argument("--plain-ratios", type=float, nargs="*", default=[2.0])
-    parser.add_argument("--sentences", type=int, default=1000, help="for calibration")
+    parser.add_argument("--sentences", type=int, default=2000, help="for calibration")
     parser.add_argument("--held-out", type=int, default=1000, help="for evaluation")
+    parser.add_argument(
+        "--healing-sentences", type=int, default=3000, help="for healing, besides the calibration's"
+    )
     parser.add_argument("--steps", type=int, default=400, help="of healing")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 128])
     parser.add_argument("--length", type=int, default=32, help="tokens, for latencies")
@@ -134,10 +136,10 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, help="PNG file")
     options = parser.parse_args()
 
-    calibration, held_out = split_sentences(
-        read_sentences(), [options.sentences, options.held_out], options.seed
-    )
+    sizes = [options.sentences, options.held_out, options.healing_sentences]
+    calibration, held_out, more = split_sentences(read_sentences(), sizes, options.seed)
     model, tokenizer = load_encoder()
+    healing_data = batches_of(tokenizer, calibration + more)
     data, batches = batches_of(tokenizer, calibration), batches_of(tokenizer, held_out)
     truth = embed(model, batches)
     facts = environment(PACKAGES, seed=options.seed)
@@ -185,7 +187,16 @@ def main() -> int:
         chosen = [("identity", ratio) for ratio in options.ratios]
         for gauge, ratio in [*chosen, *(("none", ratio) for ratio in options.plain_ratios)]:
             started = time.perf_counter()
-            small = compressed(model, data, ratio, gauge, options)
+            small = healed_encoder(
+                model,
+                data,
+                healing_data,
+                ratio=ratio,
+                gauge=gauge,
+                steps=options.steps,
+                seed=options.seed,
+                folder=options.models,
+            )
             seconds = time.perf_counter() - started
             label = f"ours {ratio:g}" + ("" if gauge == "identity" else " plain")
             for quantize in ("none", "int8", "int4"):
@@ -225,38 +236,13 @@ def main() -> int:
                 "environment": facts,
                 "calibration_sentences": options.sentences,
                 "held_out_sentences": options.held_out,
+                "healing_sentences": options.healing_sentences,
                 "healing_steps": options.steps,
                 "tokens": options.length,
                 "rows": rows,
             },
         )
     return 0
-
-
-def compressed(
-    model: nn.Module, data: list[Tokens], ratio: float, gauge: str, options: argparse.Namespace
-) -> nn.Module:
-    """Return a compressed model: from the folder of models, or made now and kept there."""
-    name = f"minilm-{ratio:g}-{gauge}-{options.steps}-{options.sentences}-{options.seed}"
-    kept = None if options.models is None else options.models / name
-    if kept is not None and kept.exists():
-        found: nn.Module = mpo.load(kept, model=model)
-        return found
-    result = mpo.compress(
-        model,
-        ratio=ratio,
-        of="layers",
-        layout="svd",
-        include=LAYERS,
-        gauge=gauge,
-        data=data,
-        distill=options.steps,
-        seed=options.seed,
-    )
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        mpo.save(result, kept)
-    return result.model
 
 
 def print_results(rows: Sequence[dict[str, Any]], batches: Sequence[int]) -> None:

@@ -11,8 +11,8 @@ and Spearman correlation of the similarities of all pairs. Every method has the 
     ours                     compress(ratio=R, of="layers", data=...): metric of inputs and
                              gradients, bond dimensions by sensitivity
     ours, identity gauge     the same with gauge="identity": larger bond dimensions
-    ..., healed              then distill(steps=STEPS) on the calibration's and --healing-sentences
-                             more sentences, without labels
+    ..., healed              then distill(steps=STEPS) of embeddings and hidden states on the
+                             calibration's and --healing-sentences more sentences
 
 For comparison in bytes, the same layers quantized (simulated; weight only): int8 by rows, int4 in
 blocks of 32. Sentences: paragraphs of the `fortunes` package, split at random by the seed. Rows
@@ -29,6 +29,7 @@ from pathlib import Path
 
 from common import PeakMemory, environment, print_table, write_json
 from sentences import (
+    Embedder,
     Tokens,
     batches_of,
     embed,
@@ -125,6 +126,61 @@ METHODS: dict[str, Method] = {
     "ours, identity gauge": _ours("identity"),
 }
 HEALED = ("truncated SVD", "ours, identity gauge")
+
+
+def heal(small: nn.Module, model: nn.Module, data: list[Tokens], steps: int, seed: int) -> None:
+    """Train a compressed encoder, in place, for the dense one's embeddings and hidden states."""
+    mpo.distill(
+        Embedder(small),
+        reference=Embedder(model),
+        data=data,
+        steps=steps,
+        output_loss="cosine",
+        held_out=0.05,
+        seed=seed,
+    )
+
+
+def healed_encoder(
+    model: nn.Module,
+    data: list[Tokens],
+    more: list[Tokens],
+    *,
+    ratio: float,
+    gauge: str,
+    steps: int,
+    seed: int,
+    folder: Path | None,
+) -> nn.Module:
+    """Return our encoder at a ratio, healed; from the folder if it is there, else it is kept.
+
+    Args:
+        model: dense.
+        data: to fit on.
+        more: to heal on.
+        ratio: of the parameters of the Linears.
+        gauge: "none" or "identity".
+        steps: of healing.
+        seed: of everything, the split of the sentences too.
+        folder: of compressed models; None keeps none.
+    """
+    path = None if folder is None else folder / kept_name(gauge, ratio, steps, data, more, seed)
+    if path is not None and path.exists():
+        found: nn.Module = mpo.load(path, model=model)
+        return found
+    small = _ours(gauge)(model, data, ratio, seed)
+    if steps:
+        heal(small, model, more, steps, seed)
+    if path is not None:
+        mpo.save(small, path)
+    return small
+
+
+def kept_name(
+    gauge: str, ratio: float, steps: int, data: list[Tokens], more: list[Tokens], seed: int
+) -> str:
+    """Return what a healed encoder is called in a folder of models."""
+    return f"minilm-{gauge}-{ratio:g}-{steps}-{len(data)}-{len(more)}-{seed}"
 
 
 def quantized(model: nn.Module, bits: int, block: int | None) -> tuple[nn.Module, float]:
@@ -269,9 +325,12 @@ def run_seed(table: Table, seed: int, options: argparse.Namespace) -> None:
                 record(method, (ratio, reached), 0, seconds)
             if missing_healed:
                 started = time.perf_counter()
-                mpo.distill(result, reference=model, data=healing_data, steps=steps, seed=seed)
+                heal(result, model, healing_data, steps, seed)
                 seconds = time.perf_counter() - started
                 record(healed, (ratio, layer_ratio(model, result)), steps, seconds)
+                if options.models and method == "ours, identity gauge":
+                    name = kept_name("identity", ratio, steps, data, healing_data, seed)
+                    mpo.save(result, options.models / name)
 
 
 def main() -> int:
@@ -280,7 +339,7 @@ def main() -> int:
     )
     parser.add_argument("--ratios", type=float, nargs="+", default=[1.5, 2.0, 4.0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--sentences", type=int, default=1000, help="for calibration")
+    parser.add_argument("--sentences", type=int, default=2000, help="for calibration")
     parser.add_argument("--held-out", type=int, default=1000, help="for evaluation")
     parser.add_argument(
         "--healing-sentences", type=int, default=3000, help="for healing, besides the calibration's"
@@ -289,6 +348,7 @@ def main() -> int:
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1], help="of the split and of the methods"
     )
+    parser.add_argument("--models", type=Path, help="folder in which healed models are kept")
     parser.add_argument("--out", type=Path, help="JSON file; what it has is not run again")
     options = parser.parse_args()
     settings: dict[str, object] = {

@@ -87,13 +87,10 @@ def batches_of(tokenizer: Any, sentences: list[str]) -> list[Tokens]:
 
 
 @torch.no_grad()
-def embed(model: nn.Module, batches: list[Tokens]) -> Tensor:
+def embed(model: Any, batches: list[Tokens]) -> Tensor:
     """Sentence embeddings (sentences, 384): mean over real tokens, then unit length."""
-    rows = []
-    for batch in batches:
-        hidden = model(**batch).last_hidden_state
-        mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-        rows.append((hidden * mask).sum(1) / mask.sum(1))
+    embedder = Embedder(model)
+    rows = [embedder(**batch) for batch in batches]
     return nn.functional.normalize(torch.cat(rows), dim=1)
 
 
@@ -106,3 +103,25 @@ def fidelity(embeddings: Tensor, dense: Tensor) -> tuple[float, float]:
     ours = (embeddings @ embeddings.T)[first, second].numpy()
     theirs = (dense @ dense.T)[first, second].numpy()
     return cosine, float(spearmanr(ours, theirs).statistic)
+
+
+class Embedder(nn.Module):
+    """The encoder and the mean over real tokens: what users compare by cosine.
+
+    Args:
+        encoder: from `load_encoder`, a compressed one, or what is called like it; not copied.
+    """
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings (sentences, 384) of tokens (sentences, tokens)."""
+        hidden_BTK = self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
+        ).last_hidden_state
+        real_BT1 = attention_mask[..., None].to(hidden_BTK)
+        return (hidden_BTK * real_BT1).sum(1) / real_BT1.sum(1)

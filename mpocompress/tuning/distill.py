@@ -217,7 +217,7 @@ class _Trainer:
         self,
         parameters: Sequence[nn.Parameter],
         data: TrainingData,
-        held_out_loss: Loss,
+        held_out_loss: Distance,
         options: DistillOptions,
         checkpoint: Path | None,
         arguments: dict[str, Any],
@@ -226,6 +226,8 @@ class _Trainer:
         self._parameters = parameters
         self._data = data
         self._loss = held_out_loss
+        self._held_out = list(data.held_out())
+        held_out_loss.keep(self._held_out)
         self._options = options
         self._checkpoint = checkpoint
         self._arguments = arguments
@@ -311,7 +313,7 @@ class _Trainer:
     @torch.no_grad()
     def _evaluate(self) -> float:
         total, rows = 0.0, 0
-        for batch in self._data.held_out():
+        for batch in self._held_out:
             total += batch.rows * float(self._loss(batch))
             rows += batch.rows
         return total / rows

@@ -112,6 +112,25 @@ class Distance:
         self._blocks = tuple(blocks) if hidden_weight > 0 else ()
         self._kind = output_loss
         self._hidden_weight = hidden_weight
+        self._kept: dict[int, tuple[Any, Mapping[str, list[Tensor]]] | None] = {}
+        self._alive: list[Call] = []
+
+    def keep(self, calls: Sequence[Call]) -> None:
+        """Compute what the dense model does with these calls only once, and keep it.
+
+        For the held-out part, which is asked for again and again.
+        """
+        self._alive = list(calls)  # so that identity means identity
+        self._kept = {id(call): None for call in self._alive}
+
+    def _dense(self, call: Call) -> tuple[Any, Mapping[str, list[Tensor]]]:
+        found = self._kept.get(id(call))
+        if found is None:
+            with torch.no_grad(), watched_outputs(self._reference, self._blocks) as hidden:
+                found = (self._reference(*call.args, **call.kwargs), hidden)
+            if id(call) in self._kept:
+                self._kept[id(call)] = found
+        return found
 
     def __call__(self, call: Call) -> Tensor:
         """A scalar; its gradient reaches the compressed model only.
@@ -120,8 +139,7 @@ class Distance:
             DataError: outputs that cannot be compared.
         """
         keep = keep_mask(call.kwargs)
-        with torch.no_grad(), watched_outputs(self._reference, self._blocks) as dense_hidden:
-            dense = self._reference(*call.args, **call.kwargs)
+        dense, dense_hidden = self._dense(call)
         with watched_outputs(self._model, self._blocks) as our_hidden:
             ours = self._model(*call.args, **call.kwargs)
         loss = output_loss(ours, dense, keep, self._kind)
