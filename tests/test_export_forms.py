@@ -193,3 +193,15 @@ def test_equal_calls_give_equal_bytes(tmp_path, net):
     for name in ("a", "b"):
         export_onnx(net, tmp_path / name, example, form="dense", quantize="int8")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize(("form", "products"), [("chain", 2), ("dense", 1)])
+def test_a_layer_that_is_the_whole_model_has_a_form_too(form, products, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(5, 24)
+    layer = mpo.compress(nn.Linear(24, 18), bond_dim=3, layout="svd").model
+    exported = export_onnx(layer, tmp_path / "model.onnx", x, form=form)
+    assert exported.forms[""].form == form
+    _, operators = folded(exported.path, tmp_path)
+    assert sum(operators.get(name, 0) for name in ("MatMul", "Gemm")) == products
+    assert verify(exported.path, layer, [x]).max_relative_difference <= 1e-5

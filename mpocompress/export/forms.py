@@ -72,21 +72,25 @@ def layers_of(model: nn.Module) -> dict[str, MPOLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MPOLinear)}
 
 
-def set_forms_(model: nn.Module, forms: Mapping[str, Form]) -> None:
+def set_forms_(model: nn.Module, forms: Mapping[str, Form]) -> nn.Module:
     """Spell the layers of a model in these forms, in place; the others stay chains.
 
     Args:
         model: a copy for the export; a layer is replaced under all of its names.
         forms: by first name of the layer.
+
+    Returns:
+        The model; what takes its place where it is itself such a layer.
     """
     layers = layers_of(model)
-    dense = {
+    dense: dict[int, nn.Module] = {
         id(layers[name]): DenseAtLoad(layers[name]) for name in forms if forms[name] == "dense"
     }
     for parent in tuple(model.modules()):
         for name, child in tuple(parent.named_children()):
             if id(child) in dense:
                 setattr(parent, name, dense[id(child)])
+    return dense.get(id(model), model)
 
 
 def check_form(form: object) -> None:

@@ -137,7 +137,7 @@ def export_onnx(
     output_names = _chosen("output", output_names, _apart(outputs, input_names))
     forms = _forms(copied, call, form, form_batch)
     first_names = _first_names(copied)
-    set_forms_(copied, {name: layer.form for name, layer in forms.items()})
+    copied = set_forms_(copied, {name: layer.form for name, layer in forms.items()})
     traced = trace(copied, call)
     graph_model = translate(
         traced, opset, type(model).__name__, integers=integers, first_names=first_names
