@@ -8,11 +8,11 @@ seen, in PyTorch and in ONNX Runtime.
 The models are trained by benchmarks/models/ where --folder does not have them yet. Methods:
 
     dense              the trained model
-    one-shot           the command line without --distill: fitted on data, not trained
     healed             the command line
-    SVD                compress(ratio=4, layout="svd") without data: truncated SVDs of the weights
-    SVD, healed        the same, then distill() on the data that the command line has, for as many
-                       steps, with the same options
+    SVD, healed        compress(ratio=4, layout="svd") without data: truncated SVDs of the weights;
+                       then distill() on the data that the command line has, for as many steps
+    one-shot           the command line without --distill: fitted on data, not trained
+    SVD                the truncated SVDs as they are
 
 Rows are written to --out as they end, and those found there are not run again. Settings were chosen
 with seed 0, so the claim is judged on other seeds. The difference to dense is measured on the same
@@ -54,9 +54,9 @@ from training import (
 
 MODELS = BENCHMARKS / "models"
 RECIPES: dict[str, Recipe] = {module.RECIPE.name: module.RECIPE for module in (conv, lstm, causal)}
-HEALING = {"conv": 600, "lstm": 1000, "causal": 400}  # steps
+HEALING = {"conv": 200, "lstm": 300, "causal": 250}  # steps
 TUNING_SEED = 0
-METHODS = ("dense", "one-shot", "healed", "SVD", "SVD, healed")
+METHODS = ("dense", "healed", "SVD, healed", "one-shot", "SVD")
 MAX_POINTS = 0.01  # of accuracy lost
 MAX_PERPLEXITY = 0.05  # of perplexity gained, relative
 PACKAGES = ("mpocompress", "torch", "onnxruntime", "numpy", "mlxtend")
@@ -201,7 +201,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", nargs="+", choices=tuple(RECIPES), default=tuple(RECIPES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--ratio", type=float, default=4.0)
     parser.add_argument("--steps", type=int, help="of healing, for all kinds")
     parser.add_argument("--train-steps", type=int, help="of training, for a quick look")

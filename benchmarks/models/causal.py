@@ -12,6 +12,7 @@ from training import Data, Recipe, main
 ALPHABET = string.printable[:95] + "\n"  # a new line ends a paragraph
 UNKNOWN = ALPHABET.index("?")
 WINDOW = 128
+LONGEST_PERIOD = 10_000.0  # over 2 pi, in characters
 WIDTH = 192
 HEADS = 4
 BLOCKS = 4
@@ -20,12 +21,20 @@ SCORED_WINDOWS = 500
 
 
 class Attention(nn.Module):
-    """Each position attends to itself and to those before it."""
+    """Each position attends to itself and to those before it, by rotary positions."""
+
+    cosines: Tensor  # (128, width of a head / 2)
+    sines: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.queries_keys_values = nn.Linear(WIDTH, 3 * WIDTH)
         self.output = nn.Linear(WIDTH, WIDTH)
+        pairs = WIDTH // HEADS // 2
+        frequencies = LONGEST_PERIOD ** -(torch.arange(pairs) / pairs)
+        angles = torch.arange(WINDOW)[:, None] * frequencies
+        self.register_buffer("cosines", angles.cos(), persistent=False)
+        self.register_buffer("sines", angles.sin(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
@@ -33,8 +42,14 @@ class Attention(nn.Module):
             part.reshape(batch, length, HEADS, WIDTH // HEADS).transpose(1, 2)
             for part in self.queries_keys_values(x).chunk(3, dim=-1)
         )
+        q, k = self._turned(q), self._turned(k)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.output(mixed.transpose(1, 2).reshape(batch, length, WIDTH))
+
+    def _turned(self, x: Tensor) -> Tensor:
+        cosines, sines = self.cosines[: x.shape[2]], self.sines[: x.shape[2]]
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * cosines - second * sines, first * sines + second * cosines], -1)
 
 
 class Block(nn.Module):
@@ -59,17 +74,14 @@ class CharacterModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.characters = nn.Embedding(len(ALPHABET), WIDTH)
-        self.positions = nn.Embedding(WINDOW, WIDTH)
         self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, len(ALPHABET), bias=False)
-        for table in (self.characters, self.positions):
-            nn.init.normal_(table.weight, std=0.02)
+        nn.init.normal_(self.characters.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Numbers (batch, length up to 128) to logits (batch, length, 96)."""
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.characters(tokens) + self.positions(places)
+        x = self.characters(tokens)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
@@ -113,11 +125,11 @@ RECIPE = Recipe(
     name="causal",
     build=build_model,
     data=text_windows,
-    steps=1500,
-    batch=8,
+    steps=2200,
+    batch=4,
     rate=2e-3,
     metric="perplexity",
-    compression_rows=3000,
+    compression_rows=1500,
 )
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ RECIPE = Recipe(
     batch=64,
     rate=3e-3,
     metric="accuracy",
+    compression_rows=2000,
 )
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Recipe:
         batch: rows of a step.
         rate: peak learning rate; warm-up, then a cosine.
         metric: the share of right rows, in [0, 1], or the exponential of the mean loss in nats.
-        compression_rows: how many of the training rows are written for compression; None: all.
+        compression_rows: how many of the training rows are written for compression.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Recipe:
     batch: int
     rate: float
     metric: Literal["accuracy", "perplexity"]
-    compression_rows: int | None = None
+    compression_rows: int
 
 
 def digits(*shape: int) -> Callable[[int], Data]:
