@@ -16,7 +16,7 @@ from mpocompress.tuning import DistillOptions, distill_
 from mpocompress.tuning.blocks import can_replay, find_blocks
 from mpocompress.tuning.distill import LEARNING_RATES
 from mpocompress.tuning.distill_loss import Distance, output_loss
-from mpocompress.tuning.minibatches import TrainingData
+from mpocompress.tuning.minibatches import Minibatch, TrainingData
 from mpocompress.tuning.schedule import warm_cosine
 from tests.tolerances import TOL
 
@@ -237,6 +237,31 @@ def test_kl_is_that_of_the_softmax_and_blind_to_a_shift():
     shifted = output_loss(ours + 3, dense, None, "kl")
     torch.testing.assert_close(shifted, expected, **F64["apply"])
     assert output_loss(ours + 3, dense, None) > expected
+
+
+def test_scores_of_the_next_word_are_logits():
+    ours, dense = rows(4, 7 * 11).reshape(4, 7, 11), rows(4, 7 * 11, seed=1).reshape(4, 7, 11)
+    parts = [output_loss(ours, dense, None, kind) for kind in ("kl", "mse")]
+    words = output_loss(ours, dense, None, vocabularies={5, 11})
+    torch.testing.assert_close(words, parts[0] + parts[1], **F32["apply"])
+    assert torch.equal(output_loss(ours, dense, None, vocabularies={5}), parts[1])
+
+    class Words(nn.Module):
+        def __init__(self, outputs):
+            super().__init__()
+            self.table = nn.Embedding(11, 6)
+            self.head = nn.Linear(6, outputs)
+
+        def forward(self, ids):
+            return self.head(self.table(ids))
+
+    batch = Minibatch((torch.arange(12).reshape(3, 4) % 11,))
+    for outputs, kinds in ((11, ("kl", "mse")), (6, ("mse",))):
+        model, small = Words(outputs), Words(outputs)
+        (given,) = batch.args
+        expected = sum(output_loss(small(given), model(given), None, kind) for kind in kinds)
+        found = Distance(small, model, (), "auto", 1.0)(batch)
+        torch.testing.assert_close(found, expected, **F32["apply"])
 
 
 def test_an_output_with_logits_is_compared_on_them():

@@ -5,7 +5,7 @@ Padded tokens count nowhere: see `moments.real_rows`.
 
 # Shape suffixes: N rows, K classes or features.
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -34,7 +34,14 @@ def check_output_loss(name: str) -> None:
         raise DataError(f"output_loss {name!r} is none of {', '.join(get_args(OutputLoss))}.")
 
 
-def output_loss(ours: Any, dense: Any, keep: Tensor | None, kind: OutputLoss = "auto") -> Tensor:
+def output_loss(
+    ours: Any,
+    dense: Any,
+    keep: Tensor | None,
+    kind: OutputLoss = "auto",
+    *,
+    vocabularies: Collection[int] = (),
+) -> Tensor:
     """The difference of two outputs of the same structure, as a scalar that is 0 at equality.
 
     Args:
@@ -44,15 +51,19 @@ def output_loss(ours: Any, dense: Any, keep: Tensor | None, kind: OutputLoss = "
         kind: "kl": KL(dense || ours) of the softmax at temperature 2, times its square, in nats;
             "mse": E|y - y^|^2 / E|y|^2, the mean over all floating outputs; "cosine": mean of
             1 - cos of the rows. "auto": "mse", plus "kl" where the output may be logits: it has
-            a `.logits`, or is a single tensor (batch, 2 to 1000 columns). That is right for
-            regression and embeddings, too, of which KL alone would lose the scale and the offset.
+            a `.logits`, or is a single tensor (batch, 2 to 1000 columns), or one with more axes
+            and as many columns as there are words. That is right for regression and embeddings,
+            too, of which KL alone would lose the scale and the offset.
+        vocabularies: how many words the model's tables have.
 
     Raises:
         DataError: outputs of unlike structure or shape, none that is floating, or "kl" where
             nothing can be logits.
     """
     check_output_loss(kind)
-    dense_logits, our_logits = _logits(dense, kind == "kl"), _logits(ours, kind == "kl")
+    dense_logits, our_logits = (
+        _logits(found, kind == "kl", vocabularies) for found in (dense, ours)
+    )
     if kind == "kl" and (dense_logits is None or our_logits is None):
         raise DataError(
             "output_loss 'kl' needs logits: an output with .logits, or a single floating tensor "
@@ -111,6 +122,12 @@ class Distance:
         self._reference = reference
         self._blocks = tuple(blocks) if hidden_weight > 0 else ()
         self._kind = output_loss
+        # A language model's output has a column for each word.
+        self._vocabularies = frozenset(
+            module.num_embeddings
+            for module in reference.modules()
+            if isinstance(module, nn.Embedding)
+        )
         self._hidden_weight = hidden_weight
         self._kept: dict[int, tuple[Any, Mapping[str, list[Tensor]]] | None] = {}
         self._alive: list[Call] = []
@@ -142,7 +159,7 @@ class Distance:
         dense, dense_hidden = self._dense(call)
         with watched_outputs(self._model, self._blocks) as our_hidden:
             ours = self._model(*call.args, **call.kwargs)
-        loss = output_loss(ours, dense, keep, self._kind)
+        loss = output_loss(ours, dense, keep, self._kind, vocabularies=self._vocabularies)
         hidden = _hidden_errors(our_hidden, dense_hidden, keep)
         return loss + self._hidden_weight * torch.stack(hidden).mean() if hidden else loss
 
@@ -159,16 +176,16 @@ def _hidden_errors(
     ]
 
 
-def _logits(output: Any, asked_for: bool) -> Tensor | None:
+def _logits(output: Any, asked_for: bool, vocabularies: Collection[int]) -> Tensor | None:
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits if logits.shape[-1] >= 2 else None
     leaves = floating_outputs(output)
     if len(leaves) != 1 or leaves[0].ndim < 2 or leaves[0].shape[-1] < 2:
         return None
-    if asked_for or (leaves[0].ndim == 2 and leaves[0].shape[-1] <= MAX_CLASSES):
-        return leaves[0]
-    return None
+    columns = leaves[0].shape[-1]
+    may_be = columns <= MAX_CLASSES if leaves[0].ndim == 2 else columns in vocabularies
+    return leaves[0] if asked_for or may_be else None
 
 
 def _rows(ours: Tensor, dense: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
