@@ -88,7 +88,9 @@ def split(
     )
 
 
-def mnist_problem(seed: int, *, name: str = "mnist", epochs: int = 20) -> Problem:
+def mnist_problem(
+    seed: int, *, name: str = "mnist", epochs: int = 20, tuned_as: str | None = None
+) -> Problem:
     return Problem(
         name,
         *split(*mnist(), seed),
@@ -96,6 +98,9 @@ def mnist_problem(seed: int, *, name: str = "mnist", epochs: int = 20) -> Proble
         layouts=("4x7,8x4,8x4,4x7", "4x4,8x8,8x8,4x4"),
         bond_dim=12,
         epochs=epochs,
+        tuning_epochs=3,
+        batch_size=32,
+        tuned_as=tuned_as,
     )
 
 
@@ -110,6 +115,8 @@ def digits_problem(seed: int) -> Problem:
         layouts=("16x8,16x8", "16x16,16x16"),
         bond_dim=4,
         epochs=40,
+        tuning_epochs=15,
+        batch_size=32,
     )
 
 
@@ -126,6 +133,8 @@ def cancer_problem(seed: int) -> Problem:
         layouts=("16x5,16x6", "16x16,16x16"),
         bond_dim=4,
         epochs=40,
+        tuning_epochs=15,
+        batch_size=32,
     )
     return replace(
         problem,
@@ -136,7 +145,7 @@ def cancer_problem(seed: int) -> Problem:
 
 DATASETS: dict[str, Callable[[int], Problem]] = {
     "mnist": mnist_problem,
-    "mnist-7-passes": partial(mnist_problem, name="mnist-7-passes", epochs=7),
+    "mnist-7-passes": partial(mnist_problem, name="mnist-7-passes", epochs=7, tuned_as="mnist"),
     "digits": digits_problem,
     "breast-cancer": cancer_problem,
 }

@@ -43,6 +43,7 @@ def problem(
         layouts=(first, SECOND),
         bond_dim=BOND_DIM,
         epochs=epochs,
+        tuning_epochs=6,
     )
 
 

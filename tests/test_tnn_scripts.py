@@ -71,7 +71,7 @@ def test_the_small_dense_network_has_at_most_as_many_parameters(monkeypatch):
     none = torch.zeros(1, 64)
     problem = methods.Problem(
         "made up", none, none[:, 0].long(), none, none[:, 0].long(), outputs=10,
-        layouts=("16x8,16x8", "16x16,16x16"), bond_dim=4, epochs=1,
+        layouts=("16x8,16x8", "16x16,16x16"), bond_dim=4, epochs=1, tuning_epochs=1,
     )  # fmt: skip
     budget = methods.count(methods.tensor_network(problem))
     small = methods.small_dense(problem)

@@ -26,6 +26,7 @@ from torch import Tensor, constant_pad_nd
 
 from mpocompress.errors import ContractionError
 from mpocompress.mpo.cores import bond_dims_of, layout_of
+from mpocompress.mpo.repeated_product import repeated_product
 
 # Every subset of bonds may be merged: 2^(L-1) groupings. Longer chains consider none and all.
 _MAX_SITES_FOR_GROUPING = 7
@@ -181,7 +182,7 @@ def apply_cores(
                 flat = True
             state = state @ weight.mT
         else:
-            state = weight @ state.reshape(-1, step.contracted, step.columns)
+            state = repeated_product(weight, state.reshape(-1, step.contracted, step.columns))
             flat = True
     padded_out = prod([core.shape[1] for core in cores])
     if flat:
