@@ -152,6 +152,7 @@ def model_folder():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 class TestPage:
     def test_a_typed_query_is_answered_by_all_models(self, shown):
         assert shown["trouble"] == ""

@@ -113,11 +113,13 @@ def write_page(out: Path) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE / "build")
-    parser.add_argument("--sentences", type=int, default=4000, help="to search in")
-    parser.add_argument("--calibration", type=int, default=1500, help="others, to fit on")
-    parser.add_argument("--held-out", type=int, default=400, help="others still, to measure on")
+    parser.add_argument("--sentences", type=int, default=3000, help="to search in")
+    parser.add_argument("--calibration", type=int, default=1000, help="others, to fit on")
+    parser.add_argument("--held-out", type=int, default=300, help="others still, to measure on")
     parser.add_argument("--ratio", type=float, default=1.4, help="of the linear layers")
-    parser.add_argument("--steps", type=int, default=200, help="of healing")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="of healing (each takes a second or so)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--fast", action="store_true", help="for tests: fit nothing; quality is far lower"

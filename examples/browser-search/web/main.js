@@ -126,8 +126,9 @@ async function main() {
   byId("times").textContent = `${(dense.bytes / smallest.bytes).toFixed(1)} times`;
   const { calibration, fast, held_out: heldOut } = found.settings;
   byId("method").textContent =
-    `Sizes are those of the ONNX files. Load time is from the downloaded file to a session that answers; ` +
-    `query time is the median of ${REPEATS} runs: the encoder, and the comparison with all sentences. ` +
+    `Sizes are those of the ONNX files. Load time is from the downloaded file to a session, on a second start: ` +
+    `during the first one the browser still compiles the runtime, which takes the first model a second or more. ` +
+    `Query time is the median of ${REPEATS} runs: the encoder, and the comparison with all sentences. ` +
     `Each model searches in embeddings of its own. Quality is the mean cosine to the dense embeddings of ${heldOut} ` +
     `sentences that nothing was fitted on, and how many of the dense model's ten nearest are found on average. ` +
     (fast ? "This build is a quick one for tests: nothing was fitted, and quality is far lower. "
