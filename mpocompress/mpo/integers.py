@@ -169,6 +169,7 @@ def round_matrix(
     shape: tuple[int, ...],
     gram_YY: Tensor | None = None,
     metric_XX: Tensor | None = None,
+    feedback_YY: Tensor | None = None,
     transposed: bool = False,
 ) -> StoredIntegers:
     """Round a matrix to integers.
@@ -180,6 +181,7 @@ def round_matrix(
         shape: of the tensor that it is.
         gram_YY: H, of which an error E costs tr(E H E^T); None to round to the nearest.
         metric_XX: G, with `gram_YY`: an error costs tr(G E H E^T).
+        feedback_YY: what `feedback_of` gives for `gram_YY`, if it is known.
         transposed: noted in the result.
 
     Source: with H, Frantar et al., GPTQ, arXiv 2210.17323; with G, the same on both sides, which is
@@ -193,7 +195,9 @@ def round_matrix(
         spread_XY = _spread(scales_XS.double(), block, work_XY)
         values_XY = _nearest(work_XY, spread_XY, bits)
     elif metric_XX is None:
-        values_XY, scales_XS = _with_feedback(work_XY, gram_YY.double(), bits, block)
+        if feedback_YY is None:
+            feedback_YY = feedback_of(gram_YY.double())
+        values_XY, scales_XS = _with_feedback(work_XY, feedback_YY, bits, block)
     else:
         values_XY, scales_XS = _with_both_feedbacks(
             work_XY, gram_YY.double(), metric_XX.double(), bits, block
@@ -239,7 +243,7 @@ def round_rows(
     return StoredRows(parts=tuple(parts), places=places_X, shape=shape)
 
 
-def _inverse_factor(gram_YY: Tensor) -> Tensor:
+def feedback_of(gram_YY: Tensor) -> Tensor:
     """The upper Cholesky factor of the inverse: row y says what those after y take over."""
     mean = float(gram_YY.diagonal().mean()) or 1.0
     eye_YY = torch.eye(len(gram_YY), dtype=gram_YY.dtype, device=gram_YY.device)
@@ -248,10 +252,9 @@ def _inverse_factor(gram_YY: Tensor) -> Tensor:
 
 
 def _with_feedback(
-    work_XY: Tensor, gram_YY: Tensor, bits: int, block: int
+    work_XY: Tensor, upper_YY: Tensor, bits: int, block: int
 ) -> tuple[Tensor, Tensor]:
     columns = work_XY.shape[1]
-    upper_YY = _inverse_factor(gram_YY)
     values_XY = torch.zeros_like(work_XY)
     scales: list[Tensor] = []
     for start in range(0, columns, _LAZY):
@@ -278,9 +281,9 @@ def _with_both_feedbacks(
     rows, columns = work_XY.shape
     scales_XS = _scales(work_XY, bits, block)
     # What later columns, and rows below, take over of an error, as multiples of it.
-    later_YY = _inverse_factor(gram_YY)
+    later_YY = feedback_of(gram_YY)
     later_YY = (later_YY / later_YY.diagonal()[:, None]).float().triu(1)
-    below_XX = _inverse_factor(metric_XX)
+    below_XX = feedback_of(metric_XX)
     below_XX = (below_XX / below_XX.diagonal()[:, None]).float().triu(1)
     spread_XY = _spread(scales_XS.float(), block, work_XY)
     target_XY = work_XY.float()

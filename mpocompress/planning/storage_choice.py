@@ -15,7 +15,6 @@ from mpocompress.mpo.identity_gauge import Gauge
 from mpocompress.mpo.precision import Precision
 from mpocompress.surgery import WeightSite
 
-
 # Bytes of the nodes that unpack one tensor, measured: bit fields take more of them than what the
 # format packs itself. Of two factors the first is rebuilt from its free rows besides.
 _UNPACKING: dict[Precision, int] = {"float32": 0, "float16": 300, "int8": 600, "int4": 600}
@@ -82,7 +81,8 @@ def allocate_bytes(hulls: Sequence[Sequence[StorageChoice]], budget: int) -> lis
 
     Args:
         hulls: of each layer, see `lower_hull`.
-        budget: bytes for all of them, with the graph around them; with fewer than the first choices take, these are returned.
+        budget: bytes for all of them, with the graph around them; with fewer than the first choices
+            take, these are returned.
     """
     places = [0] * len(hulls)
     left = budget - sum(hull[0].cost for hull in hulls)

@@ -1,8 +1,8 @@
 """What each way to store a weight costs: in bytes, and in the model's outputs.
 
 The loss of an error E is predicted as for bond dimensions (see `sensitivity`): E[tr(G E C E^T)] a
-row, times the rows that were seen. E is that of the rounding that will be done: dense weights and
-factors are rounded as `rounding` does it. Feedback among the rows of a dense weight is left out
+row, times the rows that were seen. E is that of the rounding that will be done, on some of the rows
+of a dense weight, whose errors are alike, and on whole factors. Feedback among rows is left out
 here, since it takes most of the time; it lowers the loss of all precisions of a layer by about the
 same factor, which follows from G alone.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.fit import fit
-from mpocompress.mpo.integers import BITS, place_bytes, round_matrix
+from mpocompress.mpo.integers import BITS, feedback_of, place_bytes, round_matrix
 from mpocompress.mpo.metric import Metric
 from mpocompress.mpo.precision import Precision, matrix_bytes
 from mpocompress.planning.storage_choice import StorageChoice
@@ -31,9 +31,10 @@ from mpocompress.tuning.table_fit import table_weights
 # Blocks of 32 columns are worth their scales where few bits meet uneven rows.
 _DENSE: tuple[tuple[int, int | None], ...] = (*((b, None) for b in BITS), (2, 32), (3, 32), (4, 32))
 # Bond dimensions of two factors, as shares of the largest, and the bits of their entries.
-_SHARES = (0.12, 0.25, 0.45)
-_FACTOR_BITS = (3, 4)
-# Rows of a table whose errors stand for those of all.
+_SHARES = (0.2, 0.4)
+_FACTOR_BITS = (4,)
+# Rows of a dense weight, and of a table, whose errors stand for those of all.
+_ROWS = 96
 _SAMPLE = 2048
 # Exchange rates of loss for bytes at which a table is cut into tiers, in steps of a factor 2.
 _RATES = 48
@@ -102,15 +103,28 @@ def _of_matrix(
     half = loss(weight_OI.half())
     yield StorageChoice(layout=dense, precision="float16", bytes=2 * weight_OI.numel(), loss=half)
     factor = 1.0 if output_OO is None else _gain_of_feedback(output_OO)
+    feedback_II = None if input_II is None else feedback_of(input_II)
+    each = 1.0 if output_OO is None else float(output_OO.diagonal().mean())
+    some_XI = weight_OI[:: max(1, len(weight_OI) // _ROWS)]
     for bits, block in _DENSE:
-        found = round_matrix(weight_OI, bits, block, shape=site.shape, gram_YY=input_II)
+        found = round_matrix(
+            some_XI,
+            bits,
+            block,
+            shape=tuple(some_XI.shape),
+            gram_YY=input_II,
+            feedback_YY=feedback_II,
+        )
+        lost_XI = some_XI - found.dequantized().double()
+        seen_XI = lost_XI if input_II is None else lost_XI @ input_II
+        error = float(torch.sum(seen_XI * lost_XI)) * len(weight_OI) / len(some_XI)
         precision: Precision = _named(bits)
         yield StorageChoice(
             layout=dense,
             precision=precision,
             block=block,
             bytes=matrix_bytes(*site.shape, precision, block),
-            loss=factor * loss(found.dequantized()),
+            loss=factor * each * scale * error,
         )
     if metric is None:
         return
@@ -120,7 +134,7 @@ def _of_matrix(
         fitted = MPO(fit(weight_OI, metric, layout, bonds).cores, shape=site.shape)
         for bits in _FACTOR_BITS:
             storage = Storage(precision=_named(bits), gauge="identity")
-            rounded = round_weight(fitted, storage, input_II=input_II, output_OO=output_OO)
+            rounded = round_weight(fitted, storage, input_II=input_II)
             yield StorageChoice(
                 layout=layout,
                 bond_dims=bonds,
