@@ -319,32 +319,54 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
-    facts = environment(PACKAGES, seed=options.seed)
-    task = Task(options.sentences, options.held_out, options.seed)
+    return run(
+        budgets=options.budgets,
+        whole_budgets=options.whole,
+        sentences=options.sentences,
+        held_out=options.held_out,
+        steps=options.steps,
+        seed=options.seed,
+        out=options.out,
+    )
+
+
+def run(
+    *,
+    budgets: Sequence[float],
+    whole_budgets: Sequence[float],
+    sentences: int,
+    held_out: int,
+    steps: int,
+    seed: int,
+    out: Path | None,
+) -> int:
+    """Measure, print the table, and write the JSON after every row."""
+    facts = environment(PACKAGES, seed=seed)
+    task = Task(sentences, held_out, seed)
     memory = PeakMemory()
     rows: list[dict[str, Any]] = []
 
     def note(row: dict[str, Any]) -> None:
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
-        if options.out:
+        if out:
             content = {
                 "claim": __doc__,
                 "environment": facts,
-                "calibration_sentences": options.sentences,
-                "held_out_sentences": options.held_out,
-                "healing_steps": options.steps,
+                "calibration_sentences": sentences,
+                "held_out_sentences": held_out,
+                "healing_steps": steps,
                 "rows": rows,
                 "claims": claims(rows),
                 "peak_memory_bytes": memory.read(),
             }
-            write_json(options.out, content)
+            write_json(out, content)
 
-    planner = Planner(task, options.seed, embeddings=bool(options.whole))
-    if options.whole:
-        whole(task, planner, options.whole, options.steps, options.seed, note)
-    if options.budgets:
-        encoder(task, planner, options.budgets, note)
+    planner = Planner(task, seed, embeddings=bool(whole_budgets))
+    if whole_budgets:
+        whole(task, planner, whole_budgets, steps, seed, note)
+    if budgets:
+        encoder(task, planner, budgets, note)
     print_table(
         ["part", "budget", "method", "bytes", "ratio", "cosine", "Spearman", "seconds"],
         [

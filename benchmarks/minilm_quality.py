@@ -15,6 +15,9 @@ and Spearman correlation of the similarities of all pairs. Every method has the 
 
 For comparison in bytes, the same layers quantized (simulated; weight only): int8 by rows, int4 in
 blocks of 32. Sentences: paragraphs of the `fortunes` package, split at random by --seed.
+
+--whole 4 8 12 measures the whole model instead, embeddings included, as ONNX files of 1/4, 1/8 and
+1/12 of the dense file's bytes; see benchmarks/bytes.py.
 """
 
 import argparse
@@ -171,8 +174,21 @@ def main() -> int:
     parser.add_argument("--held-out", type=int, default=1000, help="for evaluation")
     parser.add_argument("--steps", type=int, default=400, help="of healing")
     parser.add_argument("--seed", type=int, default=0, help="of the split and of the methods")
+    parser.add_argument("--whole", type=float, nargs="+", help="budgets of the whole model's file")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
+    if options.whole:
+        import bytes as storage
+
+        return storage.run(
+            budgets=[],
+            whole_budgets=options.whole,
+            sentences=options.sentences,
+            held_out=options.held_out,
+            steps=options.steps,
+            seed=options.seed,
+            out=options.out,
+        )
 
     calibration, held_out = split_sentences(
         read_sentences(), [options.sentences, options.held_out], options.seed

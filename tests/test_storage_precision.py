@@ -10,6 +10,7 @@ from torch import nn
 
 import mpocompress as mpo
 from mpocompress.errors import BudgetError, ExportError, PlanError
+from mpocompress.export import quantize_cores
 from mpocompress.export.graph_integers import pack_fields
 from mpocompress.mpo import MPO, Layout, integers
 from mpocompress.mpo.identity_gauge import IdentityGauge
@@ -371,6 +372,8 @@ def test_refusals(tmp_path):
         LayerPlan(**row, precision="int2", tiers=((4, "int8"),)).sites()
     with pytest.raises(PlanError, match="block 8 is of integers that share a scale"):
         LayerPlan(**row, block=8).sites()
+    with pytest.raises(ExportError, match='"auto" writes layers as they were rounded, and none'):
+        quantize_cores(model, "auto")
     half = nn.Sequential(nn.Linear(8, 8)).half()
     with pytest.raises(PlanError, match="precision 'int4' is for float32 weights"):
         mpo.compress(half, Plan(layers=(LayerPlan(**row, precision="int4"),)))

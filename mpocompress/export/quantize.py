@@ -83,7 +83,7 @@ def quantize_cores(
         data: batches of forward arguments.
 
     Raises:
-        ExportError: no such way, or a model that cannot be copied.
+        ExportError: no such way, a model that cannot be copied, or "auto" without rounded layers.
         DataError: batches that do not fit the model.
     """
     check_quantize(quantize)
@@ -92,7 +92,14 @@ def quantize_cores(
     if quantize == "none":
         return QuantizedModel(model=copied, kind=quantize, integers=integers)
     if quantize == "auto":
-        return as_stored(copied)
+        found = as_stored(copied)
+        if found.kind == "none":
+            raise ExportError(
+                'quantize "auto" writes layers as they were rounded, and none of these are: a plan '
+                'with max_size and quantize="auto" rounds them; what was saved has float32 cores. '
+                'Compress again, or take "int8" or "int4".'
+            )
+        return found
     bits = _BITS[quantize]
     layers = layers_of(copied)
     moments = {} if data is None else _input_moments(copied, data)
