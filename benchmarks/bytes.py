@@ -199,11 +199,6 @@ def encoder(task: Task, planner: Planner, budgets: Sequence[float], note: Any) -
         row = {"method": name, "bytes": stored, "ratio": dense / stored}
         note({"part": "encoder", "budget": None, **row, **task.quality(model)})
     for budget in budgets:
-        for name, factor_bits in (("SVD", None), ("SVD + int8", 8)):
-            model, stored = truncated(task.model, sites, 1 / budget, factor_bits)
-            row = {"method": name, "bytes": stored, "ratio": dense / stored}
-            note({"part": "encoder", "budget": budget, **row, **task.quality(model)})
-    for budget in budgets:
         started = time.perf_counter()
         plan = planner.encoder(int(dense / budget))
         built = planner.job.build(plan)
@@ -231,6 +226,11 @@ def encoder(task: Task, planner: Planner, budgets: Sequence[float], note: Any) -
                 "precisions": precisions,
             }
         )
+    for budget in budgets:
+        for name, factor_bits in (("SVD", None), ("SVD + int8", 8)):
+            model, stored = truncated(task.model, sites, 1 / budget, factor_bits)
+            row = {"method": name, "bytes": stored, "ratio": dense / stored}
+            note({"part": "encoder", "budget": budget, **row, **task.quality(model)})
 
 
 def whole(
@@ -296,7 +296,7 @@ def claims(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             for other in rows
             if other["part"] == row["part"]
             and not other["method"].startswith("plan")
-            and other["bytes"] <= allowed
+            and other["bytes"] <= 1.02 * allowed  # int8 by rows misses 1/4 by its scales
         ]
         if others:
             key = f"{row['budget']:g}" + (", healed" if "healed" in row["method"] else "")
