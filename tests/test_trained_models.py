@@ -129,9 +129,7 @@ def test_scores_are_shares_and_perplexities(benchmark, tiny):
         ("causal", "perplexity", 5.0, 5.3, False),
     ],
 )
-def test_claims_are_judged_by_the_worst_untuned_seed(
-    benchmark, capsys, kind, metric, dense, healed, held
-):
+def test_claims_are_judged_by_the_worst_untuned_seed(benchmark, kind, metric, dense, healed, held):
     def row(method, score, seed, **fields):
         return {
             "kind": kind,
@@ -155,6 +153,8 @@ def test_claims_are_judged_by_the_worst_untuned_seed(
     (claim,) = benchmark.claims(rows)
     assert claim["held"] == held
     assert claim["seeds"] == [1]
+    (tuned,) = benchmark.claims(rows[:3])
+    assert tuned["held"] is None
     assert not benchmark.claims([*rows[:3], {**rows[3], "onnx_score": dense, "ratio": 3.9}])[0][
         "held"
     ]
