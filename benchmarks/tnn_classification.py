@@ -98,7 +98,7 @@ def mnist_problem(
         layouts=("4x7,8x4,8x4,4x7", "4x4,8x8,8x8,4x4"),
         bond_dim=12,
         epochs=epochs,
-        tuning_epochs=3,
+        tuning_epochs=2,
         batch_size=32,
         tuned_as=tuned_as,
     )

@@ -365,6 +365,9 @@ def main(claim: str, datasets: dict[str, Callable[[int], Problem]], default_out:
         label = f"{what}{problem.name}, {method}, {variant}, seed {seed}"
         print(f"{label}: {found[-1]['score']:.4f}", flush=True)
         content["environment"] = environment(PACKAGES, seed=seed)
+        commands = content.setdefault("commands", [])
+        if content["environment"]["command"] not in commands:
+            commands.append(content["environment"]["command"])
         content["summary"] = summary(runs)
         write_json(options.out, content)
 

@@ -43,14 +43,14 @@ def problem(
         layouts=(first, SECOND),
         bond_dim=BOND_DIM,
         epochs=epochs,
-        tuning_epochs=6,
+        tuning_epochs=4,
     )
 
 
 def friedman(number: int, seed: int) -> Problem:
     make, noise, layout = FRIEDMAN[number]
     inputs, targets = make(n_samples=ROWS, noise=noise, random_state=seed)
-    return problem(f"friedman{number}", inputs, targets, layout, seed, 20)
+    return problem(f"friedman{number}", inputs, targets, layout, seed, 12)
 
 
 def waves(seed: int) -> Problem:
@@ -61,7 +61,7 @@ def waves(seed: int) -> Problem:
     a, b, c = (inputs @ direction for direction in directions)
     clean = np.sin(2 * a) + b * c
     return problem(
-        "waves", inputs, clean + 0.1 * clean.std() * rng.normal(size=ROWS), "16x4,16x8", seed, 20
+        "waves", inputs, clean + 0.1 * clean.std() * rng.normal(size=ROWS), "16x4,16x8", seed, 12
     )
 
 

@@ -7,11 +7,16 @@ pass, counted; beside it a dense layer as long as its weights fit. Power laws ar
 upper half of the widths. The widest layer, 65,536 x 65,536, has 4.3 billion entries
 as a matrix (17 GB in float32, and three times that more for Adam and gradients).
 
+Where the widest layers' states pass 32 MiB, glibc's malloc gives each of them back to the kernel
+and asks for it anew, page by page, zeroed. "MPO, memory kept" is the same with that switched off.
+
     python benchmarks/tnn_scaling.py
 """
 
 import argparse
+import ctypes
 import math
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -87,6 +92,15 @@ def measure(
     }
 
 
+def keep_memory() -> bool:
+    """Have glibc's malloc keep what is freed, also large blocks; whether there is a glibc."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(mmap_max, 0)) and bool(libc.mallopt(trim_threshold, 2**31 - 1))
+
+
 def exponent_of(found: list[dict[str, Any]], key: str) -> float:
     """Slope of log(key) against log(width), least squares over the upper half of the widths."""
     upper = found[len(found) // 2 :]
@@ -138,6 +152,10 @@ def main() -> None:
         layers["MPO"].append(measure(tensor_layer, exponent, options))
         if exponent <= DENSE_UP_TO:
             layers["dense"].append(measure(dense_layer, exponent, options))
+    if keep_memory():
+        layers["MPO, memory kept"] = [
+            measure(tensor_layer, exponent, options) for exponent in range(low, high + 1)
+        ]
     content = {
         "claim": (__doc__ or "").splitlines()[0],
         "environment": environment(PACKAGES, seed=options.seed),
