@@ -126,7 +126,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
             axis.loglog(widths, [unit * row[key] for row in found], "o-", label=label, base=2)
     for axis, name in zip(axes, ("ms per training step", "MB at the peak"), strict=True):
         axis.set(xlabel="width", ylabel=name)
-        axis.legend()
+        axis.legend(loc="lower right")
     figure.savefig(path)
     pyplot.close(figure)
 
