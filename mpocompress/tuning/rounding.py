@@ -71,7 +71,6 @@ def round_weight(
     *,
     input_II: Tensor | None = None,
     output_OO: Tensor | None = None,
-    among_rows: bool = True,
 ) -> Rounded:
     """Round a layer.
 
@@ -80,13 +79,12 @@ def round_weight(
         storage: what to round to.
         input_II: C, definite, float64; None without data.
         output_OO: G, definite, float64; None if all outputs count alike.
-        among_rows: whether rows of the second factor make good for each other, which takes time.
     """
     bits = bits_of(storage.precision)
     if bits is not None and mpo.layout.num_sites == 1:
         return _round_dense(mpo, bits, storage.block, input_II, output_OO)
     if bits is not None and mpo.layout.pairs == Layout.svd(*mpo.shape).pairs:
-        return _round_factors(mpo, bits, storage, input_II, output_OO, among_rows)
+        return _round_factors(mpo, bits, storage, input_II, output_OO)
     weight: MPO | IdentityGauge = mpo
     if storage.gauge == "identity":
         weight = fix_identity_gauge(mpo.cores, shape=mpo.shape)
@@ -170,12 +168,7 @@ def _round_dense(
 
 
 def _round_factors(
-    mpo: MPO,
-    bits: int,
-    storage: Storage,
-    input_II: Tensor | None,
-    output_OO: Tensor | None,
-    among_rows: bool,
+    mpo: MPO, bits: int, storage: Storage, input_II: Tensor | None, output_OO: Tensor | None
 ) -> Rounded:
     target_OI = mpo.to_dense().double()
     if input_II is None:
@@ -197,7 +190,7 @@ def _round_factors(
         storage.block,
         shape=shapes[1],
         gram_YY=input_II,
-        metric_XX=left_OR.mT @ weighed_OR if among_rows else None,
+        metric_XX=left_OR.mT @ weighed_OR,
     )
     rounded_RI = right.dequantized().reshape(right_RI.shape).double()
     seen_RI = rounded_RI @ input_II
