@@ -103,7 +103,6 @@ class Request:
             "sites": self.sites,
             "include": self.include,
             "exclude": self.exclude,
-            "quantize": "auto" if self.quantize == "auto" else "none",
         }
 
 

@@ -66,12 +66,11 @@ def show_report(report: "CompressionReport", directory: Path) -> None:
                 f"{layer.parameters.compressed}",
                 f"{layer.parameters.ratio:.2f}",
                 number(layer.relative_weight_error),
-                layer.precision or "",
                 layer.form or "",
             ]
         )
     columns = ["layer", "out x in", "layout", "bond dims", "dense", "MPO", "ratio", "weight error"]
-    columns += ["stored as", "form"]
+    columns.append("form")
     print_table(f"{report.source.name}: {len(rows)} layers compressed", columns, rows)
     totals = report.totals.parameters
     typer.echo(

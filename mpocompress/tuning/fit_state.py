@@ -36,8 +36,7 @@ class FitStore:
 
     A layer's fit depends on the model, the data, the options and all layers fitted before it. The
     name of its file is a hash of these: what another run left is never taken for this run's, and
-    searches that build several models share what they have in common. Layers that are rounded to
-    integers or half floats are not kept, but fitted again.
+    searches that build several models share what they have in common.
 
     Args:
         folder: made if it does not exist.
@@ -79,14 +78,7 @@ class FitStore:
     def reach(self, plan: SitePlan) -> None:
         """The pass has come to this layer: from now on, its plan is part of what led here."""
         self._prefix.update(
-            json.dumps(
-                [
-                    plan.site.name,
-                    list(plan.layout.pairs),
-                    list(plan.bond_dims),
-                    asdict(plan.storage),
-                ]
-            ).encode()
+            json.dumps([plan.site.name, list(plan.layout.pairs), list(plan.bond_dims)]).encode()
         )
 
     def get(self, plan: SitePlan) -> FittedWeight | None:
@@ -96,7 +88,7 @@ class FitStore:
             LoadError: a truncated or foreign file.
         """
         path = self._path()
-        if plan.storage.rounds or not path.exists():
+        if not path.exists():
             return None
         try:
             text, tensors = read_tensors(path, key=_METADATA_KEY)
@@ -124,8 +116,6 @@ class FitStore:
         Raises:
             SaveError: it cannot be written.
         """
-        if plan.storage.rounds:
-            return
         tensors = {f"core.{site}": core for site, core in enumerate(fitted.mpo.cores)}
         if fitted.bias is not None:
             tensors["bias"] = fitted.bias
