@@ -100,7 +100,7 @@ def main() -> int:
     )
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
-    parser.add_argument("--repeats", type=int, default=31, help="timings of each file")
+    parser.add_argument("--repeats", type=int, default=41, help="timings of each file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
