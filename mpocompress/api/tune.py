@@ -103,16 +103,15 @@ def distill(
     calls = calls_of(data, reference)
     if isinstance(result, CompressionResult):
         return heal(result, reference, calls, steps, options, checkpoint, progress, None)
-    with plain_gauge(result):
-        return distill_(
-            result,
-            reference,
-            calls,
-            steps=steps,
-            options=options,
-            checkpoint=checkpoint,
-            progress=progress,
-        )
+    return distill_(
+        result,
+        reference,
+        calls,
+        steps=steps,
+        options=options,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
 
 
 def heal(
@@ -128,9 +127,7 @@ def heal(
     """Distill a result's model and bring its report up to date."""
     clock = Clock()
     clock.add(result.report.seconds)
-    # Trained with all entries of the cores: Adam's steps then are those of balanced factors, not
-    # of the gauge's, and no core is rebuilt at every step. Fixing the gauge again loses nothing.
-    with clock("distillation"), plain_gauge(result.model):
+    with clock("distillation"):
         found = distill_(
             result.model,
             reference,

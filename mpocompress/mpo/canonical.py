@@ -94,26 +94,20 @@ def symmetric_gauge(cores: Sequence[Tensor]) -> Cores:
 
     Returns:
         Cores of the same shapes and dtype; those of `equalize_norms` where a bond dimension is
-        larger than the rank that its sites allow, or a core is 0 or not finite.
+        larger than the rank that its sites allow, the matrix is 0, or a core is not finite.
 
     Source: Vidal, Phys. Rev. Lett. 91 (2003) 147902: Gamma and lambda, here with half of lambda on
     each side.
     """
-    sites = len(cores)
-    sizes = [core.shape[1] * core.shape[2] for core in cores]
-    largest = [
-        min(math.prod(sizes[: bond + 1]), math.prod(sizes[bond + 1 :])) for bond in range(sites - 1)
-    ]
-    bonds = [core.shape[3] for core in cores[:-1]]
-    usable = all(bool(core.isfinite().all()) and bool(core.any()) for core in cores)
-    if not usable or any(bond > most for bond, most in zip(bonds, largest, strict=True)):
+    if not all(bool(core.isfinite().all()) for core in cores):
         return equalize_norms(cores)
+    sites = len(cores)
     moved = list(move_center([c.double() for c in cores], (0, sites - 1), sites - 1, sites - 1)[0])
     right_half_R: Tensor | None = None
     for site in range(sites - 1, 0, -1):
         left, out, in_, right = moved[site].shape
         u_LK, values_K, v_KY = torch.linalg.svd(moved[site].reshape(left, -1), full_matrices=False)
-        if len(values_K) < bonds[site - 1] or left < bonds[site - 1]:
+        if len(values_K) < cores[site].shape[0] or not bool(values_K[0] > 0):
             return equalize_norms(cores)
         half_K = values_K.clamp_min(_LEAST_SHARED * values_K[0]).sqrt()
         moved[site] = (half_K[:, None] * v_KY).reshape(left, out, in_, right)

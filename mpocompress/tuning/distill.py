@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mpocompress.errors import DataError
 from mpocompress.layers.balance import balance_cores_
+from mpocompress.layers.gauges import plain_gauge
 from mpocompress.layers.modes import evaluation_mode
 from mpocompress.tuning.blocks import can_replay, find_blocks, record_calls
 from mpocompress.tuning.distill_loss import (
@@ -27,7 +28,6 @@ from mpocompress.tuning.distill_loss import (
 from mpocompress.tuning.distill_state import (
     DistillRecord,
     DistillState,
-    fingerprint,
     read_state,
     write_state,
 )
@@ -35,6 +35,7 @@ from mpocompress.tuning.lockstep import Call, main_output
 from mpocompress.tuning.minibatches import TrainingData
 from mpocompress.tuning.moments import keep_mask
 from mpocompress.tuning.schedule import warm_cosine
+from mpocompress.tuning.state_file import fingerprint
 
 # Tried by "auto", each for a fraction of the steps: pretrained transformers like the first, small
 # nets of MPOs with several sites the last.
@@ -131,8 +132,9 @@ def distill_(
     """Train the floating parameters of `model` that require gradients, in place.
 
     Both models run in evaluation mode (no dropout, fixed batch statistics), which is undone at the
-    end; `requires_grad` stays as it is, gradients are gone. The cores are first brought to equal
-    norms, which changes no function. If anything is raised, the model has its old weights.
+    end; `requires_grad` stays as it is, gradients are gone. The cores are first brought into the
+    symmetric gauge, out of the identity gauge if they are stored in it and back into it at the end,
+    which changes no function. If anything is raised, the model has its old weights.
 
     Args:
         model: compressed, in float32 or float64; half types are refused, because steps of training
@@ -154,20 +156,27 @@ def distill_(
     """
     check_steps(steps, "steps")
     options = options or DistillOptions()
-    parameters = _trainable(model, reference)
-    data = TrainingData(
-        calls, batch_size=options.batch_size, held_out=options.held_out, seed=options.seed
-    )
-    blocks = find_blocks(model)
-    _check_blocks(reference, blocks)
-    start = [parameter.detach().clone() for parameter in parameters]
-    arguments = {
-        **asdict(options),
-        "steps": steps,
-        "rows of data": data.rows,
-        "the SHA-256 of the start": fingerprint(start),
-    }
-    with evaluation_mode(model), evaluation_mode(reference), torch.enable_grad():
+    # Layers in the identity gauge are trained with all entries of their cores: Adam's steps then
+    # are those of balanced factors, not of the gauge's, and no core is rebuilt at every step.
+    with (
+        plain_gauge(model),
+        evaluation_mode(model),
+        evaluation_mode(reference),
+        torch.enable_grad(),
+    ):
+        parameters = _trainable(model, reference)
+        data = TrainingData(
+            calls, batch_size=options.batch_size, held_out=options.held_out, seed=options.seed
+        )
+        blocks = find_blocks(model)
+        _check_blocks(reference, blocks)
+        start = [parameter.detach().clone() for parameter in parameters]
+        arguments = {
+            **asdict(options),
+            "steps": steps,
+            "rows of data": data.rows,
+            "the SHA-256 of the start": fingerprint(start),
+        }
         try:
             balance_cores_(model)
             whole = Distance(model, reference, blocks, options.output_loss, options.hidden_weight)

@@ -1,12 +1,10 @@
 """The state of a distillation on disk: safetensors with JSON in the metadata, never a pickle."""
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
@@ -147,13 +145,3 @@ def read_state(path: Path, arguments: Mapping[str, Any]) -> DistillState | None:
         best=[tensors[f"best.{index}"] for index in range(count)],
         moments=moments,
     )
-
-
-def fingerprint(tensors: Sequence[Tensor]) -> str:
-    """SHA-256, in hex, of shapes, dtypes and values: whether two runs start at the same weights."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

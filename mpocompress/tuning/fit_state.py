@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from mpocompress.errors import LoadError, SaveError
 from mpocompress.mpo import MPO
-from mpocompress.tuning.distill_state import fingerprint
 from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan
 from mpocompress.tuning.lockstep import Call
-from mpocompress.tuning.state_file import read_tensors, write_tensors
+from mpocompress.tuning.state_file import fingerprint, read_tensors, write_tensors
 
 _METADATA_KEY = "mpocompress.fitted_layer"
 _FORMAT_VERSION = 1
@@ -44,7 +43,6 @@ class FitStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._run = ""
         self._prefix = hashlib.sha256()
 
     def begin(
@@ -75,18 +73,17 @@ class FitStore:
         self._prefix = hashlib.sha256(text.encode())
         self._prefix.update(fingerprint([*tensors, *metrics]).encode())
 
-    def reach(self, plan: SitePlan) -> None:
-        """The pass has come to this layer: from now on, its plan is part of what led here."""
-        self._prefix.update(
-            json.dumps([plan.site.name, list(plan.layout.pairs), list(plan.bond_dims)]).encode()
-        )
+    def reach(self, plan: SitePlan) -> FittedWeight | None:
+        """The fit of the layer that the pass comes to; None if it is not there.
 
-    def get(self, plan: SitePlan) -> FittedWeight | None:
-        """The fit of the layer that was reached last; None if it is not there.
+        From now on the layer's plan is part of what led here.
 
         Raises:
             LoadError: a truncated or foreign file.
         """
+        self._prefix.update(
+            json.dumps([plan.site.name, list(plan.layout.pairs), list(plan.bond_dims)]).encode()
+        )
         path = self._path()
         if not path.exists():
             return None

@@ -122,24 +122,21 @@ def fit_in_sequence(
                 progress(plan.site.name, len(fitted), len(plans))
             places = [_place(layer, pair, options.repair_streams) for pair in pairs]
             output_metric = (output_metrics or {}).get(layer)
-            if store is not None:
-                store.reach(plan)
-            kept = None if store is None else store.get(plan)
-            try:
-                if kept is not None:
-                    done = kept
-                elif adapter_of(layer).looks_up:
-                    counts = collector.count(layer, places)
-                    tied = (heads or {}).get(plan.site, ())
-                    done = _fit_table(plan, counts, output_metric, tied, options)
-                else:
-                    folds = collector.collect(layer, places)
-                    done = _fit_layer(layer, plan, folds, output_metric, options, shared)
-            except MPOCompressError as error:
-                raise type(error)(f"layer {plan.site.label}: {error}") from error
+            done = None if store is None else store.reach(plan)
+            if done is None:
+                try:
+                    if adapter_of(layer).looks_up:
+                        counts = collector.count(layer, places)
+                        tied = (heads or {}).get(plan.site, ())
+                        done = _fit_table(plan, counts, output_metric, tied, options)
+                    else:
+                        folds = collector.collect(layer, places)
+                        done = _fit_layer(layer, plan, folds, output_metric, options, shared)
+                except MPOCompressError as error:
+                    raise type(error)(f"layer {plan.site.label}: {error}") from error
+                if store is not None:
+                    store.put(plan, done)
             fitted[plan.site] = done
-            if store is not None and kept is None:
-                store.put(plan, done)
             del places
             for dense, compressed in pairs:
                 compressed.resume(compressed_forward(layer))

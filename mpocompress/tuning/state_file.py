@@ -1,7 +1,8 @@
 """The file that a run's state is kept in: safetensors with text in the metadata, never a pickle."""
 
+import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,13 @@ def check_same_run(path: Path, recorded: Mapping[str, Any], given: Mapping[str, 
                 f"{recorded.get(name)!r}, and this one has {value!r}. Give the same "
                 "arguments, another path, or remove it to start anew."
             )
+
+
+def fingerprint(tensors: Sequence[Tensor]) -> str:
+    """SHA-256, in hex, of shapes, dtypes and values: whether two runs start at the same weights."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

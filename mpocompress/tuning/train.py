@@ -21,11 +21,11 @@ from mpocompress.layers import MPOLinear
 from mpocompress.layers.modes import evaluation_mode
 from mpocompress.surgery.match import select
 from mpocompress.tuning.chains import Chain, find_chains
-from mpocompress.tuning.distill_state import fingerprint
 from mpocompress.tuning.local_problem import dense_parameters, only_gradients_of
 from mpocompress.tuning.lockstep import Call
 from mpocompress.tuning.minibatches import Minibatch, TrainingData
 from mpocompress.tuning.objectives import Loss
+from mpocompress.tuning.state_file import fingerprint
 from mpocompress.tuning.supervised import Supervised
 from mpocompress.tuning.sweep_options import Progress
 from mpocompress.tuning.train_methods import AdamMethod, SweepMethod, TrainMethod
