@@ -71,8 +71,8 @@ def train(
         epochs: passes over the training rows; sweeps see as many, but are two at least.
         batch_size: rows of a minibatch.
         learning_rate: peak for the cores; "dmrg": relative to the size that the open core had at
-            the start, 0.1 by default; "adam": 0.01. It falls along a cosine.
-        dense_learning_rate: peak for everything else, 0.002 by default.
+            the start, 0.05 by default; "adam": 0.01. It falls along a cosine.
+        dense_learning_rate: peak for everything else, 0.003 by default; "adam": 0.002.
         sites: for "dmrg", 1, 2, or "grow": two-site in the first half, one-site after it.
         local_steps: for "dmrg", gradient steps at each position.
         bond_dim: for two sites, the largest bond dimension, reached by doubling from sweep to

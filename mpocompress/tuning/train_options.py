@@ -14,8 +14,8 @@ Sites = Literal[1, 2, "grow"]
 # Peaks. Sweeps: relative to the root mean square of the core at the center, as it was at the start;
 # Adam: absolute, for cores whose entries are some tenths. Dense weights of some hundredths take
 # smaller steps in both.
-_CORE_RATES: dict[str, float] = {"dmrg": 0.1, "adam": 1e-2}
-_DENSE_RATE = 2e-3
+_CORE_RATES: dict[str, float] = {"dmrg": 0.05, "adam": 1e-2}
+_DENSE_RATES: dict[str, float] = {"dmrg": 3e-3, "adam": 2e-3}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,8 +28,9 @@ class TrainOptions:
         epochs: passes over the training rows; sweeps see as many, but are two at least.
         batch_size: rows of a minibatch.
         learning_rate: peak for the cores; "dmrg": relative to the root mean square that the open
-            core, with the norm of the whole matrix, had at the start, 0.1 by default; "adam": 0.01.
-        dense_learning_rate: peak for all other parameters, 0.002 by default.
+            core, with the norm of the whole matrix, had at the start; 0.05 by default; "adam":
+            0.01.
+        dense_learning_rate: likewise for all others, absolute: 0.003 by default; "adam": 0.002.
         sites: for "dmrg": 1; 2, pairs that are merged and split again, so that bonds change; or
             "grow": 2 in the first half of the sweeps, then 1.
         local_steps: for "dmrg", gradient steps at each position; fewer where the epochs do not
@@ -93,7 +94,7 @@ class TrainOptions:
     @property
     def dense_rate(self) -> float:
         """Peak learning rate of the other parameters."""
-        return self.dense_learning_rate or _DENSE_RATE
+        return self.dense_learning_rate or _DENSE_RATES[self.method]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
