@@ -40,7 +40,7 @@ def train(
     learning_rate: float | None = None,
     dense_learning_rate: float | None = None,
     sites: Sites = 1,
-    local_steps: int = 32,
+    local_steps: int = 8,
     bond_dim: int | None = None,
     cutoff: float = 0.0,
     gradient: GradientPath = "autograd",
@@ -55,10 +55,10 @@ def train(
 ) -> TrainResult:
     """Train a network with MPO layers in place: by DMRG-like sweeps, or by Adam on all cores.
 
-    `method="dmrg"` goes through the layers and along their cores, there and back. The orthogonality
-    center moves along (by QR, so the function stays), and where it stands one core, or two merged
-    ones, takes gradient steps on minibatches. With two sites bonds grow: start with bond_dim=1
-    layers, give sites="grow" and a `bond_dim` or a `cutoff`.
+    `method="dmrg"` goes along the cores of all layers at once, there and back. The orthogonality
+    center of each moves along (by QR, so the function stays), and where it stands one core, or two
+    merged ones, takes gradient steps on minibatches. With two sites bonds grow: start with layers
+    of bond_dim=1, give sites="grow" and a `bond_dim` or a `cutoff`.
 
     Args:
         model: with MPO layers (`MPOLinear`, `tensorize`) and any others; all are trained.
@@ -68,11 +68,11 @@ def train(
             `batch` has `args`, `kwargs` and `labels`, that gives a scalar. "auto": cross-entropy
             for integer labels, mse for floating ones.
         method: "dmrg" or "adam".
-        epochs: passes over the training rows; sweeps are counted out so that they see as many.
+        epochs: passes over the training rows; sweeps see as many, but are two at least.
         batch_size: rows of a minibatch.
-        learning_rate: peak for the cores; "dmrg": relative to the size of the open core, 0.05 by
-            default; "adam": 0.01. It falls along a cosine.
-        dense_learning_rate: peak for everything else, 0.002 by default.
+        learning_rate: peak for the cores; "dmrg": relative to the size that the open core had at
+            the start, 0.05 by default; "adam": 0.01. It falls along a cosine.
+        dense_learning_rate: peak for everything else, 0.003 by default; "adam": 0.002.
         sites: for "dmrg", 1, 2, or "grow": two-site in the first half, one-site after it.
         local_steps: for "dmrg", gradient steps at each position.
         bond_dim: for two sites, the largest bond dimension, reached by doubling from sweep to
@@ -86,7 +86,7 @@ def train(
         include: patterns of names of MPO layers whose cores are trained; default: all.
         exclude: likewise; they win.
         seed: of everything random here; the start of the weights is the model's own.
-        checkpoint: file that is written after each sweep or epoch; a run with the same arguments
+        checkpoint: file that is written after each evaluation; a run with the same arguments
             goes on from there and ends as if it had not been interrupted.
         progress: True draws a bar on a terminal's stderr; or a function
             `progress(what, done, total)`.

@@ -1,6 +1,6 @@
 """Train a network with MPO layers from the start, on labels: the variational method, or Adam.
 
-Both are run segment by segment (a sweep over all layers, or an epoch). After each the validation
+Both are run segment by segment (sweeps over all layers, or an epoch). After each the validation
 loss decides which weights are kept, and a checkpoint makes it possible to go on.
 
 Source of the sweeps: Jahromi, Orús, "Variational Tensor Neural Networks for Deep Learning", arXiv
@@ -224,7 +224,7 @@ class _Trainer:
         return AdamMethod(cores, dense, self._data, self._scalar_loss, self._options)
 
     def _run(self, method: TrainMethod, state: TrainState) -> None:
-        what = "sweeps" if self._options.method == "dmrg" else "epochs"
+        what = "rounds of sweeps" if self._options.method == "dmrg" else "epochs"
         while state.done < method.segments:
             if self._options.patience is not None and state.stale >= self._options.patience:
                 return

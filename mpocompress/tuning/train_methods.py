@@ -1,22 +1,23 @@
-"""One segment of a training: an epoch of Adam on everything, or a sweep over all layers."""
+"""One segment of a training: an epoch of Adam on everything, or sweeps over all layers."""
 
 from collections.abc import Callable, Iterator, Sequence
-from math import ceil
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import ceil, sqrt
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from mpocompress.mpo.canonical import move_center
 from mpocompress.mpo.truncate import Truncation
 from mpocompress.tuning.chains import Chain
-from mpocompress.tuning.local_problem import LocalProblem, local_optimizer
+from mpocompress.tuning.local_problem import LocalProblem
 from mpocompress.tuning.minibatches import Minibatch, TrainingData
 from mpocompress.tuning.schedule import cosine, warm_cosine
-from mpocompress.tuning.sweep_options import LocalOptions
 from mpocompress.tuning.train_options import TrainOptions
 
 _BETAS = (0.9, 0.99)
-_LOWEST_SHARE = 0.02
 
 BatchLoss = Callable[[Minibatch], Tensor]
 
@@ -126,11 +127,26 @@ class AdamMethod:
         self._moments.take_up(state)
 
 
-class SweepMethod:
-    """Core by core at the orthogonality center, layer by layer, there and back: DMRG-like.
+@dataclass(frozen=True, slots=True)
+class _Visit:
+    """The sites `first` to `last` of a chain, opened on its way to the right, or to the left."""
 
-    The open core takes steps of a fresh Adam; dense parameters take theirs along, with moments
-    that live through the whole training, because no gauge changes what they mean.
+    chain: Chain
+    first: int
+    last: int
+    to_the_right: bool
+
+
+class SweepMethod:
+    """Core by core at the orthogonality center, there and back, in all layers at once: DMRG-like.
+
+    Each layer has a center and an open core of its own: a gradient of all of them costs what that
+    of one does. Layers with fewer sites turn back sooner. At each position the open cores take
+    steps of Adam. Single cores find the moments of their last visit: moves by QR there and back
+    leave the gauge nearly as it was. Merged ones, whose split gives the bond another basis, start
+    anew. Steps are relative to the size that the open core would have had at the start: relative
+    to its own, noise that makes it grow would make the steps grow, too. Dense parameters take
+    their steps along.
     """
 
     def __init__(
@@ -143,92 +159,150 @@ class SweepMethod:
     ) -> None:
         self._chains, self._data, self._loss, self._options = chains, data, loss, options
         self._moments = _Moments((dense,), (options.dense_rate,))
-        positions = sum(len(chain.cores) for chain in chains)
-        steps = options.epochs * data.minibatches_per_epoch
-        local = max(1, min(options.local_steps, steps // (2 * positions)))
-        self.segments = max(2, ceil(steps / (local * positions)))
-        self._local = LocalOptions(
-            steps=local, learning_rate=options.core_rate, gradient=options.gradient
-        )
-        self._start = {chain.name: max(chain.bond_dims, default=1) for chain in chains}
+        self._core_moments: dict[tuple[str, int], dict[str, Tensor]] = {}
+        single = self._positions(1)
+        epoch = data.minibatches_per_epoch
+        self._total = max(options.epochs * epoch, 2 * single)
+        self._local = min(options.local_steps, self._total // (2 * single))
+        pairs = {1: 0, 2: self._total, "grow": self._total // 2}[options.sites]
+        in_pairs = ceil(pairs / (self._local * self._positions(2)))
+        rest = max(0, self._total - in_pairs * self._local * self._positions(2))
+        self._widths = [2] * in_pairs + [1] * ceil(rest / (self._local * single))
+        # Evaluations need not be more frequent than those of Adam.
+        self._at_once = max(1, epoch // (self._local * single))
+        self.segments = ceil(len(self._widths) / self._at_once)
+        self._start_bonds = {chain.name: max(chain.bond_dims, default=1) for chain in chains}
+        self._start_norms = {chain.name: _norm(chain) for chain in chains}
 
     def run(self, segment: int, step: int) -> tuple[int, float]:
-        """One sweep over all layers: in their order and to the right, or back."""
-        to_the_right = segment % 2 == 0
-        positions = list(self._positions(segment, to_the_right))
+        """Whole sweeps over all layers: as many as fit an epoch, at least one."""
         losses: list[Tensor] = []
-        entered: Chain | None = None
-        for number, (chain, first, last) in enumerate(positions):
-            if chain is not entered:
-                chain.read()
-                entered = chain
-            chain.move_center_(first, last)
-            share = cosine((segment + number / len(positions)) / self.segments)
-            problem = self._solve(chain, first, last, step + len(losses), share, losses)
-            if not bool(torch.isfinite(problem.core).all()):
-                return step + len(losses), float("nan")
-            problem.close(self._limits(chain, segment), to_the_right=to_the_right)
+        for chain in self._chains:
+            chain.read()
+        begin = segment * self._at_once
+        for sweep in range(begin, min(begin + self._at_once, len(self._widths))):
+            for visits in self._visits(sweep):
+                number = step + len(losses)
+                steps = range(number, min(number + self._local, self._total))
+                if not steps:
+                    break
+                if not self._solve(visits, sweep, steps, losses):
+                    return step + len(losses), float("nan")
         return step + len(losses), float(torch.stack(losses).mean())
 
+    def _positions(self, width: int) -> int:
+        """Of the longest chain."""
+        return max(_places(chain, width) for chain in self._chains)
+
+    def _visits(self, sweep: int) -> Iterator[list[_Visit]]:
+        """What is open at each position of a sweep: a place in every chain."""
+        width = self._widths[sweep]
+        positions = self._positions(width)
+        for position in range(sweep * positions, (sweep + 1) * positions):
+            visits = []
+            for chain in self._chains:
+                turns, place = divmod(position, _places(chain, width))
+                to_the_right = turns % 2 == 0
+                first = place if to_the_right else _places(chain, width) - 1 - place
+                last = first + min(width, len(chain.cores)) - 1
+                visits.append(_Visit(chain, first, last, to_the_right))
+            yield visits
+
     def _solve(
-        self,
-        chain: Chain,
-        first: int,
-        last: int,
-        step: int,
-        share: float,
-        losses: list[Tensor],
-    ) -> LocalProblem:
-        """Gradient steps on the open core and the dense parameters."""
-        share = max(share, _LOWEST_SHARE)
-        problem = LocalProblem(chain, first, last, calls=self._local.steps)
-        optimizer = local_optimizer([problem.core], self._local, share)
-        parameters = [problem.core, *self._moments.parameters]
-        with problem.opened(manual=self._local.gradient == "manual"):
-            for number in range(step, step + self._local.steps):
+        self, visits: Sequence[_Visit], sweep: int, steps: range, losses: list[Tensor]
+    ) -> bool:
+        """Gradient steps on the open cores and the dense parameters; False if they diverge."""
+        problems = []
+        for visit in visits:
+            visit.chain.move_center_(visit.first, visit.last)
+            calls = len(steps)
+            problems.append(LocalProblem(visit.chain, visit.first, visit.last, calls=calls))
+        optimizer = self._optimizer(visits, problems)
+        cores = [problem.core for problem in problems]
+        with ExitStack() as opened:
+            for problem in problems:
+                opened.enter_context(problem.opened(manual=self._options.gradient == "manual"))
+            for number in steps:
+                share = cosine(number / self._total)
                 loss = self._loss(self._data.minibatch(number))
-                core, *dense = _gradients(loss, parameters)
-                if core is not None:
-                    problem.core.grad = core.contiguous()
-                    optimizer.step()
-                self._moments.step(dense, share)
+                found = _gradients(loss, [*cores, *self._moments.parameters])
+                for core, gradient in zip(cores, found, strict=False):
+                    core.grad = None if gradient is None else gradient.contiguous()
+                for group, visit in zip(optimizer.param_groups, visits, strict=True):
+                    size = self._start_norms[visit.chain.name] / sqrt(group["params"][0].numel())
+                    group["lr"] = share * self._options.core_rate * size
+                optimizer.step()
+                self._moments.step(found[len(cores) :], share)
                 losses.append(loss.detach())
-        return problem
+        for visit, problem in zip(visits, problems, strict=True):
+            if not bool(torch.isfinite(problem.core).all()):
+                return False
+            limits = self._limits(visit.chain, sweep)
+            problem.close(limits, to_the_right=visit.to_the_right)
+            if visit.first == visit.last:
+                key = (visit.chain.name, visit.first)
+                self._core_moments[key] = optimizer.state[problem.core]
+        return True
 
-    def _positions(self, segment: int, to_the_right: bool) -> Iterator[tuple[Chain, int, int]]:
-        width = self._width(segment)
-        for chain in self._chains if to_the_right else reversed(self._chains):
-            own = min(width, len(chain.cores))
-            places = range(len(chain.cores) - own + 1)
-            for first in places if to_the_right else reversed(places):
-                yield chain, first, first + own - 1
+    def _optimizer(
+        self, visits: Sequence[_Visit], problems: Sequence[LocalProblem]
+    ) -> torch.optim.Optimizer:
+        """Adam with the moments of the last visits."""
+        groups = [{"params": [problem.core]} for problem in problems]
+        optimizer = torch.optim.Adam(groups, betas=_BETAS)
+        for visit, problem in zip(visits, problems, strict=True):
+            kept = self._core_moments.get((visit.chain.name, visit.first), {})
+            single = visit.first == visit.last
+            # The first moves cut bonds that are larger than their sites allow.
+            if single and kept and kept["exp_avg"].shape == problem.core.shape:
+                optimizer.state[problem.core] = kept
+        return optimizer
 
-    def _width(self, segment: int) -> int:
-        sites = self._options.sites
-        if sites == "grow":
-            return 2 if segment < (self.segments + 1) // 2 else 1
-        return sites
-
-    def _limits(self, chain: Chain, segment: int) -> Truncation:
+    def _limits(self, chain: Chain, sweep: int) -> Truncation:
         """The cap of this sweep: twice that of the sweep before, up to the last one."""
-        options, start = self._options, self._start[chain.name]
+        options, start = self._options, self._start_bonds[chain.name]
         cap = options.bond_dim
         if cap is None and options.cutoff == 0:
             cap = start
-        grown = start * 2 ** min(segment + 1, 60)
+        grown = start * 2 ** min(sweep + 1, 60)
         return Truncation(bond_dim=grown if cap is None else min(cap, grown), cutoff=options.cutoff)
 
     def state(self) -> dict[str, Tensor]:
-        """Moments of the dense parameters, and where the growth of bonds began."""
-        starts = {f"start.{name}": torch.tensor(value) for name, value in self._start.items()}
-        return self._moments.state() | starts
+        """Moments of all parameters, and the sizes and bonds that the training began with."""
+        found = {f"dense.{key}": value for key, value in self._moments.state().items()}
+        for chain in self._chains:
+            found[f"bond.{chain.name}"] = torch.tensor(self._start_bonds[chain.name])
+            norm = self._start_norms[chain.name]
+            found[f"norm.{chain.name}"] = torch.tensor(norm, dtype=torch.float64)
+        for (name, site), moments in self._core_moments.items():
+            found |= {f"core.{what}.{site}.{name}": value for what, value in moments.items()}
+        return found
 
     def take_up(self, state: dict[str, Tensor]) -> None:
         """Go on with these moments."""
-        rest = {}
+        dense = {}
+        devices = {chain.name: chain.cores[0].device for chain in self._chains}
         for key, value in state.items():
-            if key.startswith("start."):
-                self._start[key.removeprefix("start.")] = int(value)
+            kind, _, rest = key.partition(".")
+            if kind == "dense":
+                dense[rest] = value
+            elif kind == "bond":
+                self._start_bonds[rest] = int(value)
+            elif kind == "norm":
+                self._start_norms[rest] = float(value)
             else:
-                rest[key] = value
-        self._moments.take_up(rest)
+                what, site, name = rest.split(".", 2)
+                # Adam counts its steps on the CPU.
+                moved = value if what == "step" else value.to(devices[name])
+                self._core_moments.setdefault((name, int(site)), {})[what] = moved.clone()
+        self._moments.take_up(dense)
+
+
+def _places(chain: Chain, width: int) -> int:
+    """Where so many neighbours, or all cores if they are fewer, can be open."""
+    return max(1, len(chain.cores) - width + 1)
+
+
+def _norm(chain: Chain) -> float:
+    """Of the matrix: that of the core at the center."""
+    return float(move_center(chain.cores, chain.center, 0, 0)[0][0].norm())

@@ -11,10 +11,11 @@ from mpocompress.tuning.sweep_options import GradientPath, check_choice, check_c
 Method = Literal["dmrg", "adam"]
 Sites = Literal[1, 2, "grow"]
 
-# Peaks. Sweeps: relative to the root mean square of the open core; Adam: absolute, for cores whose
-# entries are some tenths. Dense weights of some hundredths take smaller steps in both.
+# Peaks. Sweeps: relative to the root mean square of the core at the center, as it was at the start;
+# Adam: absolute, for cores whose entries are some tenths. Dense weights of some hundredths take
+# smaller steps in both.
 _CORE_RATES: dict[str, float] = {"dmrg": 0.05, "adam": 1e-2}
-_DENSE_RATE = 2e-3
+_DENSE_RATES: dict[str, float] = {"dmrg": 3e-3, "adam": 2e-3}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,13 +23,14 @@ class TrainOptions:
     """How a model with MPO layers is trained from the start.
 
     Attributes:
-        method: "dmrg": sweeps over the layers and along their cores, gradient steps on the open
-            core at the orthogonality center, dense parameters along; "adam": all at once.
-        epochs: passes over the training rows; sweeps are counted out so that they see as many.
+        method: "dmrg": sweeps along the cores, gradient steps on the open one at the orthogonality
+            center of each layer, dense parameters along; "adam": all at once.
+        epochs: passes over the training rows; sweeps see as many, but are two at least.
         batch_size: rows of a minibatch.
-        learning_rate: peak for the cores; "dmrg": relative to the root mean square of the open
-            core, 0.05 by default; "adam": 0.01.
-        dense_learning_rate: peak for all other parameters, 0.002 by default.
+        learning_rate: peak for the cores; "dmrg": relative to the root mean square that the open
+            core, with the norm of the whole matrix, had at the start; 0.05 by default; "adam":
+            0.01.
+        dense_learning_rate: likewise for all others, absolute: 0.003 by default; "adam": 0.002.
         sites: for "dmrg": 1; 2, pairs that are merged and split again, so that bonds change; or
             "grow": 2 in the first half of the sweeps, then 1.
         local_steps: for "dmrg", gradient steps at each position; fewer where the epochs do not
@@ -55,7 +57,7 @@ class TrainOptions:
     learning_rate: float | None = None
     dense_learning_rate: float | None = None
     sites: Sites = 1
-    local_steps: int = 32
+    local_steps: int = 8
     bond_dim: int | None = None
     cutoff: float = 0.0
     gradient: GradientPath = "autograd"
@@ -92,12 +94,14 @@ class TrainOptions:
     @property
     def dense_rate(self) -> float:
         """Peak learning rate of the other parameters."""
-        return self.dense_learning_rate or _DENSE_RATE
+        return self.dense_learning_rate or _DENSE_RATES[self.method]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainRecord:
-    """One evaluation: after each epoch of "adam", after each sweep over all layers of "dmrg".
+    """One evaluation: after each epoch of "adam", after the sweeps of "dmrg" that fit in one.
+
+    After each sweep if it is longer than an epoch.
 
     Attributes:
         epoch: passes over the training rows so far; 0 is the start.

@@ -14,7 +14,7 @@ from mpocompress.tuning.state_file import check_same_run, read_tensors, write_te
 from mpocompress.tuning.train_options import TrainRecord
 
 _KEY = "mpocompress.training"
-_VERSION = 1
+_VERSION = 2
 _GROUPS = ("current", "best", "method")
 
 
@@ -23,7 +23,7 @@ class TrainState:
     """All that a training needs to go on: nothing else may influence what follows.
 
     Attributes:
-        done: segments (epochs or sweeps) that are done.
+        done: segments (epochs, or rounds of sweeps) that are done.
         step: optimizer steps that are done.
         stale: evaluations since the best one.
         best_loss: validation loss of the best weights.
