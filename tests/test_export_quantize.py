@@ -10,8 +10,8 @@ from torch import nn
 import mpocompress as mpo
 from mpocompress.errors import ExportError
 from mpocompress.export import export_onnx, graph_stats, quantize_cores, verify
-from mpocompress.export.integers import round_matrix
 from mpocompress.layers import MPOLinear
+from mpocompress.mpo.integers import round_matrix
 
 pytestmark = pytest.mark.onnx
 

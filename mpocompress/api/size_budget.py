@@ -8,16 +8,20 @@ from torch import nn
 
 from mpocompress.api.budgets import Met
 from mpocompress.api.job import Job, in_gauge
+from mpocompress.api.storage import blank, record_stored_, storage_of
 from mpocompress.errors import BudgetError, NoLayerMatched
 from mpocompress.mpo import MPO
+from mpocompress.mpo.identity_gauge import IdentityGauge
 from mpocompress.planning import Plan
 from mpocompress.planning.search import Measured, approach_ceiling
 from mpocompress.surgery import WeightSite, copy_with_replacements
+from mpocompress.tuning.rounding import Rounded, with_stored
 
 OnnxBytes = Callable[[nn.Module], int]
 """Writes the ONNX file of a model and gives its bytes."""
 
 _SIZE_TRIES = 10
+_STORAGE_TRIES = 4
 
 
 def plan_for_size(job: Job, max_size: int, onnx_bytes: OnnxBytes) -> tuple[Plan, Met]:
@@ -86,11 +90,79 @@ def plan_for_size(job: Job, max_size: int, onnx_bytes: OnnxBytes) -> tuple[Plan,
     return job.predicted(plan.model_copy(update={"settings": settings})), met
 
 
+def plan_storage_for_size(job: Job, max_size: int, onnx_bytes: OnnxBytes) -> tuple[Plan, Met]:
+    """The plan with a storage precision for each layer whose ONNX file is within a size.
+
+    What a file takes besides the weights that take part (the graph, biases, names) hardly depends
+    on the plan: it is measured on one file, and once more on every file that is a candidate.
+
+    Raises:
+        BudgetError: no plan gives so small a file; the message says which is the smallest.
+        NoLayerMatched: the dense model's file is within the size.
+    """
+    sharing = job.byte_sharing()
+    why = f"an ONNX file of {max_size} bytes"
+    written: dict[tuple[str, ...], int] = {}
+
+    def measure(budget: float) -> float:
+        plan = sharing.at(int(budget), why)
+        choice = tuple(layer.choice for layer in plan.layers)
+        if choice not in written:
+            if job.progress is not None:
+                job.progress("writing ONNX files to measure them", len(written), _STORAGE_TRIES)
+            with job.clock("planning"):
+                written[choice] = onnx_bytes(hollow(job, plan))
+        return written[choice]
+
+    # To begin with, as if a file held nothing else but the other tensors of the model.
+    elsewhere = job.inventory.bytes - sum(site.bytes for site in job.inventory.sites)
+    tried = approach_ceiling(
+        max_size - elsewhere,
+        sharing.least,
+        sharing.most,
+        measure,
+        max_size,
+        per_number=1.0,
+        close=0.004,
+        tries=_STORAGE_TRIES,
+    )
+    fitting = [found for found in tried if found.fits]
+    if not fitting and tried[0].size > sharing.least:
+        smallest = measure(sharing.least)
+        tried.append(Measured(sharing.least, smallest, smallest <= max_size))
+        fitting = [tried[-1]] if tried[-1].fits else []
+    if not fitting:
+        reachable = int(min(found.figure for found in tried))
+        raise BudgetError(
+            f"{why} cannot be met: with each layer as small as it gets it has {reachable}. Allow "
+            "that many, or store cores of bond dimensions that you choose in int4: ratio, and "
+            'quantize="int4" for export_onnx.'
+        )
+    best = max(fitting, key=lambda found: found.figure)
+    plan = sharing.at(int(best.size), why)
+    if not plan.compressed:
+        raise NoLayerMatched(
+            f"the dense model's ONNX file has {int(best.figure)} bytes, within {max_size}: "
+            "there is nothing to compress. Allow fewer bytes."
+        )
+    met = Met(
+        target="max_size",
+        asked=max_size,
+        reached=best.figure,
+        what="bytes of the ONNX file",
+        where="the written file",
+        trials=len(written),
+    )
+    settings = {"max_size": max_size, **plan.settings}
+    return job.predicted(plan.model_copy(update={"settings": settings})), met
+
+
 def hollow(job: Job, plan: Plan) -> nn.Module:
     """The compressed model with random cores: the very file, but for its values."""
     by_name = {site.name: site for site in job.inventory.sites}
     generator = torch.Generator().manual_seed(job.seed)
     weights: dict[WeightSite, Any] = {}
+    rounded: dict[WeightSite, Rounded] = {}
     for layer in plan.compressed:
         site, layout = by_name[layer.name], layer.sites()
         bonds = (1, *layout.clip(layer.bond_dims or ()), 1)
@@ -99,5 +171,13 @@ def hollow(job: Job, plan: Plan) -> nn.Module:
             for k, pair in enumerate(layout.pairs)
         ]
         mpo = MPO(cores, shape=site.shape)
-        weights[site] = in_gauge(mpo, layer.gauge).to(dtype=site.dtype, device=site.device)
-    return copy_with_replacements(job.opened, weights)
+        weight: MPO | IdentityGauge = in_gauge(mpo, layer.gauge).to(
+            dtype=site.dtype, device=site.device
+        )
+        if layer.rounds:
+            rounded[site] = blank(weight, storage_of(layer))
+            weight = with_stored(weight, rounded[site].stored)
+        weights[site] = weight
+    model = copy_with_replacements(job.opened, weights)
+    record_stored_(model, rounded)
+    return model
