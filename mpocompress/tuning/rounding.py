@@ -71,6 +71,7 @@ def round_weight(
     *,
     input_II: Tensor | None = None,
     output_OO: Tensor | None = None,
+    among_rows: bool = True,
 ) -> Rounded:
     """Round a layer.
 
@@ -79,12 +80,13 @@ def round_weight(
         storage: what to round to.
         input_II: C, definite, float64; None without data.
         output_OO: G, definite, float64; None if all outputs count alike.
+        among_rows: whether rows of the second factor make good for each other, which takes time.
     """
     bits = bits_of(storage.precision)
     if bits is not None and mpo.layout.num_sites == 1:
         return _round_dense(mpo, bits, storage.block, input_II, output_OO)
     if bits is not None and mpo.layout.pairs == Layout.svd(*mpo.shape).pairs:
-        return _round_factors(mpo, bits, storage, input_II, output_OO)
+        return _round_factors(mpo, bits, storage, input_II, output_OO, among_rows)
     weight: MPO | IdentityGauge = mpo
     if storage.gauge == "identity":
         weight = fix_identity_gauge(mpo.cores, shape=mpo.shape)
@@ -168,7 +170,12 @@ def _round_dense(
 
 
 def _round_factors(
-    mpo: MPO, bits: int, storage: Storage, input_II: Tensor | None, output_OO: Tensor | None
+    mpo: MPO,
+    bits: int,
+    storage: Storage,
+    input_II: Tensor | None,
+    output_OO: Tensor | None,
+    among_rows: bool,
 ) -> Rounded:
     target_OI = mpo.to_dense().double()
     if input_II is None:
@@ -190,7 +197,7 @@ def _round_factors(
         storage.block,
         shape=shapes[1],
         gram_YY=input_II,
-        metric_XX=left_OR.mT @ weighed_OR,
+        metric_XX=left_OR.mT @ weighed_OR if among_rows else None,
     )
     rounded_RI = right.dequantized().reshape(right_RI.shape).double()
     seen_RI = rounded_RI @ input_II

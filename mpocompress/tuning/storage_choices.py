@@ -134,7 +134,7 @@ def _of_matrix(
         fitted = MPO(fit(weight_OI, metric, layout, bonds).cores, shape=site.shape)
         for bits in _FACTOR_BITS:
             storage = Storage(precision=_named(bits), gauge="identity")
-            rounded = round_weight(fitted, storage, input_II=input_II)
+            rounded = round_weight(fitted, storage, input_II=input_II, among_rows=False)
             yield StorageChoice(
                 layout=layout,
                 bond_dims=bonds,
