@@ -1,6 +1,6 @@
 """Round a fitted layer to the precision that it is stored in, in the metric of its outputs.
 
-A dense weight (a layout of one site) is rounded with feedback on both sides, see `round_matrix`.
+A dense weight (a layout of one site) is rounded with feedback, see `round_matrix`.
 Of two factors the second is rounded first, in the metric that the first one gives it; then the
 first is fitted again to what became of the second, and rounded in turn. Cores of other layouts are
 rounded to the nearest, one by one.
@@ -63,6 +63,17 @@ class Rounded:
         """The values as an ordinary chain."""
         weight = self.weight
         return weight if isinstance(weight, MPO) else MPO(weight.cores(), shape=weight.shape)
+
+
+def shrunk(input_II: Tensor, rows: int) -> Tensor:
+    """C with a ridge of its mean diagonal times inputs per row that was seen.
+
+    Feedback moves weights along directions that the sample hardly shows. With few rows these are
+    noise: on a sentence encoder and two thousand rows, weights of 1536 inputs moved by more than
+    twice their norm, and other sentences saw it.
+    """
+    ridge = len(input_II) / max(rows, 1) * float(input_II.diagonal().mean())
+    return input_II + ridge * torch.eye(len(input_II), dtype=input_II.dtype, device=input_II.device)
 
 
 def round_weight(

@@ -36,7 +36,7 @@ from mpocompress.tuning.moments import (
     real_rows,
 )
 from mpocompress.tuning.residual import StreamWatcher
-from mpocompress.tuning.rounding import Rounded, Storage, round_table, round_weight
+from mpocompress.tuning.rounding import Rounded, Storage, round_table, round_weight, shrunk
 from mpocompress.tuning.table_fit import HeadUse, fit_table, table_error, table_weights
 
 # Ridges tried for the correction of upstream errors, relative to the mean diagonal.
@@ -381,7 +381,7 @@ def _fit_layer(
     mpo, error = MPO(result.cores, shape=site.shape).to(dtype=site.dtype), result.relative_error
     rounded = None
     if plan.storage.rounds:
-        rounded = _rounded(mpo, plan.storage, metric)
+        rounded = _rounded(mpo, plan.storage, metric, whole.rows)
         mpo = rounded.mpo
         if metric is not None:
             error = metric.relative_error(target_OI, mpo.to_dense().to(target_OI))
@@ -399,12 +399,11 @@ def _fit_layer(
     )
 
 
-def _rounded(mpo: MPO, storage: Storage, metric: Metric | None) -> Rounded:
+def _rounded(mpo: MPO, storage: Storage, metric: Metric | None, rows: int) -> Rounded:
     if metric is None:
         return round_weight(mpo, storage)
-    return round_weight(
-        mpo, storage, input_II=metric.ridged_input_II, output_OO=metric.ridged_output_OO
-    )
+    # Without the metric of gradients: feedback among rows was not seen to help on other data.
+    return round_weight(mpo, storage, input_II=shrunk(metric.ridged_input_II, rows))
 
 
 def _is_svd(layout: Layout) -> bool:

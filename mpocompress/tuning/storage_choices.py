@@ -2,9 +2,7 @@
 
 The loss of an error E is predicted as for bond dimensions (see `sensitivity`): E[tr(G E C E^T)] a
 row, times the rows that were seen. E is that of the rounding that will be done, on some of the rows
-of a dense weight, whose errors are alike, and on whole factors. Feedback among rows is left out
-here, since it takes most of the time; it lowers the loss of all precisions of a layer by about the
-same factor, which follows from G alone.
+of a dense weight, whose errors are alike, and on whole factors.
 """
 
 # Shape suffixes: O out features or rows of a table, I columns, R bond.
@@ -24,7 +22,7 @@ from mpocompress.surgery import WeightSite
 from mpocompress.tuning.gradients import LayerMoments
 from mpocompress.tuning.layer_rows import adapter_of
 from mpocompress.tuning.moments import RowCounts
-from mpocompress.tuning.rounding import Storage, round_weight, stored_tensors
+from mpocompress.tuning.rounding import Storage, round_weight, shrunk, stored_tensors
 from mpocompress.tuning.sensitivity import _merged, _moments_of, tied_heads
 from mpocompress.tuning.table_fit import table_weights
 
@@ -86,7 +84,7 @@ def _of_matrix(
 ) -> Iterator[StorageChoice]:
     weight_OI = site.matrix().double()
     metric, scale = _metric(site, moments, ridge)
-    input_II = None if metric is None else metric.ridged_input_II
+    input_II = None if metric is None else shrunk(metric.ridged_input_II, int(scale))
     output_OO = None if metric is None else metric.ridged_output_OO
     dense = Layout.from_pairs([site.shape])
     yield StorageChoice(layout=dense, bytes=4 * weight_OI.numel(), loss=0.0)
@@ -102,7 +100,6 @@ def _of_matrix(
 
     half = loss(weight_OI.half())
     yield StorageChoice(layout=dense, precision="float16", bytes=2 * weight_OI.numel(), loss=half)
-    factor = 1.0 if output_OO is None else _gain_of_feedback(output_OO)
     feedback_II = None if input_II is None else feedback_of(input_II)
     each = 1.0 if output_OO is None else float(output_OO.diagonal().mean())
     some_XI = weight_OI[:: max(1, len(weight_OI) // _ROWS)]
@@ -124,7 +121,7 @@ def _of_matrix(
             precision=precision,
             block=block,
             bytes=matrix_bytes(*site.shape, precision, block),
-            loss=factor * each * scale * error,
+            loss=each * scale * error,
         )
     if metric is None:
         return
@@ -167,18 +164,6 @@ def _metric(
             return Metric(input_II, output_OO, ridge=ridge), float(inputs.rows)
     size = float(torch.sum(site.matrix().double() ** 2))
     return None, site.parameters / size if size > 0 else 1.0
-
-
-def _gain_of_feedback(metric_OO: Tensor) -> float:
-    """By how much feedback among the rows lowers the loss.
-
-    Each row is rounded with what is left of its metric once the rows after it have made good what
-    they can: a diagonal entry of the triangular factorization instead of one of the metric.
-    """
-    mean = float(metric_OO.diagonal().mean())
-    eye_OO = torch.eye(len(metric_OO), dtype=metric_OO.dtype, device=metric_OO.device)
-    left_O = torch.linalg.cholesky(metric_OO + 1e-2 * mean * eye_OO).diagonal() ** 2
-    return min(1.0, float(left_O.mean()) / mean) if mean > 0 else 1.0
 
 
 def _of_table(
