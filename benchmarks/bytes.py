@@ -52,7 +52,7 @@ from mpocompress.api.size_budget import plan_storage_for_size
 from mpocompress.api.storage import stored_bytes
 from mpocompress.loading import as_batches
 from mpocompress.mpo import MPO, Layout, sequential_svd
-from mpocompress.mpo.integers import round_matrix
+from mpocompress.mpo.integer_fit import round_matrix
 from mpocompress.mpo.precision import Precision, matrix_bytes
 from mpocompress.planning import Plan, PlanOptions, predicted_totals
 from mpocompress.surgery import WeightSite, copy_with_replacements, find_weights

@@ -94,7 +94,8 @@ def plan_storage_for_size(job: Job, max_size: int, onnx_bytes: OnnxBytes) -> tup
     """The plan with a storage precision for each layer whose ONNX file is within a size.
 
     What a file takes besides the weights that take part (the graph, biases, names) hardly depends
-    on the plan: it is measured on one file, and once more on every file that is a candidate.
+    on the plan, so each written file tells how many bytes are left for the weights. Plans change in
+    steps: what does not fit is followed by one that takes at least a step less.
 
     Raises:
         BudgetError: no plan gives so small a file; the message says which is the smallest.
@@ -102,53 +103,48 @@ def plan_storage_for_size(job: Job, max_size: int, onnx_bytes: OnnxBytes) -> tup
     """
     sharing = job.byte_sharing()
     why = f"an ONNX file of {max_size} bytes"
-    written: dict[tuple[str, ...], int] = {}
+    written: dict[int, int] = {}  # by what the weights of the plan take
 
-    def measure(budget: float) -> float:
-        plan = sharing.at(int(budget), why)
-        choice = tuple(layer.choice for layer in plan.layers)
-        if choice not in written:
+    def measure(budget: int) -> int:
+        cost = sharing.cost_at(budget)
+        if cost not in written:
             if job.progress is not None:
                 job.progress("writing ONNX files to measure them", len(written), _STORAGE_TRIES)
             with job.clock("planning"):
-                written[choice] = onnx_bytes(hollow(job, plan))
-        return written[choice]
+                written[cost] = onnx_bytes(hollow(job, sharing.at(budget, why)))
+        return cost
 
     # To begin with, as if a file held nothing else but the other tensors of the model.
     elsewhere = job.inventory.bytes - sum(site.bytes for site in job.inventory.sites)
-    tried = approach_ceiling(
-        max_size - elsewhere,
-        sharing.least,
-        sharing.most,
-        measure,
-        max_size,
-        per_number=1.0,
-        close=0.004,
-        tries=_STORAGE_TRIES,
-    )
-    fitting = [found for found in tried if found.fits]
-    if not fitting and tried[0].size > sharing.least:
-        smallest = measure(sharing.least)
-        tried.append(Measured(sharing.least, smallest, smallest <= max_size))
-        fitting = [tried[-1]] if tried[-1].fits else []
+    budget = max_size - elsewhere
+    for _ in range(_STORAGE_TRIES):
+        cost = measure(budget)
+        rest = max(size - weights for weights, size in written.items())
+        budget = max_size - rest
+        if written[cost] > max_size:
+            budget = min(budget, cost - 1)
+        if cost <= sharing.least or sharing.cost_at(budget) in written:
+            break
+    if all(size > max_size for size in written.values()):
+        measure(0)  # the least
+    fitting = {weights: size for weights, size in written.items() if size <= max_size}
     if not fitting:
-        reachable = int(min(found.figure for found in tried))
         raise BudgetError(
-            f"{why} cannot be met: with each layer as small as it gets it has {reachable}. Allow "
-            "that many, or store cores of bond dimensions that you choose in int4: ratio, and "
-            'quantize="int4" for export_onnx.'
+            f"{why} cannot be met: with each layer as small as it gets it has "
+            f"{min(written.values())}. Allow that many, or store cores of bond dimensions that you "
+            'choose in int4: ratio, and quantize="int4" for export_onnx.'
         )
-    best = max(fitting, key=lambda found: found.figure)
-    plan = sharing.at(int(best.size), why)
+    best = max(fitting, key=lambda weights: fitting[weights])
+    plan = sharing.at(best, why)
     if not plan.compressed:
         raise NoLayerMatched(
-            f"the dense model's ONNX file has {int(best.figure)} bytes, within {max_size}: "
+            f"the dense model's ONNX file has {fitting[best]} bytes, within {max_size}: "
             "there is nothing to compress. Allow fewer bytes."
         )
     met = Met(
         target="max_size",
         asked=max_size,
-        reached=best.figure,
+        reached=fitting[best],
         what="bytes of the ONNX file",
         where="the written file",
         trials=len(written),

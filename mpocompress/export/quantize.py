@@ -22,7 +22,8 @@ from mpocompress.export.forms import layers_of
 from mpocompress.layers import MPOLayer, MPOLinear
 from mpocompress.layers.gauged_cores import GaugedCores
 from mpocompress.mpo import linalg
-from mpocompress.mpo.integers import Stored, StoredIntegers, round_matrix
+from mpocompress.mpo.integer_fit import round_matrix
+from mpocompress.mpo.integers import Stored, StoredIntegers
 from mpocompress.tuning.moments import CrossMoment, keep_mask, real_rows
 
 Quantize = Literal["none", "int8", "int4", "auto"]

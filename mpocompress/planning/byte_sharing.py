@@ -84,6 +84,11 @@ class ByteSharing:
         """Bytes of all weights that take part, in float32."""
         return sum(hull[-1].cost for hull in self._hulls.values())
 
+    def cost_at(self, budget: int) -> int:
+        """Bytes that the weights take, with the graph around them, in the plan `at` a budget."""
+        chosen = allocate_bytes(list(self._hulls.values()), budget)
+        return sum(choice.cost for choice in chosen)
+
     def at(self, budget: int, why: str) -> Plan:
         """The plan whose weights take no more than so many bytes, or the smallest one.
 

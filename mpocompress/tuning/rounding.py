@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mpocompress.mpo import MPO, Layout, linalg
 from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge, fix_identity_gauge
-from mpocompress.mpo.integers import Stored, StoredHalf, StoredIntegers, round_matrix, round_rows
+from mpocompress.mpo.integer_fit import round_matrix, round_rows
+from mpocompress.mpo.integers import Stored, StoredHalf, StoredIntegers
 from mpocompress.mpo.precision import Precision, bits_of
 
 # Ridge of the new fit of the first factor, relative to the mean diagonal of what it meets.
@@ -81,8 +82,6 @@ def round_weight(
     storage: Storage,
     *,
     input_II: Tensor | None = None,
-    output_OO: Tensor | None = None,
-    among_rows: bool = True,
 ) -> Rounded:
     """Round a layer.
 
@@ -90,14 +89,12 @@ def round_weight(
         mpo: as fitted.
         storage: what to round to.
         input_II: C, definite, float64; None without data.
-        output_OO: G, definite, float64; None if all outputs count alike.
-        among_rows: whether rows of the second factor make good for each other, which takes time.
     """
     bits = bits_of(storage.precision)
     if bits is not None and mpo.layout.num_sites == 1:
-        return _round_dense(mpo, bits, storage.block, input_II, output_OO)
+        return _round_dense(mpo, bits, storage.block, input_II)
     if bits is not None and mpo.layout.pairs == Layout.svd(*mpo.shape).pairs:
-        return _round_factors(mpo, bits, storage, input_II, output_OO, among_rows)
+        return _round_factors(mpo, bits, storage, input_II)
     weight: MPO | IdentityGauge = mpo
     if storage.gauge == "identity":
         weight = fix_identity_gauge(mpo.cores, shape=mpo.shape)
@@ -166,17 +163,13 @@ def _nearest(tensor: Tensor, bits: int | None, block: int | None) -> Stored:
     return round_matrix(tensor.reshape(rows, -1), bits, block, shape=tuple(tensor.shape))
 
 
-def _round_dense(
-    mpo: MPO, bits: int, block: int | None, input_II: Tensor | None, output_OO: Tensor | None
-) -> Rounded:
+def _round_dense(mpo: MPO, bits: int, block: int | None, input_II: Tensor | None) -> Rounded:
     shape = tuple(mpo.cores[0].shape)
     matrix_OI = mpo.to_dense()
     if matrix_OI.numel() != mpo.cores[0].numel():  # padded: nothing is known of what is beyond
-        input_II = output_OO = None
+        input_II = None
         matrix_OI = mpo.cores[0][0, :, :, 0]
-    stored = round_matrix(
-        matrix_OI, bits, block, shape=shape, gram_YY=input_II, metric_XX=output_OO
-    )
+    stored = round_matrix(matrix_OI, bits, block, shape=shape, gram_YY=input_II)
     return Rounded(weight=MPO((stored.dequantized(),), shape=mpo.shape), stored={"0": stored})
 
 
@@ -185,8 +178,6 @@ def _round_factors(
     bits: int,
     storage: Storage,
     input_II: Tensor | None,
-    output_OO: Tensor | None,
-    among_rows: bool,
 ) -> Rounded:
     target_OI = mpo.to_dense().double()
     if input_II is None:
@@ -201,14 +192,12 @@ def _round_factors(
         left_OR, carry_RR = linalg.qr(left_OR)  # so that errors in V count alike
         right_RI = carry_RR @ right_RI
         shapes = tuple(tuple(core.shape) for core in mpo.cores)  # type: ignore[assignment]
-    weighed_OR = left_OR if output_OO is None else output_OO @ left_OR
     right = round_matrix(
         right_RI,
         bits,
         storage.block,
         shape=shapes[1],
         gram_YY=input_II,
-        metric_XX=left_OR.mT @ weighed_OR if among_rows else None,
     )
     rounded_RI = right.dequantized().reshape(right_RI.shape).double()
     seen_RI = rounded_RI @ input_II
@@ -217,9 +206,7 @@ def _round_factors(
     ridged_RR = gram_RR + _RIDGE * float(gram_RR.diagonal().mean()) * eye_RR
     fitted_OR = torch.linalg.solve(ridged_RR, seen_RI @ target_OI.mT).mT
     if gauged is None:
-        left = round_matrix(
-            fitted_OR, bits, storage.block, shape=shapes[0], gram_YY=gram_RR, metric_XX=output_OO
-        )
+        left = round_matrix(fitted_OR, bits, storage.block, shape=shapes[0], gram_YY=gram_RR)
         stored: dict[str, StoredIntegers] = {"0": left, "1": right}
         weight: MPO | IdentityGauge = MPO(
             (left.dequantized(), right.dequantized()), shape=mpo.shape
@@ -228,16 +215,8 @@ def _round_factors(
     pivots_P = gauged.pivots[0].long()
     is_free_O = torch.ones(len(target_OI), dtype=torch.bool, device=target_OI.device)
     is_free_O[pivots_P] = False
-    free_FR, metric_FF = fitted_OR[is_free_O], None
-    if output_OO is not None:
-        metric_FF = output_OO[is_free_O][:, is_free_O]
-        # The pivot rows are what V has become; the free rows make good what they can of that.
-        lost_PR = fitted_OR[pivots_P] - eye_RR
-        cross_FP = output_OO[is_free_O][:, pivots_P]
-        free_FR = free_FR + torch.linalg.solve(metric_FF, cross_FP @ lost_PR)
-    left = round_matrix(
-        free_FR, bits, storage.block, shape=shapes[0], gram_YY=gram_RR, metric_XX=metric_FF
-    )
+    free_FR = fitted_OR[is_free_O]
+    left = round_matrix(free_FR, bits, storage.block, shape=shapes[0], gram_YY=gram_RR)
     weight = IdentityGauge(
         (left.dequantized(),), gauged.pivots, right.dequantized(), gauged.layout, gauged.shape
     )

@@ -402,7 +402,6 @@ def _fit_layer(
 def _rounded(mpo: MPO, storage: Storage, metric: Metric | None, rows: int) -> Rounded:
     if metric is None:
         return round_weight(mpo, storage)
-    # Without the metric of gradients: feedback among rows was not seen to help on other data.
     return round_weight(mpo, storage, input_II=shrunk(metric.ridged_input_II, rows))
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.fit import fit
-from mpocompress.mpo.integers import BITS, feedback_of, place_bytes, round_matrix
+from mpocompress.mpo.integer_fit import column_metric, round_matrix
+from mpocompress.mpo.integers import BITS, place_bytes
 from mpocompress.mpo.metric import Metric
 from mpocompress.mpo.precision import Precision, matrix_bytes
 from mpocompress.planning.storage_choice import StorageChoice
@@ -26,14 +27,19 @@ from mpocompress.tuning.rounding import Storage, round_weight, shrunk, stored_te
 from mpocompress.tuning.sensitivity import _merged, _moments_of, tied_heads
 from mpocompress.tuning.table_fit import table_weights
 
-# Blocks of 32 columns are worth their scales where few bits meet uneven rows.
-_DENSE: tuple[tuple[int, int | None], ...] = (*((b, None) for b in BITS), (2, 32), (3, 32), (4, 32))
+# Blocks of columns are worth their scales where few bits meet uneven rows.
+_DENSE: tuple[tuple[int, int | None], ...] = (
+    *((bits, None) for bits in BITS),
+    *((bits, block) for bits in (2, 3, 4) for block in (64, 32)),
+)
 # Bond dimensions of two factors, as shares of the largest, and the bits of their entries.
 _SHARES = (0.2, 0.4)
 _FACTOR_BITS = (4,)
 # Rows of a dense weight, and of a table, whose errors stand for those of all.
 _ROWS = 96
 _SAMPLE = 2048
+# Sweeps of a rounding that is only done to know its error: more of them change all errors alike.
+_SWEEPS = 2
 # Exchange rates of loss for bytes at which a table is cut into tiers, in steps of a factor 2.
 _RATES = 48
 
@@ -100,7 +106,7 @@ def _of_matrix(
 
     half = loss(weight_OI.half())
     yield StorageChoice(layout=dense, precision="float16", bytes=2 * weight_OI.numel(), loss=half)
-    feedback_II = None if input_II is None else feedback_of(input_II)
+    columns = None if input_II is None else column_metric(input_II)
     each = 1.0 if output_OO is None else float(output_OO.diagonal().mean())
     some_XI = weight_OI[:: max(1, len(weight_OI) // _ROWS)]
     for bits, block in _DENSE:
@@ -109,8 +115,8 @@ def _of_matrix(
             bits,
             block,
             shape=tuple(some_XI.shape),
-            gram_YY=input_II,
-            feedback_YY=feedback_II,
+            gram_YY=columns,
+            sweeps=_SWEEPS,
         )
         lost_XI = some_XI - found.dequantized().double()
         seen_XI = lost_XI if input_II is None else lost_XI @ input_II
@@ -131,7 +137,7 @@ def _of_matrix(
         fitted = MPO(fit(weight_OI, metric, layout, bonds).cores, shape=site.shape)
         for bits in _FACTOR_BITS:
             storage = Storage(precision=_named(bits), gauge="identity")
-            rounded = round_weight(fitted, storage, input_II=input_II, among_rows=False)
+            rounded = round_weight(fitted, storage, input_II=input_II)
             yield StorageChoice(
                 layout=layout,
                 bond_dims=bonds,
