@@ -3,7 +3,8 @@
 Encoder: the 36 encoder Linears of all-MiniLM-L6-v2, at each of the budgets (a share of their bytes
 in float32; scales, pivots and placements counted, biases not). Every method has the same
 calibration sentences and no healing; embeddings of sentences that no method has seen are compared
-with the dense model's: mean cosine, Spearman correlation of the similarities of all pairs.
+with the dense model's: mean cosine, Spearman correlation of the similarities of all pairs. The plan
+is built as it would be written: integers times scales in half precision.
 
     plan              storage_choices, allocate_bytes, sequential fits rounded with feedback
     int8 rows         to the nearest, one scale to a row
@@ -13,14 +14,13 @@ with the dense model's: mean cosine, Spearman correlation of the similarities of
 One precision for all layers has bytes of its own: it stands in each budget that it fits in.
 
 Whole model (--whole): the dense model's ONNX file, embeddings included, at 1/4, 1/8, 1/12 of its
-bytes by `compress(max_size=..., quantize="auto")`, measured in ONNX Runtime on the written files;
-beside it all matrices of the dense model in int8 by rows, and in int4, int3 and int2 in blocks of
-32, with the bytes that they would take.
+bytes by `compress(max_size=..., quantize="auto")`, measured in ONNX Runtime on the written files,
+and healed (`distill` on the calibration's and more sentences: embedding and hidden states; scales,
+biases and norms are trained) and written again; beside it all matrices of the dense model in int8
+by rows, and in int4, int3 and int2 in blocks of 32, with the bytes that they would take.
 
-Aims, not met so far (no run of all budgets was finished; two blocks of the encoder at 1/12 were far
-below rounding to the nearest): encoder, plan at least the best other method less .005 everywhere;
-whole model, plan never more than .005 below the better of those that fit in the budget, and above
-int8 and int4 at 1/12.
+Claims: encoder, plan at least the best other method less .005 everywhere; whole model, plan never
+more than .005 below the better of those that fit in the budget, and above int8 and int4 at 1/12.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +123,13 @@ def truncated(
 class Task:
     """The encoder, its sentences, and how good a model is."""
 
-    def __init__(self, sentences: int, held_out: int, seed: int) -> None:
-        calibration, rest = split_sentences(read_sentences(), [sentences, held_out], seed)
+    def __init__(self, sentences: int, held_out: int, more: int, seed: int) -> None:
+        calibration, rest, others = split_sentences(
+            read_sentences(), [sentences, held_out, more], seed
+        )
         self.model, tokenizer = load_encoder()
         self.data, self.held_out = batches_of(tokenizer, calibration), batches_of(tokenizer, rest)
+        self.healing = batches_of(tokenizer, calibration + others)
         self.dense = embed(self.model, self.held_out)
 
     def quality(self, model: nn.Module) -> dict[str, float]:
@@ -262,7 +266,7 @@ def whole(
             model = planner.job.build(plan).model
             for healed in (False, True) if steps else (False,):
                 if healed:
-                    mpo.distill(model, reference=task.model, data=task.data, steps=steps, seed=seed)
+                    minilm_quality.heal(model, task.model, task.healing, steps, seed)
                 written = mpo.export_onnx(model, path, example).num_bytes
                 if written > dense / budget:
                     raise SystemExit(f"error: {written} bytes are more than 1/{budget:g}")
@@ -286,7 +290,7 @@ def whole(
 
 
 def claims(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What held, by the numbers: the plan less the best other method within the same bytes."""
+    """What held: the plan less the best other method within the same bytes, at worst over seeds."""
     gaps: dict[str, dict[str, float]] = {"encoder": {}, "whole": {}}
     dense = {row["part"]: row["bytes"] * row["ratio"] for row in rows}
     for row in rows:
@@ -296,13 +300,14 @@ def claims(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         others = [
             other["cosine"]
             for other in rows
-            if other["part"] == row["part"]
+            if (other["part"], other["seed"]) == (row["part"], row["seed"])
             and not other["method"].startswith("plan")
             and other["bytes"] <= 1.02 * allowed  # int8 by rows misses 1/4 by its scales
         ]
         if others:
             key = f"{row['budget']:g}" + (", healed" if "healed" in row["method"] else "")
-            gaps[row["part"]][key] = row["cosine"] - max(others)
+            gap = row["cosine"] - max(others)
+            gaps[row["part"]][key] = min(gap, gaps[row["part"]].get(key, gap))
     return {
         "plan_less_best_other_within_the_bytes": gaps,
         "held": all(gap >= -0.005 for found in gaps.values() for gap in found.values()),
@@ -318,7 +323,8 @@ def main() -> int:
     parser.add_argument("--sentences", type=int, default=400, help="for calibration")
     parser.add_argument("--held-out", type=int, default=1000, help="for evaluation")
     parser.add_argument("--steps", type=int, default=0, help="of healing, of the whole model")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--healing-sentences", type=int, default=3000, help="besides those")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the split")
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
     return run(
@@ -327,7 +333,8 @@ def main() -> int:
         sentences=options.sentences,
         held_out=options.held_out,
         steps=options.steps,
-        seed=options.seed,
+        healing_sentences=options.healing_sentences,
+        seeds=options.seeds,
         out=options.out,
     )
 
@@ -338,25 +345,26 @@ def run(
     whole_budgets: Sequence[float],
     sentences: int,
     held_out: int,
+    healing_sentences: int,
     steps: int,
-    seed: int,
+    seeds: Sequence[int],
     out: Path | None,
 ) -> int:
     """Measure, print the table, and write the JSON after every row."""
-    facts = environment(PACKAGES, seed=seed)
-    task = Task(sentences, held_out, seed)
+    facts = environment(PACKAGES, seed=seeds[0])
     memory = PeakMemory()
     rows: list[dict[str, Any]] = []
 
-    def note(row: dict[str, Any]) -> None:
-        rows.append(row)
-        print(row, file=sys.stderr, flush=True)
+    def note(seed: int, row: dict[str, Any]) -> None:
+        rows.append({"seed": seed, **row})
+        print(rows[-1], file=sys.stderr, flush=True)
         if out:
             content = {
                 "claim": __doc__,
                 "environment": facts,
                 "calibration_sentences": sentences,
                 "held_out_sentences": held_out,
+                "healing_sentences": sentences + healing_sentences,
                 "healing_steps": steps,
                 "rows": rows,
                 "claims": claims(rows),
@@ -364,15 +372,18 @@ def run(
             }
             write_json(out, content)
 
-    planner = Planner(task, seed, embeddings=bool(whole_budgets))
-    if whole_budgets:
-        whole(task, planner, whole_budgets, steps, seed, note)
-    if budgets:
-        encoder(task, planner, budgets, note)
+    for seed in seeds:
+        task = Task(sentences, held_out, healing_sentences, seed)
+        planner = Planner(task, seed, embeddings=bool(whole_budgets))
+        if whole_budgets:
+            whole(task, planner, whole_budgets, steps, seed, partial(note, seed))
+        if budgets:
+            encoder(task, planner, budgets, partial(note, seed))
     print_table(
-        ["part", "budget", "method", "bytes", "ratio", "cosine", "Spearman", "seconds"],
+        ["seed", "part", "budget", "method", "bytes", "ratio", "cosine", "Spearman", "seconds"],
         [
             [
+                str(row["seed"]),
                 row["part"],
                 "" if row["budget"] is None else f"1/{row['budget']:g}",
                 row["method"],

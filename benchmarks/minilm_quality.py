@@ -363,8 +363,9 @@ def main() -> int:
             whole_budgets=options.whole,
             sentences=options.sentences,
             held_out=options.held_out,
+            healing_sentences=options.healing_sentences,
             steps=options.steps,
-            seed=options.seeds[0],
+            seeds=options.seeds,
             out=options.out,
         )
     settings: dict[str, object] = {

@@ -1,5 +1,6 @@
 """Storage precisions: rounding, plans that choose them, and files that hold what was planned."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -12,7 +13,9 @@ import mpocompress as mpo
 from mpocompress.errors import BudgetError, ExportError, PlanError
 from mpocompress.export import quantize_cores
 from mpocompress.export.graph_integers import pack_fields
-from mpocompress.mpo import MPO, Layout, integer_fit
+from mpocompress.layers import MPOLinear
+from mpocompress.layers.rounded_scales import trainable_scales
+from mpocompress.mpo import MPO, Layout, integer_fit, sequential_svd
 from mpocompress.mpo.identity_gauge import IdentityGauge
 from mpocompress.mpo.integer_fit import round_matrix
 from mpocompress.mpo.integers import BITS, StoredRows, integer_bytes, planes
@@ -374,16 +377,78 @@ def test_plans_in_bytes_prefer_what_the_data_need():
 
 
 @pytest.mark.onnx
-def test_healing_trains_what_is_not_rounded(tmp_path, dense_file):
+def test_healing_trains_scales_and_leaves_integers(tmp_path, dense_file):
     model, data = reader_and_data()
-    result = mpo.compress(model, max_size=dense_file // 4, quantize="auto", data=data)
+    result = mpo.compress(model, max_size=dense_file // 6, quantize="auto", data=data)
     before = {name: value.clone() for name, value in result.model.state_dict().items()}
-    mpo.distill(result, reference=model, data=data, steps=5)
+    stored_before = {
+        name: dict(result.model.get_submodule(name).stored) for name in ("hidden", "out")
+    }
+    mpo.distill(result, reference=model, data=data, steps=20, learning_rate=1e-2)
     after = result.model.state_dict()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert all(name.endswith("bias") for name in changed)
+    assert list(after) == list(before)
+    for name, stored in stored_before.items():
+        layer = result.model.get_submodule(name)
+        assert not any(core.requires_grad for core in layer.cores.parameters())
+        for key, old in stored.items():
+            new = layer.stored[key]
+            assert torch.equal(new.values, old.values)
+            assert not torch.equal(new.scales, old.scales)
+            assert new.scales.dtype == old.scales.dtype
+            assert torch.equal(dict(layer.cores.named_parameters())[key], new.dequantized())
     exported = mpo.export_onnx(result.model, tmp_path / "m.onnx", data[0])
-    assert exported.num_bytes <= dense_file // 4
+    assert exported.num_bytes <= dense_file // 6
+    assert mpo.verify(exported.path, result.model, data).max_relative_difference < 1e-5
+
+
+def rounded_layer(layout: Layout, gauge: str, precision: str = "int3") -> MPOLinear:
+    torch.manual_seed(0)
+    weight = sequential_svd(torch.randn(24, 30), layout, bond_dim=9)
+    found = round_weight(
+        MPO(weight.cores, shape=(24, 30)), Storage(precision=precision, block=8, gauge=gauge)
+    )
+    layer = MPOLinear.from_mpo(found.weight, torch.randn(24))
+    layer.stored = dict(found.stored)
+    layer.requires_grad_(False)
+    return layer
+
+
+@pytest.mark.parametrize("gauge", ["none", "identity"])
+@pytest.mark.parametrize("layout", [Layout.svd(24, 30), Layout.parse("4x5,6x6")])
+def test_open_scales_change_nothing_and_have_the_gradients_of_the_dense_twin(layout, gauge):
+    layer, x = rounded_layer(layout, gauge), torch.randn(7, 30)
+    before, state, stored = layer(x), layer.state_dict(), dict(layer.stored)
+    expected = {}
+    for name, parameter in layer.cores.named_parameters():
+        parameter.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(layer(x).square().sum(), parameter)
+        parameter.requires_grad_(False)
+        found = stored[name]
+        rows = gradient.reshape(found.values.T.shape).T if found.transposed else gradient
+        slope = rows.reshape(found.values.shape) * (found.values + found.offset)
+        blocks = [part.sum(1) for part in slope.split(found.block, dim=1)]
+        expected[name] = torch.stack(blocks, 1) * found.scales.float()
+    with trainable_scales(layer):
+        torch.testing.assert_close(layer(x), before)
+        gains = [p for p in layer.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(layer(x).square().sum(), gains)
+    assert len(gains) == 2
+    for gradient in gradients:
+        twin = next(e for e in expected.values() if e.shape == gradient.shape)
+        torch.testing.assert_close(gradient, twin, rtol=1e-4, atol=1e-3)
+    after = layer.state_dict()
+    assert list(after) == list(state)
+    assert all(torch.equal(after[name], state[name]) for name in state)
+    assert all(torch.equal(layer.stored[name].scales, stored[name].scales) for name in stored)
+
+
+def test_shared_cores_keep_their_scales():
+    first = rounded_layer(Layout.svd(24, 30), "none")
+    second = copy.deepcopy(first)
+    second.cores = first.cores
+    model = nn.ModuleList([first, second])
+    with trainable_scales(model):
+        assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_refusals(tmp_path):

@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 
 from mpocompress.mpo.integers import (
+    HALF_RANGE,
     SYMMETRIC_BITS,
     StoredHalf,
     StoredIntegers,
     StoredRows,
+    as_stored_scales,
     offset_of,
     spread_scales,
 )
@@ -47,10 +49,9 @@ _ROWS = 4096
 # Sweeps end when one lowers the cost by less than this.
 _WORTH = 5e-3
 
-# Scales within these are stored in half precision at a relative error of 5e-4 at most. A few rows
-# below them among others (padding, say) may be rounded more coarsely than they could be: next to
-# the others that is nothing.
-_HALF_RANGE = (6.2e-5, 6.0e4)
+# Where a larger share of scales is below the range of half precision, all are stored in float32. A
+# few (padding, say) may be rounded more coarsely than they could be: next to the others that is
+# nothing.
 _FEW = 0.05
 
 # A scale that would shrink below this share of what it was stays: levels would all but coincide.
@@ -245,7 +246,7 @@ class _Rows:
             curvature_X = (level_XB @ gram_YY[ours, ours] * level_XB).sum(1)
             step_X = (gradient_XY[:, ours] * level_XB).sum(1) / curvature_X
             old_X = scales_XS[:, block]
-            new_X = _as_stored(old_X - step_X, self._dtype)
+            new_X = as_stored_scales(old_X - step_X, self._dtype)
             kept_X = (new_X.abs() > _LEAST_SHRINKING * old_X.abs()) & torch.isfinite(new_X)
             new_X = torch.where(kept_X, new_X, old_X)
             gradient_XY += ((new_X - old_X)[:, None] * level_XB) @ gram_YY[ours]
@@ -277,7 +278,7 @@ def _scale(part_XB: Tensor, bits: int) -> Tensor:
     index_X1 = part_XB.abs().argmax(1, keepdim=True)
     extreme_X1 = part_XB.gather(1, index_X1)
     # Of zeros any scale makes zeros, or with few bits the least one that half precision has.
-    empty = 1.0 if bits > SYMMETRIC_BITS else _HALF_RANGE[0]
+    empty = 1.0 if bits > SYMMETRIC_BITS else HALF_RANGE[0]
     if bits == 8:
         return torch.where(extreme_X1 == 0, empty, extreme_X1.abs() / 127)
     extreme_X1 = torch.where(extreme_X1 == 0, empty, extreme_X1)
@@ -303,16 +304,7 @@ def _nearest(work_XY: Tensor, scale_XY: Tensor, bits: int) -> Tensor:
 
 def _storable(scales_XS: Tensor) -> Tensor:
     size = scales_XS.abs()
-    small = size <= _HALF_RANGE[0]
-    if bool((size >= _HALF_RANGE[1]).any()) or float(small.double().mean()) > _FEW:
+    small = size <= HALF_RANGE[0]
+    if bool((size >= HALF_RANGE[1]).any()) or float(small.double().mean()) > _FEW:
         return scales_XS.float()
-    return _as_stored(scales_XS, torch.float16).to(torch.float16)
-
-
-def _as_stored(scales_X: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales rounded to the dtype that they are stored in, within its range, as they were."""
-    if dtype == torch.float16:
-        least, most = _HALF_RANGE
-        size_X = scales_X.abs().clamp(least, most)
-        scales_X = torch.where(scales_X < 0, -size_X, size_X)
-    return scales_X.to(dtype).to(scales_X.dtype)
+    return as_stored_scales(scales_XS, torch.float16).to(torch.float16)

@@ -11,6 +11,9 @@ from torch import Tensor
 # away. With more, what a level more on one side costs is less than what an exact zero is worth.
 SYMMETRIC_BITS = 3
 
+# Scales within these are stored in half precision at a relative error of 5e-4 at most.
+HALF_RANGE = (6.2e-5, 6.0e4)
+
 BITS = (2, 3, 4, 5, 6, 8)
 """Bits of an integer that a matrix can be rounded to."""
 
@@ -143,3 +146,12 @@ def offset_of(bits: int) -> float:
 def spread_scales(scales_XS: Tensor, block: int, like_XY: Tensor) -> Tensor:
     """The scale of each entry (X, Y)."""
     return scales_XS.repeat_interleave(block, dim=1)[:, : like_XY.shape[1]]
+
+
+def as_stored_scales(scales_X: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales rounded to the dtype that they are stored in, within its range, as they were."""
+    if dtype == torch.float16:
+        least, most = HALF_RANGE
+        size_X = scales_X.abs().clamp(least, most)
+        scales_X = torch.where(scales_X < 0, -size_X, size_X)
+    return scales_X.to(dtype).to(scales_X.dtype)

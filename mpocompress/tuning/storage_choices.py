@@ -27,8 +27,8 @@ from mpocompress.tuning.rounding import Storage, round_weight, shrunk, stored_te
 from mpocompress.tuning.sensitivity import _merged, _moments_of, tied_heads
 from mpocompress.tuning.table_fit import table_weights
 
-# Blocks of columns are worth their scales at 4 bits, now and then at 3; on a sentence encoder, 2 bits
-# in blocks were never better than some layers at 2 bits by rows and some at 3.
+# Blocks of columns are worth their scales at 4 bits, now and then at 3; on a sentence encoder, 2
+# bits in blocks were never better than some layers at 2 bits by rows and some at 3.
 _DENSE: tuple[tuple[int, int | None], ...] = (
     *((bits, None) for bits in BITS),
     (3, 32),
