@@ -17,6 +17,9 @@ and Spearman correlation of the similarities of all pairs. Every method has the 
 For comparison in bytes, the same layers quantized (simulated; weight only): int8 by rows, int4 in
 blocks of 32. Sentences: paragraphs of the `fortunes` package, split at random by the seed. Rows
 are written as they come: a run that was stopped goes on from there.
+
+--whole 4 8 12 measures the whole model instead, embeddings included, as ONNX files of 1/4, 1/8 and
+1/12 of the dense file's bytes; see benchmarks/bytes.py.
 """
 
 import argparse
@@ -349,8 +352,22 @@ def main() -> int:
         "--seeds", type=int, nargs="+", default=[0, 1], help="of the split and of the methods"
     )
     parser.add_argument("--models", type=Path, help="folder in which healed models are kept")
+    parser.add_argument("--whole", type=float, nargs="+", help="budgets of the whole model's file")
     parser.add_argument("--out", type=Path, help="JSON file; what it has is not run again")
     options = parser.parse_args()
+    if options.whole:
+        import bytes as storage
+
+        return storage.run(
+            budgets=[],
+            whole_budgets=options.whole,
+            sentences=options.sentences,
+            held_out=options.held_out,
+            healing_sentences=options.healing_sentences,
+            steps=options.steps,
+            seeds=options.seeds,
+            out=options.out,
+        )
     settings: dict[str, object] = {
         "environment": environment(PACKAGES, seed=options.seeds[0]),
         "calibration_sentences": options.sentences,

@@ -103,6 +103,7 @@ class Request:
             "sites": self.sites,
             "include": self.include,
             "exclude": self.exclude,
+            "quantize": "auto" if self.quantize == "auto" else "none",
         }
 
 

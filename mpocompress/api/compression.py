@@ -16,7 +16,7 @@ from mpocompress.api.drop_budget import EvalFn, meet_drop
 from mpocompress.api.error_budget import measured_errors, meet_output_error, meet_weight_error
 from mpocompress.api.job import Built, Job
 from mpocompress.api.result import CompressionResult
-from mpocompress.api.size_budget import OnnxBytes, plan_for_size
+from mpocompress.api.size_budget import OnnxBytes, plan_for_size, plan_storage_for_size
 from mpocompress.api.tune import heal
 from mpocompress.errors import BudgetError, DataError, NoLayerMatched, PlanError
 from mpocompress.loading import Batch
@@ -30,6 +30,7 @@ from mpocompress.planning import (
     PlanOptions,
     Progress,
 )
+from mpocompress.planning.options import PlannedPrecision
 from mpocompress.report import CompressionReport, Source
 from mpocompress.report.predictions import with_budget, with_comparisons
 from mpocompress.surgery import Inventory
@@ -54,6 +55,7 @@ def plan(
     exclude: Sequence[str] = (),
     if_smaller: bool = True,
     gauge: Gauge = "none",
+    quantize: PlannedPrecision = "none",
     data: Any = None,
     onnx_bytes: OnnxBytes | None = None,
     sweeps: int = 16,
@@ -94,6 +96,9 @@ def plan(
         if_smaller: at a bond dimension: keep layers dense that would not get smaller.
         gauge: "identity" stores every layer with as many numbers as it has degrees of freedom:
             nothing is lost, and more layers get smaller. "none" stores all entries of the cores.
+        quantize: "auto", with `max_size`: a storage precision for each layer, dense or factorized
+            (float16, or integers of 8 to 2 bits), by what its error does to the model's output.
+            Layouts and gauges are then chosen along with it.
         data: batches of forward arguments, as in `compress`. Without any, embedding tables are kept
             unless they are included by name: truncated without regard to how often each row is
             used, they lose the most.
@@ -130,6 +135,7 @@ def plan(
         if_smaller=if_smaller,
         gauge=gauge,
         healed=distill > 0,
+        quantize=quantize,
     ).checked()
     calls = None if data is None else calls_of(data, model)
     task = _Task.of(options, calls, eval_fn, onnx_bytes, seed)
@@ -156,6 +162,7 @@ def compress(
     exclude: Sequence[str] = (),
     if_smaller: bool = True,
     gauge: Gauge = "none",
+    quantize: PlannedPrecision = "none",
     data: Any = None,
     onnx_bytes: OnnxBytes | None = None,
     sweeps: int = 16,
@@ -188,6 +195,8 @@ def compress(
         exclude: see `plan`.
         if_smaller: see `plan`.
         gauge: see `plan`; layers are fitted first and brought into their gauge at the end.
+        quantize: see `plan`. Layers have the values that their files stand for, and `export_onnx`
+            writes them so. Healing then trains what is not rounded: norms, biases.
         data: batches of forward arguments (a tensor, a tuple or a dict each); labels are not
             needed but for `max_drop`. With data every layer is fitted to the outputs that the dense
             model has on it, in the order of the forward pass, instead of to its weights.
@@ -237,6 +246,7 @@ def compress(
         if_smaller=if_smaller,
         gauge=gauge,
         healed=distill > 0,
+        quantize=quantize,
     )
     if (plan is None) != options.is_given:
         raise PlanError(
@@ -335,7 +345,8 @@ def _meet(job: Job, task: _Task) -> _Aim:
     options = job.options
     if options.max_size is not None and task.onnx_bytes is not None:
         job.take_statistics()
-        found, met = plan_for_size(job, int(options.max_size), task.onnx_bytes)
+        aim = plan_storage_for_size if options.quantize == "auto" else plan_for_size
+        found, met = aim(job, int(options.max_size), task.onnx_bytes)
         return _Aim(plan=found, met=met)
     if options.max_error is not None:
         if task.held:

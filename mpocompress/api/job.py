@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -11,6 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.api.result import Clock, CompressionResult
+from mpocompress.api.storage import (
+    check_precision,
+    record_stored_,
+    round_without_data,
+    storage_of,
+    stored_bytes,
+)
 from mpocompress.errors import MPOCompressError
 from mpocompress.loading import Batch
 from mpocompress.mpo import MPO, Layout, sequential_svd
@@ -25,6 +32,8 @@ from mpocompress.planning import (
     Sharing,
     with_predictions,
 )
+from mpocompress.planning.byte_sharing import ByteSharing
+from mpocompress.planning.storage_choice import StorageChoice
 from mpocompress.report import Source
 from mpocompress.report.collect import Outcome, collect_report, measure
 from mpocompress.surgery import (
@@ -48,6 +57,8 @@ from mpocompress.tuning import (
     output_energy,
     tied_heads,
 )
+from mpocompress.tuning.rounding import Rounded
+from mpocompress.tuning.storage_choices import storage_choices
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -60,6 +71,7 @@ class Built:
         weights: of each compressed site, as stored.
         fitted: what the fit found; empty without data.
         bounds: on the relative weight errors, of weights that were not fitted.
+        rounded: weights that are not stored in float32.
     """
 
     plan: Plan
@@ -67,6 +79,7 @@ class Built:
     weights: Mapping[WeightSite, MPO | IdentityGauge]
     fitted: Mapping[WeightSite, FittedWeight]
     bounds: Mapping[WeightSite, float]
+    rounded: Mapping[WeightSite, Rounded] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -128,6 +141,7 @@ class Job:
         self._latency = latency
         self._energy: float | None = None
         self._gains: dict[WeightSite, Tensor | None] = {}
+        self._choices: dict[WeightSite, Sequence[StorageChoice]] = {}
 
     @property
     def objective(self) -> Objective:
@@ -177,6 +191,23 @@ class Job:
                 progress=self.progress,
             )
 
+    def byte_sharing(self) -> ByteSharing:
+        """What a budget of bytes is shared among."""
+        with self.clock("planning"):
+            return ByteSharing(
+                self.inventory,
+                self._storage_choices,
+                include=self.options.include,
+                exclude=self.options.exclude,
+                output_energy=self._energy,
+                progress=self.progress,
+            )
+
+    def _storage_choices(self, site: WeightSite) -> Sequence[StorageChoice]:
+        if site not in self._choices:
+            self._choices[site] = storage_choices(site, self.moments)
+        return self._choices[site]
+
     def plan(self) -> Plan:
         """The plan for a bond dimension or a ratio."""
         with self.clock("planning"):
@@ -224,25 +255,38 @@ class Job:
                 site=by_name[layer.name],
                 layout=layer.sites(),
                 bond_dims=layer.sites().clip(layer.bond_dims or ()),
+                storage=storage_of(layer),
             )
             for layer in plan.compressed
         ]
-        for entry in planned:
+        for entry, layer in zip(planned, plan.compressed, strict=True):
             check_finite(entry.site)
+            check_precision(entry.site, layer)
         gauges: dict[str, Gauge] = {layer.name: layer.gauge for layer in plan.compressed}
         fitted = self._fit(opened, planned, moments)
         weights: dict[WeightSite, MPO | IdentityGauge] = {}
         bounds: dict[WeightSite, float] = {}
+        rounded = {
+            site: found.rounded for site, found in fitted.items() if found.rounded is not None
+        }
         with self.clock("factorization"):
             for done, entry in enumerate(planned):
                 if self.progress is not None:
                     self.progress(entry.site.name, done, len(planned))
                 site = entry.site
                 with _naming(site):
+                    if site in rounded:
+                        weights[site] = rounded[site].weight
+                        continue
                     if site in fitted:
                         weights[site] = in_gauge(fitted[site].mpo, gauges[site.name])
                         continue
-                    mpo, bounds[site] = _truncated(entry, self.seed)
+                    mpo, bound = _truncated(entry, self.seed)
+                    if entry.storage.rounds:
+                        rounded[site] = round_without_data(site, mpo, entry.storage)
+                        weights[site] = rounded[site].weight
+                        continue
+                    bounds[site] = bound
                     weights[site] = in_gauge(mpo, gauges[site.name]).to(dtype=site.dtype)
         with self.clock("surgery"):
             compressed = copy_with_replacements(opened, weights)
@@ -250,7 +294,15 @@ class Job:
                 if weight.bias is not None:
                     bias = compressed.get_submodule(site.name).get_parameter("bias")
                     bias.data.copy_(weight.bias)
-        return Built(plan=plan, model=compressed, weights=weights, fitted=fitted, bounds=bounds)
+            record_stored_(compressed, rounded)
+        return Built(
+            plan=plan,
+            model=compressed,
+            weights=weights,
+            fitted=fitted,
+            bounds=bounds,
+            rounded=rounded,
+        )
 
     def finish(self, built: Built, *, source: Source | None) -> CompressionResult:
         """Measure what was built, layer by layer, and report."""
@@ -258,11 +310,13 @@ class Job:
         with self.clock("measurement"):
             for site, weight in built.weights.items():
                 found = built.fitted.get(site)
+                stored = built.rounded.get(site)
                 outcomes[site.name] = measure(
                     site,
                     weight,
                     discarded_weight_bound=built.bounds.get(site),
                     relative_output_error=None if found is None else found.relative_output_error,
+                    num_bytes=None if stored is None else stored_bytes(stored),
                 )
         gauges = {layer.name: layer.gauge for layer in built.plan.compressed}
         # As executed: a plan that was edited may give each layer its own.

@@ -256,8 +256,9 @@ def _show_plan(plan: "Plan") -> None:
             layout = layer.sites()
             chosen = next((c for c in layer.candidates if c.chosen), None)
             error = chosen.relative_weight_error if chosen else None
+            shown = f"{layout} {layer.storage}" if layer.rounds else str(layout)
             figures = [
-                str(layout),
+                shown,
                 listed(layout.clip(layer.bond_dims or ())),
                 f"{layer.shape[0] * layer.shape[1] / layer.parameters:.2f}",
                 f"{layer.macs:,}",

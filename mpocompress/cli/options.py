@@ -21,6 +21,7 @@ class Quantize(StrEnum):
     NONE = "none"
     INT8 = "int8"
     INT4 = "int4"
+    AUTO = "auto"
 
 
 FormOption = Annotated[
@@ -36,7 +37,11 @@ BatchOption = Annotated[
 ]
 QuantizeOption = Annotated[
     Quantize,
-    typer.Option("--quantize", help="Store cores in ONNX as integers; a session unpacks them."),
+    typer.Option(
+        "--quantize",
+        help="Store cores in ONNX as integers; a session unpacks them. auto, with --max-size: a "
+        "precision for each layer, dense or factorized.",
+    ),
 ]
 InputOption = Annotated[
     list[str] | None,

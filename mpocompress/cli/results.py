@@ -66,11 +66,12 @@ def show_report(report: "CompressionReport", directory: Path) -> None:
                 f"{layer.parameters.compressed}",
                 f"{layer.parameters.ratio:.2f}",
                 number(layer.relative_weight_error),
+                layer.precision or "",
                 layer.form or "",
             ]
         )
     columns = ["layer", "out x in", "layout", "bond dims", "dense", "MPO", "ratio", "weight error"]
-    columns.append("form")
+    columns += ["stored as", "form"]
     print_table(f"{report.source.name}: {len(rows)} layers compressed", columns, rows)
     totals = report.totals.parameters
     typer.echo(

@@ -9,7 +9,7 @@ import onnx_ir.passes.common as passes
 from onnxscript import optimizer
 
 from mpocompress.export.graph_integers import store_integers
-from mpocompress.export.integers import StoredIntegers
+from mpocompress.mpo.integers import Stored
 
 # The model is a submodule of the traced wrapper.
 PARAMETER_PREFIX = "model."
@@ -23,7 +23,7 @@ _PASSES_INDICES_ON = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqu
 
 def simplify(
     model: ir.Model,
-    integers: Mapping[str, StoredIntegers] | None = None,
+    integers: Mapping[str, Stored] | None = None,
     first_names: Mapping[str, str] | None = None,
 ) -> None:
     """Optimize a freshly exported graph in place, leaving one initializer for each parameter.

@@ -18,9 +18,15 @@ from mpocompress.export.calls import Batch, ForwardCall, first_line, inference_c
 from mpocompress.export.form_choice import LayerForm, choose_forms
 from mpocompress.export.forms import Form, FormChoice, check_form, layers_of, set_forms_
 from mpocompress.export.inputs import INPUTS_KEY, InputSpec
-from mpocompress.export.integers import StoredIntegers
-from mpocompress.export.quantize import Quantize, QuantizedModel, check_quantize, quantize_cores
+from mpocompress.export.quantize import (
+    Quantize,
+    QuantizedModel,
+    as_stored,
+    check_quantize,
+    quantize_cores,
+)
 from mpocompress.export.tracing import Trace, trace, traceable, translate
+from mpocompress.mpo.integers import has_four_bits
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -48,7 +54,8 @@ class ExportedModel:
         outputs: names of the graph's outputs.
         converted_from: floating dtypes of the model that were written as float32, sorted.
         forms: how each compressed layer is spelled, by its first name in the model.
-        quantization: how cores are stored: "none", "int8" or "int4".
+        quantization: how cores are stored: "none", "int8", "int4", or "auto", each in its own
+            way.
     """
 
     path: Path
@@ -73,7 +80,7 @@ def export_onnx(
     *,
     form: FormChoice | Mapping[str, Form] = "chain",
     form_batch: int = 1,
-    quantize: Quantize | QuantizedModel = "none",
+    quantize: Quantize | QuantizedModel = "auto",
     data: Iterable[Batch] | None = None,
     opset: int | None = None,
     metadata: Mapping[str, str] | None = None,
@@ -100,8 +107,9 @@ def export_onnx(
             faster in ONNX Runtime, measured layer by layer; near a tie, runs may differ. Or a dict
             from layer to "chain" or "dense", as in `ExportedModel.forms`; other layers are chains.
         form_batch: rows of the example to measure at.
-        quantize: "int8" or "int4" to store cores as integers, see `quantize_cores`; or what that
-            gave for this model.
+        quantize: "auto" writes each layer as it was rounded when it was compressed, in float32 if
+            it was not; "none" all in float32; "int8" or "int4" store cores as integers, see
+            `quantize_cores`; or what that gave for this model.
         data: batches for the rounding.
         opset: version of the default operator set, 18 or later, for int4 cores 21; default: that.
         metadata: entries for the file's `metadata_props`.
@@ -120,17 +128,20 @@ def export_onnx(
     check_form(form)
     if not isinstance(quantize, QuantizedModel):
         check_quantize(quantize)
-    least = INT4_OPSET if _kind(quantize) == "int4" else DEFAULT_OPSET
-    opset = least if opset is None else opset
-    _check_request(path, opset, least, metadata or {})
+    _check_request(path, opset, metadata or {})
     copied, converted_from = inference_copy(model)
-    quantization = _kind(quantize)
-    integers: Mapping[str, StoredIntegers] = {}
-    if quantize != "none":
-        if not isinstance(quantize, QuantizedModel):
-            quantize = quantize_cores(copied, quantize, data)
-        copied, _ = inference_copy(quantize.model)
-        integers = quantize.integers
+    if isinstance(quantize, QuantizedModel):
+        quantized = quantize
+    elif quantize == "auto":
+        quantized = as_stored(copied)
+    elif quantize == "none":
+        quantized = QuantizedModel(model=copied, kind="none", integers={})
+    else:
+        quantized = quantize_cores(copied, quantize, data)
+    if quantized.model is not copied:
+        copied, _ = inference_copy(quantized.model)
+    quantization, integers = quantized.kind, quantized.integers
+    opset = _checked_opset(opset, any(map(has_four_bits, integers.values())))
     call = traceable(ForwardCall.from_batch(copied, example_inputs))
     outputs = tuple(_run_example(copied, call))
     input_names = _chosen("input", input_names, call.names)
@@ -161,11 +172,6 @@ def export_onnx(
     )
 
 
-def _kind(quantize: Quantize | QuantizedModel) -> Quantize:
-    """How cores are stored."""
-    return quantize.kind if isinstance(quantize, QuantizedModel) else quantize
-
-
 def _forms(
     model: nn.Module, call: ForwardCall, form: FormChoice | Mapping[str, Form], batch: int
 ) -> dict[str, LayerForm]:
@@ -183,15 +189,20 @@ def _forms(
     return {name: LayerForm(form=form.get(name, "chain")) for name in layers}
 
 
-def _check_request(path: Path, opset: int, least: int, metadata: Mapping[str, str]) -> None:
-    if opset < DEFAULT_OPSET:
+def _checked_opset(opset: int | None, four_bits: bool) -> int:
+    least = INT4_OPSET if four_bits else DEFAULT_OPSET
+    if opset is not None and opset < least:
+        raise ExportError(
+            f"opset {opset} has no 4-bit tensors. Take opset={least} or later, or quantize='int8'."
+        )
+    return least if opset is None else opset
+
+
+def _check_request(path: Path, opset: int | None, metadata: Mapping[str, str]) -> None:
+    if opset is not None and opset < DEFAULT_OPSET:
         raise ExportError(
             f"opset {opset}: torch's exporter writes opset {DEFAULT_OPSET} and later. "
             f"Take opset={DEFAULT_OPSET}, which ONNX Runtime has read since version 1.14."
-        )
-    if opset < least:
-        raise ExportError(
-            f"opset {opset} has no 4-bit tensors. Take opset={least} or later, or quantize='int8'."
         )
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):

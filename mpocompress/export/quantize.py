@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from mpocompress.errors import ExportError
 from mpocompress.export.calls import Batch, ForwardCall, inference_copy, run
 from mpocompress.export.forms import layers_of
-from mpocompress.export.integers import StoredIntegers, round_matrix
-from mpocompress.layers import MPOLinear
+from mpocompress.layers import MPOLayer, MPOLinear
 from mpocompress.layers.gauged_cores import GaugedCores
 from mpocompress.mpo import linalg
+from mpocompress.mpo.integer_fit import round_matrix
+from mpocompress.mpo.integers import Stored, StoredIntegers
 from mpocompress.tuning.moments import CrossMoment, keep_mask, real_rows
 
-Quantize = Literal["none", "int8", "int4"]
+Quantize = Literal["none", "int8", "int4", "auto"]
 
 _BITS = {"int8": 8, "int4": 4}
 # One scale to a row is enough for 8 bits; with 4 bits a block is what the common tools take, too.
@@ -39,20 +40,20 @@ class QuantizedModel:
 
     Attributes:
         model: a copy, float32 on the CPU, in eval mode, with the values that the file stands for.
-        kind: how the cores are stored.
+        kind: how the cores are stored; "auto" for each in its own precision.
         integers: what is stored, by the parameter's first name in the model.
     """
 
     model: nn.Module
     kind: Quantize
-    integers: Mapping[str, StoredIntegers]
+    integers: Mapping[str, Stored]
 
 
 def check_quantize(quantize: object) -> None:
     """Refuse what is no way to store cores.
 
     Raises:
-        ExportError: neither "none", "int8" nor "int4".
+        ExportError: neither "none", "int8", "int4" nor "auto".
     """
     if quantize not in get_args(Quantize):
         raise ExportError(
@@ -78,18 +79,28 @@ def quantize_cores(
 
     Args:
         model: stays as it is.
-        quantize: "int8" or "int4"; "none" gives a plain copy.
+        quantize: "int8" or "int4"; "auto" for what each layer was rounded to when it was
+            compressed, see `MPOLayer.stored`; "none" gives a plain copy.
         data: batches of forward arguments.
 
     Raises:
-        ExportError: no such way, or a model that cannot be copied.
+        ExportError: no such way, a model that cannot be copied, or "auto" without rounded layers.
         DataError: batches that do not fit the model.
     """
     check_quantize(quantize)
     copied, _ = inference_copy(model)
-    integers: dict[str, StoredIntegers] = {}
+    integers: dict[str, Stored] = {}
     if quantize == "none":
         return QuantizedModel(model=copied, kind=quantize, integers=integers)
+    if quantize == "auto":
+        found = as_stored(copied)
+        if found.kind == "none":
+            raise ExportError(
+                'quantize "auto" writes layers as they were rounded, and none of these are: a plan '
+                'with max_size and quantize="auto" rounds them; what was saved has float32 cores. '
+                'Compress again, or take "int8" or "int4".'
+            )
+        return found
     bits = _BITS[quantize]
     layers = layers_of(copied)
     moments = {} if data is None else _input_moments(copied, data)
@@ -110,6 +121,32 @@ def quantize_cores(
                 replaced[id(layer.bias)] = nn.Parameter(bias, requires_grad=False)
         _replace(copied, replaced)
     return QuantizedModel(model=copied, kind=quantize, integers=integers)
+
+
+def as_stored(model: nn.Module) -> QuantizedModel:
+    """A model whose layers were rounded when it was compressed, with what a file holds of them.
+
+    Args:
+        model: float32, on the CPU; it is not copied.
+
+    Raises:
+        ExportError: a layer's values are no longer those that it was rounded to.
+    """
+    integers: dict[str, Stored] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, MPOLayer) or layer.stored is None:
+            continue
+        parameters = dict(layer.cores.named_parameters())
+        for suffix, stored in layer.stored.items():
+            found = parameters.get(suffix)
+            if found is None or not torch.equal(found, stored.dequantized().to(found)):
+                raise ExportError(
+                    f"layer {name!r} was rounded for its file, but 'cores.{suffix}' has changed "
+                    'since. Write it in float32 with quantize="none", or round it again with '
+                    'quantize="int8" or "int4".'
+                )
+            integers[f"{name}.cores.{suffix}" if name else f"cores.{suffix}"] = stored
+    return QuantizedModel(model=model, kind="auto" if integers else "none", integers=integers)
 
 
 def _replace(model: nn.Module, replaced: Mapping[int, nn.Parameter]) -> None:

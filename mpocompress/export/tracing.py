@@ -19,7 +19,7 @@ from torch.export import Dim, ExportedProgram
 from mpocompress.errors import ExportError
 from mpocompress.export.calls import ForwardCall, TensorForward, first_line, run
 from mpocompress.export.inputs import BATCH, SEQUENCE
-from mpocompress.export.integers import StoredIntegers
+from mpocompress.mpo.integers import Stored
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -224,7 +224,7 @@ def translate(
     opset: int,
     name: str,
     *,
-    integers: Mapping[str, StoredIntegers] | None = None,
+    integers: Mapping[str, Stored] | None = None,
     first_names: Mapping[str, str] | None = None,
 ) -> "ir.Model":
     """Translate a traced model to ONNX and simplify the graph.

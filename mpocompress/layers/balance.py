@@ -14,15 +14,16 @@ def balance_cores_(model: nn.Module) -> int:
     """Bring each MPO layer into the symmetric gauge, with cores of equal Frobenius norms, in place.
 
     No matrix changes but for rounding; names, shapes and `requires_grad` stay, and so do ties.
-    Left as they are: layers whose cores are computed from other parameters, and layers that share
-    some but not all of their cores with another layer, whose matrix would change.
+    Left as they are: layers that are rounded for a file, layers whose cores are computed from other
+    parameters, and layers that share some but not all of their cores with another layer, whose
+    matrix would change.
 
     Returns:
         How many chains of cores were rescaled.
     """
     chains: dict[tuple[int, ...], list[nn.Parameter]] = {}
     for module in model.modules():
-        if not isinstance(module, MPOLayer):
+        if not isinstance(module, MPOLayer) or module.stored is not None:
             continue
         cores = list(module.cores)
         if all(isinstance(core, nn.Parameter) and core.is_leaf for core in cores):

@@ -1,6 +1,6 @@
 """`MPOLayer`: what layers of every kind have in common, a matrix that is stored as cores."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
@@ -11,6 +11,7 @@ from mpocompress.layers.gauged_cores import GaugedCores
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.dense import to_dense
 from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge, check_gauge, fix_identity_gauge
+from mpocompress.mpo.integers import Stored
 
 
 class MPOLayer(nn.Module):
@@ -23,11 +24,14 @@ class MPOLayer(nn.Module):
         kind: of the weight that the cores stand for, such as "linear".
         dense_shape: of that weight; None if it is the matrix itself.
         dense_transposed: whether it is (in, out), seen as (first dimension, all others).
+        stored: how a file holds the cores if they have been rounded, by the parameter's name below
+            `cores`; what is trained afterwards is no longer what is stored.
     """
 
     kind: str = "linear"
     dense_shape: tuple[int, ...] | None = None
     dense_transposed: bool = False
+    stored: Mapping[str, Stored] | None = None
 
     out_features: int
     in_features: int

@@ -98,11 +98,11 @@ class GaugedCores(nn.Module):
     @property
     def last(self) -> Tensor:
         """The last core (left, out, in, 1), whole: the parameter, or what stands in for it."""
-        last: Tensor = getattr(self, str(len(self._modules)))
+        last: Tensor = getattr(self, str(len(self.gauged)))
         return last
 
     def __len__(self) -> int:
-        return len(self._modules) + 1
+        return len(self.gauged) + 1
 
     def __iter__(self) -> Iterator[Tensor]:
         for core in self.gauged:

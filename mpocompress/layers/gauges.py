@@ -21,7 +21,9 @@ def plain_gauge(model: nn.Module) -> Iterator[None]:
     """
     groups: dict[int, list[MPOLayer]] = {}
     for module in model.modules():
-        if isinstance(module, MPOLayer) and isinstance(module.cores, GaugedCores):
+        if not isinstance(module, MPOLayer) or module.stored is not None:
+            continue  # what is rounded for a file stays as it is
+        if isinstance(module.cores, GaugedCores):
             groups.setdefault(id(module.cores.last), []).append(module)
     for first, *others in groups.values():
         first.free_gauge_()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from mpocompress.errors import PlanError
 from mpocompress.mpo.identity_gauge import Gauge
@@ -22,6 +22,9 @@ from mpocompress.surgery import Inventory
 
 Target = Literal["bond_dim", "ratio", "max_size", "max_error", "max_drop"]
 """The ways to say how small."""
+
+PlannedPrecision = Literal["none", "auto"]
+"""Whether a plan leaves all layers in float32, or chooses a storage precision for each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +48,7 @@ class PlanOptions:
         if_smaller: with `bond_dim`: keep layers that would not get smaller.
         gauge: how cores are stored.
         healed: with a budget: healing will follow.
+        quantize: with `max_size`: "auto" chooses a storage precision for each layer, too.
     """
 
     bond_dim: int | None = None
@@ -62,6 +66,7 @@ class PlanOptions:
     if_smaller: bool = True
     gauge: Gauge = "none"
     healed: bool = False
+    quantize: PlannedPrecision = "none"
 
     @property
     def is_given(self) -> bool:
@@ -90,6 +95,7 @@ class PlanOptions:
             check_ratio(self.ratio or 0.0, self.of)
         elif self.of != "model":
             raise PlanError(f"of {self.of!r} is for a ratio, but {target} was given. Drop it.")
+        self._check_quantize(target)
         if self.max_error is not None:
             check_max_error(self.max_error)
         if self.max_drop is not None:
@@ -169,6 +175,25 @@ class PlanOptions:
             tables=tables,
             progress=progress,
         )
+
+    def _check_quantize(self, target: Target) -> None:
+        if self.quantize not in get_args(PlannedPrecision):
+            raise PlanError(
+                f"quantize {self.quantize!r}: a plan leaves precisions alone (none) or chooses "
+                "them (auto). One for all cores is given to export_onnx."
+            )
+        if self.quantize == "none":
+            return
+        if target != "max_size":
+            raise PlanError(
+                f'quantize "auto" shares bytes among layers, but {target} was given. Give '
+                'max_size, such as "25MB".'
+            )
+        if self.layout != "auto" or self.sites is not None or self.objective != "size":
+            raise PlanError(
+                'quantize "auto" chooses layouts along with precisions, by size. Drop layout, '
+                "sites and objective."
+            )
 
     def _targets(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in _TARGETS}

@@ -9,11 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from mpocompress.errors import PlanError
 from mpocompress.mpo import Layout
 from mpocompress.mpo.identity_gauge import Gauge, stored_parameters
+from mpocompress.mpo.integers import place_bytes
+from mpocompress.mpo.precision import Precision, bits_of, matrix_bytes
 from mpocompress.planning.layouts import Candidate, chain_macs
 
 FORMAT_VERSION = 1
 
 Pairs = tuple[tuple[PositiveInt, PositiveInt], ...]
+Tiers = tuple[tuple[PositiveInt, Precision], ...]
 
 
 class _Frozen(BaseModel):
@@ -21,7 +24,12 @@ class _Frozen(BaseModel):
 
 
 class CandidateFigures(_Frozen):
-    """What a layout costs and loses: a row of the table of alternatives."""
+    """What a layout costs and loses: a row of the table of alternatives.
+
+    Attributes:
+        bytes: in a file; None where only parameters count.
+        loss: share of the model's squared outputs that changes, predicted; None if unknown.
+    """
 
     layout: Pairs
     bond_dims: tuple[PositiveInt, ...]
@@ -29,6 +37,17 @@ class CandidateFigures(_Frozen):
     macs: int
     relative_weight_error: float | None = None
     chosen: bool = False
+    gauge: Gauge = "none"
+    precision: Precision = "float32"
+    block: PositiveInt | None = None
+    tiers: Tiers = ()
+    bytes: int | None = None
+    loss: float | None = None
+
+    @property
+    def storage(self) -> str:
+        """The precision as text."""
+        return _storage(self.precision, self.block, self.tiers)
 
     @classmethod
     def of(cls, candidate: Candidate, *, chosen: bool) -> "CandidateFigures":
@@ -41,6 +60,12 @@ class CandidateFigures(_Frozen):
             relative_weight_error=candidate.relative_weight_error,
             chosen=chosen,
         )
+
+
+def _storage(precision: Precision, block: int | None, tiers: Tiers) -> str:
+    blocks = f" in blocks of {block}" if block else ""
+    frequent = "".join(f"{rows} rows {own}, " for rows, own in tiers)
+    return f"{frequent}{'others ' if tiers else ''}{precision}{blocks}"
 
 
 class LayerPrediction(_Frozen):
@@ -73,6 +98,12 @@ class LayerPlan(_Frozen):
         bond_dims: largest bond dimension at each bond; None if kept.
         gauge: "none" to store all entries of the cores, "identity" to store as many numbers as the
             layer has degrees of freedom.
+        precision: of the numbers in the file: float32 (whatever `quantize` says), float16, or
+            integers with a scale to each row, written out as they are. A dense weight that is
+            rounded is a layout of one site.
+        block: columns that share a scale, for integers; None for all of a row.
+        tiers: of a dense table: how many of its most frequent rows are stored in which precision,
+            most frequent first, such as [[500, "int8"]]; the others are in `precision`.
         candidates: what other layouts would have given.
         predicted: what was expected when the plan was made.
     """
@@ -86,16 +117,57 @@ class LayerPlan(_Frozen):
     layout: Pairs | None = None
     bond_dims: tuple[PositiveInt, ...] | None = None
     gauge: Gauge = "none"
+    precision: Precision = "float32"
+    block: PositiveInt | None = None
+    tiers: Tiers = ()
     candidates: tuple[CandidateFigures, ...] = ()
     predicted: LayerPrediction | None = None
 
     @property
     def choice(self) -> str:
-        """Layout and bond dimensions as text, or "dense"."""
+        """Layout, bond dimensions and storage as text, or "dense"."""
         if self.action == "keep":
             return "dense"
         layout = self.sites()
-        return f"{layout} {list(layout.clip(self.bond_dims or ()))} {self.gauge}"
+        found = f"{layout} {list(layout.clip(self.bond_dims or ()))} {self.gauge}"
+        return f"{found} {self.storage}" if self.rounds else found
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it is stored otherwise than in float32."""
+        return self.precision != "float32" or bool(self.tiers)
+
+    @property
+    def storage(self) -> str:
+        """The precision as text, such as "int4 in blocks of 32"."""
+        return _storage(self.precision, self.block, self.tiers)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of what is stored afterwards, in float32 where nothing else is said."""
+        if not self.rounds:
+            return 4 * self.parameters
+        layout = self.sites()
+        bonds = layout.clip(self.bond_dims or ())
+        if layout.num_sites == 1:
+            rows, columns = layout.pairs[0]
+            tiers, left = 0, rows
+            for count, precision in self.tiers:
+                tiers += matrix_bytes(min(count, left), columns, precision, self.block)
+                left -= min(count, left)
+            places = place_bytes(rows) if self.tiers else 0
+            return tiers + places + matrix_bytes(left, columns, self.precision, self.block)
+        found, left = 0, 1
+        for site, ((out, in_), right) in enumerate(zip(layout.pairs, (*bonds, 1), strict=True)):
+            last = site == layout.num_sites - 1
+            rows = left if last else left * out * in_
+            columns = out * in_ if last else right
+            if self.gauge == "identity" and not last:
+                found += right * (1 if rows <= 1 << 8 else 2 if rows <= 1 << 15 else 4)
+                rows -= right
+            found += matrix_bytes(rows, columns, self.precision, self.block)
+            left = right
+        return found
 
     @property
     def parameters(self) -> int:
@@ -131,6 +203,16 @@ class LayerPlan(_Frozen):
                 f"layer {self.name!r}: action {self.action!r} needs a layout and bond_dims."
             )
         layout = Layout.from_pairs(self.layout)
+        if self.block is not None and bits_of(self.precision) is None and not self.tiers:
+            raise PlanError(
+                f"layer {self.name!r}: block {self.block} is of integers that share a scale, but "
+                f"its precision is {self.precision}. Drop the block."
+            )
+        if self.tiers and (layout.num_sites > 1 or self.kind != "embedding"):
+            raise PlanError(
+                f"layer {self.name!r}: tiers are rows of a dense table by how often they are "
+                f"looked up; this is a {self.kind} weight with layout {layout}. Drop the tiers."
+            )
         padded = (layout.out_features, layout.in_features) != self.shape
         if len(self.bond_dims) != layout.num_sites - 1:
             raise PlanError(
@@ -226,5 +308,6 @@ class Plan(_Frozen):
                 ratio = layer.shape[0] * layer.shape[1] / after
                 what = f"{layout} bond_dims {list(bonds)}: {after} parameters, ratio {ratio:.2f}"
                 what += " (identity gauge)" if layer.gauge == "identity" else ""
+                what += f", {layer.storage}: {layer.bytes} bytes" if layer.rounds else ""
             lines.append(f"{layer.name}  {size}  {what}  ({layer.reason})")
         return "\n".join(lines)

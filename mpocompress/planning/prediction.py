@@ -89,12 +89,15 @@ def predicted_totals(plan: Plan) -> Predicted:
     ]
     known = [loss for loss in losses if loss is not None]
     error = sqrt(sum(known)) if known and len(known) == len(losses) else None
+    stored = None
+    if any(layer.rounds for layer in plan.compressed):  # models that are rounded are float32
+        stored = sum(layer.bytes for layer in plan.layers)
     elsewhere, rest, listed = plan.parameters_elsewhere, plan.bytes_elsewhere, plan.bytes_listed
     return Predicted(
         parameters=None if elsewhere is None else (elsewhere + dense, elsewhere + after),
         bytes=None
         if rest is None or listed is None
-        else (rest + listed, rest + round(listed * after / dense)),
+        else (rest + listed, rest + (stored or round(listed * after / dense))),
         macs=(dense, sum(layer.macs for layer in plan.layers)),
         seconds=seconds,
         relative_output_error=error,
@@ -115,7 +118,10 @@ def _predicted(
         seconds = objective.latency(layer.shape, layout, bonds)
         dense_seconds = objective.latency(layer.shape, None, ())
     loss = None
-    if layout is not None and layout.pairs == Layout.svd(*layer.shape).pairs:
+    if layer.rounds:
+        chosen = next((found for found in layer.candidates if found.chosen), None)
+        loss = None if chosen is None else chosen.loss
+    elif layout is not None and layout.pairs == Layout.svd(*layer.shape).pairs:
         known = None if gains is None or not output_energy else gains(site)
         if known is not None and output_energy:
             loss = float(known[bonds[0] :].sum()) / output_energy

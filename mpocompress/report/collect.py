@@ -69,8 +69,17 @@ def measure(
     *,
     discarded_weight_bound: float | None = None,
     relative_output_error: float | None = None,
+    num_bytes: int | None = None,
 ) -> Outcome:
-    """Measure one compressed weight against the dense one; the errors given are passed on."""
+    """Measure one compressed weight against the dense one; the errors given are passed on.
+
+    Args:
+        site: the dense weight.
+        weight: what stands for it.
+        discarded_weight_bound: see `Outcome`.
+        relative_output_error: see `Outcome`.
+        num_bytes: of what is stored, if it is not the cores in their dtype.
+    """
     mpo = weight if isinstance(weight, MPO) else MPO(weight.cores(), shape=weight.shape)
     wide = working_dtype(mpo.dtype)
     weight_OI = site.matrix().to(wide)
@@ -81,7 +90,7 @@ def measure(
         layout=mpo.layout,
         bond_dims=mpo.bond_dims,
         parameters=weight.num_parameters,
-        bytes=weight.num_bytes,
+        bytes=weight.num_bytes if num_bytes is None else num_bytes,
         macs=chain_macs(mpo.layout, mpo.bond_dims),
         relative_weight_error=(weight_of(difference) / total) ** 0.5 if total > 0 else 0.0,
         discarded_weight_bound=discarded_weight_bound,
@@ -216,6 +225,7 @@ def _weight(site: WeightSite, plan: LayerPlan, outcome: Outcome | None, kind: st
         status="compressed",
         layout=[list(pair) for pair in outcome.layout.pairs],
         bond_dims=list(outcome.bond_dims),
+        precision=plan.storage if plan.rounds else None,
         parameters=Size(dense=dense, compressed=outcome.parameters),
         macs=Size(dense=macs, compressed=outcome.macs if multiplied else 0),
         relative_weight_error=outcome.relative_weight_error,
@@ -231,6 +241,8 @@ def _weight(site: WeightSite, plan: LayerPlan, outcome: Outcome | None, kind: st
                 macs=figures.macs,
                 relative_weight_error=figures.relative_weight_error,
                 chosen=figures.chosen,
+                precision=None if figures.bytes is None else figures.storage,
+                bytes=figures.bytes,
             )
             for figures in plan.candidates
         ],

@@ -75,6 +75,8 @@ def _layers(layers: Sequence[LayerReport]) -> str:
     header = ["Layer", "Layout", "Shape", "Bond dim", "Parameters", "Ratio", "Multiply-adds"]
     header += ["Weight error", *(["Output error"] if with_outputs else [])]
     header += ["Entropy (nats)", "Effective bond dim"]
+    with_precision = any(layer.precision is not None for layer in layers)
+    header += ["Stored as"] if with_precision else []
     with_forms = any(layer.form is not None for layer in layers)
     header += ["ONNX"] if with_forms else []
     rows = []
@@ -94,6 +96,7 @@ def _layers(layers: Sequence[LayerReport]) -> str:
                 *output,
                 wording.entropy_text(layer),
                 wording.effective_bond_dim_text(layer),
+                *([layer.precision or ""] if with_precision else []),
                 *([_form(layer)] if with_forms else []),
             ]
         )
@@ -122,12 +125,14 @@ def _candidates(layers: Sequence[LayerReport]) -> str:
             f"{candidate.parameters:,}",
             f"{candidate.macs:,}",
             wording.relative_error(candidate.relative_weight_error),
+            wording.stored_as(candidate),
             "**chosen**" if candidate.chosen else "",
         ]
         for layer in layers
         for candidate in layer.candidates
     ]
-    header = ["Layer", "Layout", "Bond dims", "Parameters", "Multiply-adds", "Weight error", ""]
+    header = ["Layer", "Layout", "Bond dims", "Parameters", "Multiply-adds", "Weight error"]
+    header += ["Stored as", ""]
     return _details(f"{wording.plural(len(rows), 'layout')}", _table(header, rows, left=2), rows)
 
 

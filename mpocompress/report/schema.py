@@ -111,8 +111,24 @@ class Totals(_Frozen):
     macs: Scope
 
 
+def _without_none(found: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Without entries that say nothing: such reports read as they did before there were any."""
+    return {key: value for key, value in found.items() if key not in names or value is not None}
+
+
 class Candidate(_Frozen):
-    """What one layout would have given for a layer."""
+    """What one layout would have given for a layer.
+
+    Args:
+        layout: (out, in) of each site.
+        bond_dims: of each bond.
+        parameters: stored numbers.
+        macs: multiply-adds for one input row.
+        relative_weight_error: see `LayerReport`.
+        chosen: whether it was taken.
+        precision: in which the numbers would be stored; None for the model's own.
+        bytes: in a file, where a precision is given.
+    """
 
     layout: list[Site] = Field(min_length=1)
     bond_dims: list[PositiveInt]
@@ -120,6 +136,12 @@ class Candidate(_Frozen):
     macs: NonNegativeInt
     relative_weight_error: NonNegativeFloat | None
     chosen: bool
+    precision: str | None = None
+    bytes: NonNegativeInt | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_own_precision(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_none(handler(self), "precision", "bytes")
 
     @model_validator(mode="after")
     def _check_bonds(self) -> Self:
@@ -139,6 +161,8 @@ class LayerReport(_Frozen):
         shape: shape of the dense weight; (out, in) for a matrix.
         layout: (out, in) of each site; None unless compressed.
         bond_dims: of each bond, one fewer than sites; None unless compressed.
+        precision: in which the numbers are stored, such as "int4 in blocks of 32"; None for the
+            model's own.
         parameters: stored numbers.
         macs: multiply-adds for one input row.
         relative_weight_error: `norm(W - W_mpo) / norm(W)`, Frobenius.
@@ -161,6 +185,7 @@ class LayerReport(_Frozen):
     shape: list[NonNegativeInt]
     layout: list[Site] | None = None
     bond_dims: list[PositiveInt] | None = None
+    precision: str | None = None
     parameters: Size
     macs: Size
     relative_weight_error: NonNegativeFloat | None = None
@@ -180,7 +205,7 @@ class LayerReport(_Frozen):
         if self.form is None:
             for name in ("form", "form_rows", "form_seconds"):
                 found.pop(name, None)
-        return found
+        return _without_none(found, "precision")
 
     @field_validator("entropies_nats", mode="before")
     @classmethod

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mpocompress.report.schema import LayerReport
+from mpocompress.report.schema import Candidate, LayerReport
 
 # Ratios this close to 1 are called unchanged: a bias more or less is not a difference.
 _UNCHANGED = 0.005
@@ -156,6 +156,13 @@ def is_svd(layout: Sequence[Sequence[int]]) -> bool:
 def bond_dims_text(bond_dims: Sequence[int]) -> str:
     """Bond dimensions from left to right; a single site has none."""
     return ", ".join(str(dim) for dim in bond_dims) or "none"
+
+
+def stored_as(candidate: Candidate) -> str:
+    """Precision and bytes of a candidate; nothing where only its parameters count."""
+    if candidate.precision is None or candidate.bytes is None:
+        return ""
+    return f"{candidate.precision}, {candidate.bytes:,} bytes"
 
 
 def shape_text(shape: Sequence[int]) -> str:

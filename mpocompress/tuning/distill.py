@@ -18,6 +18,7 @@ from mpocompress.errors import DataError
 from mpocompress.layers.balance import balance_cores_
 from mpocompress.layers.gauges import plain_gauge
 from mpocompress.layers.modes import evaluation_mode
+from mpocompress.layers.rounded_scales import trainable_scales
 from mpocompress.tuning.blocks import can_replay, find_blocks, record_calls
 from mpocompress.tuning.distill_loss import (
     Distance,
@@ -134,7 +135,8 @@ def distill_(
     Both models run in evaluation mode (no dropout, fixed batch statistics), which is undone at the
     end; `requires_grad` stays as it is, gradients are gone. The cores are first brought into the
     symmetric gauge, out of the identity gauge if they are stored in it and back into it at the end,
-    which changes no function. If anything is raised, the model has its old weights.
+    which changes no function. Of layers that are rounded for a file the scales are trained, and the
+    integers stay. If anything is raised, the model has its old weights.
 
     Args:
         model: compressed, in float32 or float64; half types are refused, because steps of training
@@ -160,6 +162,7 @@ def distill_(
     # are those of balanced factors, not of the gauge's, and no core is rebuilt at every step.
     with (
         plain_gauge(model),
+        trainable_scales(model),
         evaluation_mode(model),
         evaluation_mode(reference),
         torch.enable_grad(),

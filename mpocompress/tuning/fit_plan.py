@@ -1,6 +1,6 @@
 """What is asked of a fit to data, and what it gives, layer by layer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from mpocompress.errors import DataError
 from mpocompress.mpo import MPO, Layout
 from mpocompress.surgery import WeightSite
+from mpocompress.tuning.rounding import Rounded, Storage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,18 +47,21 @@ class FittedWeight:
             layer's own bias, or none.
         relative_output_error: of the MPO against its target, on the inputs that it was fitted on.
         rows: of activations that were seen.
+        rounded: as it is stored, if not in float32; `mpo` has the same values.
     """
 
     mpo: MPO
     bias: Tensor | None
     relative_output_error: float
     rows: int
+    rounded: Rounded | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SitePlan:
-    """A weight, its sites and the bond dimensions to fit it with."""
+    """A weight, its sites, the bond dimensions to fit it with, and how it is stored."""
 
     site: WeightSite
     layout: Layout
     bond_dims: tuple[int, ...]
+    storage: Storage = field(default_factory=Storage)

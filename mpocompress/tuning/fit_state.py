@@ -35,7 +35,8 @@ class FitStore:
 
     A layer's fit depends on the model, the data, the options and all layers fitted before it. The
     name of its file is a hash of these: what another run left is never taken for this run's, and
-    searches that build several models share what they have in common.
+    searches that build several models share what they have in common. Layers that are rounded to
+    integers or half floats are not kept, but fitted again.
 
     Args:
         folder: made if it does not exist.
@@ -81,11 +82,10 @@ class FitStore:
         Raises:
             LoadError: a truncated or foreign file.
         """
-        self._prefix.update(
-            json.dumps([plan.site.name, list(plan.layout.pairs), list(plan.bond_dims)]).encode()
-        )
+        own = [plan.site.name, list(plan.layout.pairs), list(plan.bond_dims), asdict(plan.storage)]
+        self._prefix.update(json.dumps(own).encode())
         path = self._path()
-        if not path.exists():
+        if plan.storage.rounds or not path.exists():
             return None
         try:
             text, tensors = read_tensors(path, key=_METADATA_KEY)
@@ -113,6 +113,8 @@ class FitStore:
         Raises:
             SaveError: it cannot be written.
         """
+        if plan.storage.rounds:
+            return
         tensors = {f"core.{site}": core for site, core in enumerate(fitted.mpo.cores)}
         if fitted.bias is not None:
             tensors["bias"] = fitted.bias

@@ -11,7 +11,7 @@ added to a residual stream h, y also contains h - h^: each block repairs what th
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,8 @@ from mpocompress.tuning.moments import (
     real_rows,
 )
 from mpocompress.tuning.residual import StreamWatcher
-from mpocompress.tuning.table_fit import HeadUse, fit_table, table_weights
+from mpocompress.tuning.rounding import Rounded, Storage, round_table, round_weight, shrunk
+from mpocompress.tuning.table_fit import HeadUse, fit_table, table_error, table_weights
 
 # Ridges tried for the correction of upstream errors, relative to the mean diagonal.
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -377,7 +378,13 @@ def _fit_layer(
         plan.bond_dims,
         round_trips=(options.sweeps + 1) // 2,
     )
-    mpo = MPO(result.cores, shape=site.shape).to(dtype=site.dtype)
+    mpo, error = MPO(result.cores, shape=site.shape).to(dtype=site.dtype), result.relative_error
+    rounded = None
+    if plan.storage.rounds:
+        rounded = _rounded(mpo, plan.storage, metric, whole.rows)
+        mpo = rounded.mpo
+        if metric is not None:
+            error = metric.relative_error(target_OI, mpo.to_dense().to(target_OI))
     new_bias: Tensor | None = None
     if bias is not None and centered:
         lost_OI = weight_OI - mpo.to(dtype=torch.float64).to_dense().to(weight_OI)
@@ -386,9 +393,16 @@ def _fit_layer(
     return FittedWeight(
         mpo=mpo,
         bias=new_bias,
-        relative_output_error=result.relative_error,
+        relative_output_error=error,
         rows=whole.rows,
+        rounded=rounded,
     )
+
+
+def _rounded(mpo: MPO, storage: Storage, metric: Metric | None, rows: int) -> Rounded:
+    if metric is None:
+        return round_weight(mpo, storage)
+    return round_weight(mpo, storage, input_II=shrunk(metric.ridged_input_II, rows))
 
 
 def _is_svd(layout: Layout) -> bool:
@@ -409,6 +423,18 @@ def _fit_table(
         ridge=options.ridge,
         heads=heads,
     )
+    if plan.storage.rounds and plan.layout.num_sites == 1:
+        table_OI = site.matrix()
+        found = round_table(
+            table_OI, plan.storage, frequencies_O=counts.frequencies(), metric_II=metric_II
+        )
+        return FittedWeight(
+            mpo=found.mpo,
+            bias=None,
+            relative_output_error=table_error(table_OI, found.mpo, weights_O, metric_II),
+            rows=counts.rows,
+            rounded=found,
+        )
     mpo, error = fit_table(
         site.matrix(),
         plan.layout,
@@ -417,9 +443,14 @@ def _fit_table(
         metric_II,
         round_trips=(options.sweeps + 1) // 2,
     )
-    return FittedWeight(
+    done = FittedWeight(
         mpo=mpo.to(dtype=site.dtype), bias=None, relative_output_error=error, rows=counts.rows
     )
+    if not plan.storage.rounds:
+        return done
+    rounded = round_weight(done.mpo, plan.storage, input_II=metric_II)
+    error = table_error(site.matrix(), rounded.mpo, weights_O, metric_II)
+    return replace(done, mpo=rounded.mpo, rounded=rounded, relative_output_error=error)
 
 
 def _solve_right(right_OI: Tensor, symmetric_II: Tensor) -> Tensor:

@@ -106,3 +106,16 @@ def table_gains(table_OI: Tensor, weights_O: Tensor, metric_II: Tensor | None) -
     gram_II = weighted_gram(table_OI, weights_O, factor_II)
     values_I = torch.linalg.eigvalsh(gram_II).clamp_min(0).flip(0)
     return values_I[: min(table_OI.shape)]
+
+
+def table_error(table_OI: Tensor, mpo: MPO, weights_O: Tensor, metric_II: Tensor | None) -> float:
+    """Relative error of a table in its metric (not squared)."""
+    table_OI = table_OI.double()
+    lost_OI = table_OI - mpo.to_dense().to(table_OI)
+
+    def norm(rows_OI: Tensor) -> float:
+        seen_OI = rows_OI if metric_II is None else rows_OI @ metric_II
+        return float(weights_O.to(rows_OI) @ (seen_OI * rows_OI).sum(1))
+
+    whole = norm(table_OI)
+    return float((norm(lost_OI) / whole) ** 0.5) if whole > 0 else 0.0
