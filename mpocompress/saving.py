@@ -403,7 +403,9 @@ def _close(prefix: str, opened: OpenedRecord, tensors: dict[str, Tensor]) -> Non
     for name, origin in opened.origins.items():
         parts = [tensors.pop(f"{prefix}{part}") for part in origin.parts]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        tensors[f"{prefix}{name}"] = whole.reshape(origin.shape)
+        # What is tied stays the same object: a view would be a second tensor in the same memory.
+        same = whole.shape == origin.shape
+        tensors[f"{prefix}{name}"] = whole if same else whole.reshape(origin.shape)
 
 
 def _prefix(name: str) -> str:

@@ -104,6 +104,20 @@ class Words(nn.Module):
         return self.head(torch.tanh(self.body(self.table(ids))))
 
 
+class Bags(nn.Module):
+    """Bags of words to vectors to numbers for each word; perhaps with the same table."""
+
+    def __init__(self, *, tied: bool, mode: str, padding_idx: int | None = None) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(40, 16, mode=mode, padding_idx=padding_idx)
+        self.head = nn.Linear(16, 40)
+        if tied:
+            self.head.weight = self.bag.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.bag(ids)))
+
+
 class Pair(nn.Module):
     """A bilinear form of a vector with a function of itself."""
 
@@ -162,6 +176,15 @@ KINDS: dict[str, Kind] = {
     ),
     "embedding tied with the head": Kind(
         seeded(lambda: Words(tied=True)), tokens(40), bond_dim=8, include=("table",)
+    ),
+    "embedding bag": Kind(
+        seeded(lambda: Bags(tied=False, mode="mean", padding_idx=2)), tokens(40), include=("bag.*",)
+    ),
+    "embedding bag of maxima": Kind(
+        seeded(lambda: Bags(tied=False, mode="max")), tokens(40), include=("bag.*",)
+    ),
+    "embedding bag tied with the head": Kind(
+        seeded(lambda: Bags(tied=True, mode="sum")), tokens(40), bond_dim=8, include=("bag.*",)
     ),
     "conv1d": Kind(
         seeded(

@@ -1,9 +1,10 @@
 """Every tolerance of the tests, by dtype and operation, with the reason. No literal atol elsewhere.
 
-`dense`: rebuild a matrix; `apply`: contract with a batch; `gradient`: backward through a
-contraction; `spectrum`: singular values and entropies; `weight`: squared norms relative to that of
-the whole matrix; `norm`: one norm or weight, relative to itself; `gauge`: the Gram matrix of a
-canonical core against the identity; `onnx`: ONNX Runtime against PyTorch.
+`dense`: rebuild a matrix; `lookup`: a few of its rows, and their sums; `apply`: contract with a
+batch; `gradient`: backward through a contraction; `spectrum`: singular values and entropies;
+`weight`: squared norms relative to that of the whole matrix; `norm`: one norm or weight, relative
+to itself; `gauge`: the Gram matrix of a canonical core against the identity; `onnx`: ONNX Runtime
+against PyTorch.
 """
 
 import torch
@@ -12,6 +13,7 @@ TOL: dict[torch.dtype, dict[str, dict[str, float]]] = {
     # Laws of exact arithmetic: only rounding is left.
     torch.float64: {
         "dense": {"rtol": 1e-10, "atol": 1e-10},
+        "lookup": {"rtol": 1e-10, "atol": 1e-10},
         "apply": {"rtol": 1e-10, "atol": 1e-10},
         "gradient": {"rtol": 1e-10, "atol": 1e-10},
         "spectrum": {"rtol": 1e-9, "atol": 1e-10},
@@ -23,6 +25,8 @@ TOL: dict[torch.dtype, dict[str, dict[str, float]]] = {
     # A chain of K contractions over a few hundred terms each loses 2-3 of float32's 7 digits.
     torch.float32: {
         "dense": {"rtol": 1e-4, "atol": 1e-5},
+        # Two or three contractions over a few terms each.
+        "lookup": {"rtol": 1e-5, "atol": 1e-5},
         "apply": {"rtol": 1e-4, "atol": 1e-4},
         "gradient": {"rtol": 1e-3, "atol": 1e-4},
         "spectrum": {"rtol": 1e-4, "atol": 1e-5},

@@ -416,10 +416,11 @@ def _opened_as_planned(
         moments: of modules of `opened`; they are returned for the modules of the result.
     """
     names = opened_names(opened)
+    compressed = [name for layer in plan.compressed for name in (layer.name, *layer.also_known_as)]
     wanted = {
         name
         for name in names
-        if any(layer.name.startswith(f"{name}." if name else "") for layer in plan.compressed)
+        if any(layer.startswith(f"{name}." if name else "") for layer in compressed)
     }
     if len(wanted) == len(names):
         return opened, moments

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import DataError, ExportError
+from mpocompress.layers import MPOEmbeddingBag
 
 # A batch of forward arguments: one tensor, positional arguments, or keyword arguments.
 Batch = Tensor | np.ndarray | Sequence[Any] | Mapping[str, Any]
@@ -81,7 +82,7 @@ class ForwardCall:
                 f"{', '.join(map(repr, arguments)) or 'nothing'}). Pass the forward arguments."
             )
         names = tuple(_argument_name(signature, slot) for slot in slots)
-        _check_rows(names, tensors)
+        _check_rows(model, names, tensors)
         return cls(tuple(slots), names, tuple(tensors), tuple(constants))
 
     @property
@@ -336,7 +337,7 @@ def _argument_name(signature: inspect.Signature, slot: Slot) -> str:
     return names[slot]
 
 
-def _check_rows(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+def _check_rows(model: nn.Module, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
     shaped = [(name, tensor) for name, tensor in zip(names, tensors, strict=True) if tensor.ndim]
     for name, tensor in shaped:
         first_name, first = shaped[0]
@@ -344,9 +345,20 @@ def _check_rows(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
             raise DataError(
                 f"input {name!r} of shape {tuple(tensor.shape)} has {tensor.shape[0]} rows, but "
                 f"{first_name!r} of shape {tuple(first.shape)} has {first.shape[0]}. "
-                "Dimension 0 is the batch: it must be the same for all inputs."
+                f"Dimension 0 is the batch: it must be the same for all inputs.{_of_bags(model)}"
             )
         if not tensor.numel():
             raise DataError(
                 f"input {name!r} of shape {tuple(tensor.shape)} is empty; pass at least one row."
             )
+
+
+def _of_bags(model: nn.Module) -> str:
+    """What to do about a layer whose flat indices and offsets are no batch, if there is one."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.EmbeddingBag | MPOEmbeddingBag):
+            return (
+                f" If these are indices and offsets of the bags of {name or 'the model'!r}: pass "
+                "indices (bags, entries) without offsets, short bags filled up with padding_idx."
+            )
+    return ""

@@ -203,7 +203,8 @@ def _from_data(module: nn.Module, batches: Batches) -> ExampleInputs:
 
 def _from_specs(module: nn.Module, specs: list[InputSpec]) -> ExampleInputs:
     generator = torch.Generator().manual_seed(0)
-    tables = [m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)]
+    kinds = nn.Embedding | nn.EmbeddingBag
+    tables = [m.num_embeddings for m in module.modules() if isinstance(m, kinds)]
     origin = f"--input {' '.join(map(str, specs))}"
     args: list[Tensor] = []
     for spec in specs:

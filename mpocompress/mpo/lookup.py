@@ -33,8 +33,10 @@ def lookup_rows(cores: Sequence[Tensor], indices: Tensor, shape: tuple[int, int]
         IndexError: an index beyond the table (on the CPU).
     """
     flat_B = indices.reshape(-1)
+    # In a graph -1 is the simpler size, but it cannot be told where there are no rows.
+    count = -1 if torch.compiler.is_exporting() else flat_B.shape[0]
     stride = prod(layout_of(cores).out_dims)
-    rows = 1
+    rows, columns = 1, 1
     state_BML: Tensor | None = None
     for core_LOIR in cores:
         left, out, in_, right = core_LOIR.shape
@@ -48,13 +50,14 @@ def lookup_rows(cores: Sequence[Tensor], indices: Tensor, shape: tuple[int, int]
             digit_B = digit_B if rows == 1 else digit_B % out
             rows *= out
             table_OX = core_LOIR.permute(1, 0, 2, 3).reshape(out, left * in_ * right)
-            slice_BLX = table_OX.index_select(0, digit_B).reshape(-1, left, in_ * right)
+            slice_BLX = table_OX.index_select(0, digit_B).reshape(count, left, in_ * right)
             product = slice_BLX if state_BML is None else state_BML @ slice_BLX
-        state_BML = product.reshape(product.shape[0], -1, right)
+        columns *= in_
+        state_BML = product.reshape(product.shape[0], columns, right)
     assert state_BML is not None
     if rows == 1:  # a table with a single row
         state_BML = state_BML.expand(flat_B.shape[0], -1, -1)
-    found_BI = state_BML.reshape(-1, prod(layout_of(cores).in_dims))
+    found_BI = state_BML.reshape(count, columns)
     if found_BI.shape[1] > shape[1]:
         found_BI = found_BI[:, : shape[1]]
     return found_BI.reshape(*indices.shape, shape[1])

@@ -28,7 +28,7 @@ _BY_TYPE: tuple[tuple[tuple[type[nn.Module], ...], str, str], ...] = (
     (
         (nn.EmbeddingBag,),
         "embedding",
-        "nn.EmbeddingBag sums rows while it looks them up; use nn.Embedding and a sum",
+        "nn.EmbeddingBag reads its weight without calling a layer",
     ),
     (_NORMS, "norm", "normalization parameters are vectors"),
     (

@@ -16,6 +16,7 @@ from torch import nn
 from mpocompress.errors import ConversionError
 from mpocompress.layers.attention import OpenAttention, OpenEncoderLayer
 from mpocompress.layers.bilinear import OpenBilinear
+from mpocompress.layers.embedding_bag import MPOEmbeddingBag
 from mpocompress.layers.experts import OpenExperts
 from mpocompress.layers.opened import Opened
 from mpocompress.layers.recurrent import OpenRecurrent
@@ -34,11 +35,13 @@ class _Opener:
         matches: whether a module is of the kind.
         refusal: why this one cannot be opened, or None.
         open: the module that computes the same; None if the copy itself changes its class.
+        keeps_parameters: whether its layers have the very parameters, so that ties stay.
     """
 
     matches: Callable[[Any], bool]
     refusal: Callable[[Any], str | None]
     open: Callable[[Any], Opened] | None
+    keeps_parameters: bool = False
 
 
 def why_not_opened(module: nn.Module) -> str | None:
@@ -73,7 +76,7 @@ def open_modules(model: nn.Module, only: Collection[str] | None = None) -> nn.Mo
             continue
         # Who else holds one of its parameters would be left with the dense one.
         shared = any(uses[id(p)] > len(names[key]) for p in module.parameters(recurse=False))
-        if not shared and opener.refusal(module) is None:
+        if (opener.keeps_parameters or not shared) and opener.refusal(module) is None:
             chosen.append((module, opener))
     if not chosen:
         return model
@@ -160,6 +163,15 @@ def _bilinear_refusal(bilinear: nn.Bilinear) -> str | None:
     return why_closed(bilinear, nn.Bilinear, names)
 
 
+def _bag_refusal(bag: nn.EmbeddingBag) -> str | None:
+    reason = why_closed(bag, nn.EmbeddingBag, ["weight"])
+    if reason is None and bag.max_norm is not None:
+        reason = "max_norm rescales its rows whenever they are looked up"
+    if reason is None and bag.scale_grad_by_freq:
+        reason = "scale_grad_by_freq rescales the gradient of each row"
+    return reason
+
+
 def _is_fused_experts(module: Any) -> bool:
     """What transformers' decorator of fused experts leaves on a class."""
     down = module._parameters.get("down_proj")
@@ -221,5 +233,6 @@ _OPENERS = (
     _Opener(_is(nn.MultiheadAttention), _attention_refusal, OpenAttention),
     _Opener(_is(nn.TransformerEncoderLayer), _encoder_refusal, None),
     _Opener(_is(nn.Bilinear), _bilinear_refusal, OpenBilinear),
+    _Opener(_is(nn.EmbeddingBag), _bag_refusal, MPOEmbeddingBag.around, keeps_parameters=True),
     _Opener(_is_fused_experts, _experts_refusal, _open_experts),
 )
