@@ -266,7 +266,14 @@ class _Rows:
 
 
 def _scales(work_XY: Tensor, bits: int, block: int) -> Tensor:
-    return torch.cat([_scale(part_XB, bits) for part_XB in work_XY.split(block, dim=1)], dim=1)
+    rows, columns = work_XY.shape
+    whole = columns // block
+    # All whole blocks at once: one by one, their small operations took most of a planning.
+    blocks_ZB = work_XY[:, : whole * block].reshape(rows * whole, block)
+    scales_XS = _scale(blocks_ZB, bits).reshape(rows, whole)
+    if columns == whole * block:
+        return scales_XS
+    return torch.cat([scales_XS, _scale(work_XY[:, whole * block :], bits)], dim=1)
 
 
 def _scale(part_XB: Tensor, bits: int) -> Tensor:
