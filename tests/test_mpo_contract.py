@@ -328,6 +328,24 @@ def test_wrong_number_of_inputs_is_refused(shape):
         mpo.apply(torch.zeros(shape).double())
 
 
+@pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 3), (0, 4)])
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_batches_in_pieces_give_the_same_values_and_gradients(lead, at_once, monkeypatch):
+    torch.manual_seed(0)
+    mpo = MPO(MPO.random("3x4,5x2,2x3", 4, dtype=torch.float64).cores, shape=(29, 23))
+    cores = [core.requires_grad_() for core in mpo.cores]
+    x = torch.randn(*lead, 23, dtype=torch.float64, requires_grad=True)
+    found = []
+    for limit in (1 << 30, at_once):
+        plan = plan_contractions(mpo.layout.out_dims, mpo.layout.in_dims, mpo.bond_dims).chain
+        monkeypatch.setattr(contract, "_STATE_BYTES", limit * 8 * plan.widest)
+        y = apply_cores(cores, x, shape=mpo.shape, plan=plan)
+        found.append((y, *torch.autograd.grad(y.square().sum(), [x, *cores])))
+    assert found[1][0].shape == (*lead, 29)
+    for whole, pieces in zip(*found, strict=True):
+        assert_close(pieces, whole)
+
+
 def test_input_without_dimensions_is_refused():
     mpo = MPO(random_chain(Layout.parse("2x3,3x4"), (2,)))
     with pytest.raises(ContractionError, match=r"input of shape \(\).*12 inputs"):
