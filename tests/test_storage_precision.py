@@ -21,6 +21,7 @@ from mpocompress.mpo.integer_fit import round_matrix
 from mpocompress.mpo.integers import BITS, StoredRows, integer_bytes, planes
 from mpocompress.planning import LayerPlan, Plan
 from mpocompress.planning.storage_choice import StorageChoice, allocate_bytes, lower_hull
+from mpocompress.report.narrative import headline
 from mpocompress.tuning.moments import RowCounts
 from mpocompress.tuning.rounding import Storage, round_weight
 from mpocompress.tuning.storage_choices import smoothed_frequencies
@@ -237,7 +238,12 @@ def test_a_size_is_a_ceiling_of_the_written_file(tmp_path, dense_file, ratio, le
     assert [layer.precision for layer in json.layers] == [
         layer.precision for layer in result.report.layers
     ]
-    assert "Stored as" in result.report.to_markdown()
+    text = result.report.to_markdown()
+    assert "Stored as" in text
+    assert "smaller: from" in headline(result.report)
+    assert headline(result.report).endswith("of weights.")
+    assert "in a precision of its own" in text
+    assert "did not become smaller" not in text
     assert rounded[0].precision in result.report.to_html()
 
 

@@ -78,6 +78,11 @@ def show_report(report: "CompressionReport", directory: Path) -> None:
         f"parameters: model {totals.model.dense} -> {totals.model.compressed} "
         f"({totals.model.ratio:.2f}x), compressed layers {totals.layers.ratio:.2f}x"
     )
+    if any(layer.precision for layer in report.layers):
+        stored = report.totals.bytes.model
+        typer.echo(
+            f"stored bytes: model {stored.dense} -> {stored.compressed} ({stored.ratio:.2f}x)"
+        )
     if report.parity is not None:
         reference = {"pytorch": "PyTorch", "graph": "the dense graph of the same weights"}
         typer.echo(

@@ -55,10 +55,15 @@ class Verdict:
 
 
 def headline(report: CompressionReport) -> str:
-    """The first sentence: how much smaller the model became."""
+    """The first sentence: how much smaller the model became; in bytes where layers are rounded."""
     total = report.totals.parameters.model
     if not report.compressed_layers:
         return f"Nothing was compressed: all {count_words(total.dense)} parameters were kept."
+    if _rounded_layers(report):
+        stored = report.totals.bytes.model
+        size = change(stored.ratio, smaller="smaller", larger="larger", same="About as large")
+        sizes = f"from {byte_size(stored.dense)} to {byte_size(stored.compressed)}"
+        return f"{size}: {sizes} of weights."
     if is_unchanged(total.ratio):
         return f"About as large as before: {_from_to(total)} parameters."
     size = change(total.ratio, smaller="smaller", larger="larger", same="")
@@ -152,13 +157,27 @@ def what_was_done(report: CompressionReport) -> tuple[Sentence, ...]:
     rest = (
         f"Everything else ({plural(len(kept), 'tensor')}, listed below) {state}. " if kept else ""
     )
+    chains = (
+        "matrix product operators (MPOs): each large table of numbers became a chain of small "
+        f"ones, the cores{link}"
+    )
+    rounded = _rounded_layers(report)
+    whole = [layer for layer in rounded if len(layer.layout or []) == 1]
+    numbers = "small integers with a scale to each row or block of a row, or half floats"
+    if len(whole) == len(compressed):
+        rewritten = f"{numbers}, each matrix in a precision of its own"
+    elif rounded:
+        rewritten = (
+            f"{numbers}, each matrix in a precision of its own: {len(whole):,} as a whole, the "
+            f"others as {chains}"
+        )
+    else:
+        rewritten = chains
     return (
         (
             f"{plural(len(compressed), 'weight matrix', 'weight matrices')} holding "
             f"{percent(share)} of the parameters "
-            f"{'was' if len(compressed) == 1 else 'were'} rewritten as "
-            "matrix product operators (MPOs): each large table of numbers became a chain of "
-            f"small ones, the cores{link}.",
+            f"{'was' if len(compressed) == 1 else 'were'} rewritten as {rewritten}.",
         ),
         (
             f"{rest}The model takes the same inputs and returns outputs of the same shape, but "
@@ -298,7 +317,7 @@ def _caution_weight_error(report: CompressionReport) -> Sentence | None:
         "in layer ",
         Code(worst),
         ". Some models hardly notice and others break. A larger ",
-        Code("--bond-dim"),
+        Code("--max-size" if _rounded_layers(report) else "--bond-dim"),
         " keeps more and ",
         Code("--exclude"),
         " leaves a layer as it was; much of what was lost is won back by "
@@ -343,7 +362,7 @@ def _caution_larger_layers(report: CompressionReport) -> Sentence | None:
     larger = [
         layer
         for layer in report.compressed_layers
-        if layer.parameters.compressed >= layer.parameters.dense
+        if layer.parameters.compressed >= layer.parameters.dense and layer.precision is None
     ]
     if not larger:
         return None
@@ -394,6 +413,11 @@ def settings_rows(settings: dict[str, object]) -> tuple[tuple[str, str], ...]:
 
     walk("", settings)
     return tuple(rows) if settings else ()
+
+
+def _rounded_layers(report: CompressionReport) -> list[LayerReport]:
+    """Layers whose numbers a file does not hold as the model does."""
+    return [layer for layer in report.compressed_layers if layer.precision is not None]
 
 
 def _from_to(total: Total) -> str:
