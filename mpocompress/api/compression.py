@@ -196,7 +196,7 @@ def compress(
         if_smaller: see `plan`.
         gauge: see `plan`; layers are fitted first and brought into their gauge at the end.
         quantize: see `plan`. Layers have the values that their files stand for, and `export_onnx`
-            writes them so. Healing then trains what is not rounded: norms, biases.
+            writes them so. Healing then trains scales, norms and biases; integers stay.
         data: batches of forward arguments (a tensor, a tuple or a dict each); labels are not
             needed but for `max_drop`. With data every layer is fitted to the outputs that the dense
             model has on it, in the order of the forward pass, instead of to its weights.

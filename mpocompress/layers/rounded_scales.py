@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mpocompress.layers.base import MPOLayer
-from mpocompress.mpo.integers import Stored, StoredIntegers, as_stored_scales, spread_scales
+from mpocompress.mpo.integers import Stored, StoredIntegers, as_stored_scales
 
 
 class _Levels(nn.Module):
@@ -25,21 +25,19 @@ class _Levels(nn.Module):
 
     def __init__(self, stored: StoredIntegers, device: torch.device) -> None:
         super().__init__()
-        self._stored = stored
-        self._levels_XY = (stored.values.float() + stored.offset).to(device)
-        self._scales_XS = stored.scales.float().to(device)
+        self._stored = replace(
+            stored, values=stored.values.to(device), scales=stored.scales.float().to(device)
+        )
 
     def scales(self, gains_XS: Tensor) -> Tensor:
-        return self._scales_XS * gains_XS
+        return self._stored.scales * gains_XS
 
     def forward(self, gains_XS: Tensor) -> Tensor:
-        spread_XY = spread_scales(self.scales(gains_XS), self._stored.block, self._levels_XY)
-        matrix_XY = self._levels_XY * spread_XY
-        return (matrix_XY.T if self._stored.transposed else matrix_XY).reshape(self._stored.shape)
+        return replace(self._stored, scales=self.scales(gains_XS)).dequantized()
 
     def right_inverse(self, tensor: Tensor) -> Tensor:
         """The gains; called when the tensor is what the scales give as they are."""
-        return torch.ones_like(self._scales_XS)
+        return torch.ones_like(self._stored.scales)
 
 
 @contextmanager

@@ -184,12 +184,13 @@ class _Rows:
     def rounded(self, sweeps: int) -> tuple[Tensor, Tensor]:
         """Integers and scales."""
         self._feed_back()
-        best = (self._cost(), self._values_XY, self._scales_XS)
+        cost, gradient_XY = self._cost()
+        best = (cost, self._values_XY, self._scales_XS)
         for _ in range(sweeps):
             self._values_XY = self._values_XY.clone()
-            self._sweep()
+            self._sweep(gradient_XY)
             self._fit_scales()
-            cost = self._cost()
+            cost, gradient_XY = self._cost()
             # As scales are rounded themselves, at many bits a sweep may end above where it began.
             if not cost < best[0]:
                 break
@@ -216,17 +217,18 @@ class _Rows:
             work_XY[:, end:] -= lost_XB @ later_YY[start:end, end:]
         self._values_XY[:, order_Y] = values_XY
 
-    def _sweep(self) -> None:
-        """Each integer in turn takes the level with the least cost while all others stay."""
+    def _sweep(self, gradient_XY: Tensor) -> None:
+        """Each integer in turn takes the level with the least cost while all others stay.
+
+        Args:
+            gradient_XY: where it begins, see `_cost`; it is used up.
+        """
         gram_YY, offset = self._metric.gram_YY, offset_of(self._bits)
         scale_XY, values_XY = self._spread(), self._values_XY
-        gradient_XY = self._errors() @ gram_YY
         for start in range(0, values_XY.shape[1], _LAZY):
             end = start + _LAZY
-            slope_XB, moved_XB = (
-                gradient_XY[:, start:end],
-                torch.zeros_like(values_XY[:, start:end]),
-            )
+            slope_XB = gradient_XY[:, start:end]
+            moved_XB = torch.zeros_like(slope_XB)
             for y in range(start, start + moved_XB.shape[1]):
                 old_X, scale_X = values_XY[:, y].clone(), scale_XY[:, y]
                 best_X = (old_X + offset) * scale_X - slope_XB[:, y - start] / gram_YY[y, y]
@@ -260,9 +262,11 @@ class _Rows:
         levels_XY = self._values_XY + offset_of(self._bits)
         return levels_XY * self._spread() - self._target_XY
 
-    def _cost(self) -> float:
+    def _cost(self) -> tuple[float, Tensor]:
+        """tr(E H E^T), and E H, half its gradient."""
         error_XY = self._errors()
-        return float(torch.sum(error_XY @ self._metric.gram_YY * error_XY))
+        gradient_XY = error_XY @ self._metric.gram_YY
+        return float(torch.sum(gradient_XY * error_XY)), gradient_XY
 
 
 def _scales(work_XY: Tensor, bits: int, block: int) -> Tensor:

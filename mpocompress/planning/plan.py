@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from mpocompress.errors import PlanError
 from mpocompress.mpo import Layout
-from mpocompress.mpo.identity_gauge import Gauge, stored_parameters
+from mpocompress.mpo.identity_gauge import Gauge, index_dtype, stored_parameters
 from mpocompress.mpo.integers import place_bytes
 from mpocompress.mpo.precision import Precision, bits_of, matrix_bytes
 from mpocompress.planning.layouts import Candidate, chain_macs
@@ -163,7 +163,7 @@ class LayerPlan(_Frozen):
             rows = left if last else left * out * in_
             columns = out * in_ if last else right
             if self.gauge == "identity" and not last:
-                found += right * (1 if rows <= 1 << 8 else 2 if rows <= 1 << 15 else 4)
+                found += right * index_dtype(rows).itemsize
                 rows -= right
             found += matrix_bytes(rows, columns, self.precision, self.block)
             left = right
