@@ -19,6 +19,7 @@ from mpocompress.mpo import MPO, Layout, integer_fit, sequential_svd
 from mpocompress.mpo.identity_gauge import IdentityGauge
 from mpocompress.mpo.integer_fit import round_matrix
 from mpocompress.mpo.integers import BITS, StoredRows, integer_bytes, planes
+from mpocompress.mpo.precision import matrix_bytes
 from mpocompress.planning import LayerPlan, Plan
 from mpocompress.planning.storage_choice import StorageChoice, allocate_bytes, lower_hull
 from mpocompress.report.narrative import headline
@@ -103,6 +104,16 @@ def test_after_sweeps_no_other_level_of_one_entry_is_better(bits):
             other = stored.values.clone()
             other[:, column] = level
             assert bool((losses(other) >= least * (1 - 2e-2)).all())
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_rows_of_zeros_take_the_bytes_that_a_plan_counts(bits):
+    matrix = torch.randn(20, 24, generator=torch.Generator().manual_seed(3))
+    matrix[:8] = 0
+    for gram in (None, definite(24, 1)):
+        stored = round_matrix(matrix, bits, 8, shape=(20, 24), gram_YY=gram)
+        assert stored.num_bytes == matrix_bytes(20, 24, f"int{bits}", 8)
+        assert float(stored.dequantized()[:8].abs().max()) < 1e-4
 
 
 def test_rows_are_rounded_each_for_itself(monkeypatch):

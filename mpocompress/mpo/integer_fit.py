@@ -292,7 +292,8 @@ def _scale(part_XB: Tensor, bits: int) -> Tensor:
     empty = 1.0 if bits > SYMMETRIC_BITS else HALF_RANGE[0]
     if bits == 8:
         return torch.where(extreme_X1 == 0, empty, extreme_X1.abs() / 127)
-    extreme_X1 = torch.where(extreme_X1 == 0, empty, extreme_X1)
+    is_zero_X1 = extreme_X1 == 0
+    extreme_X1 = torch.where(is_zero_X1, empty, extreme_X1)
     top = 2.0 ** (bits - 1)
     extremes: tuple[float, ...] = (-top, top - 1)
     if bits <= SYMMETRIC_BITS:
@@ -305,7 +306,7 @@ def _scale(part_XB: Tensor, bits: int) -> Tensor:
             error_X1 = ((part_XB - rounded_XB) ** 2).sum(1, keepdim=True)
             best_X1 = torch.where(error_X1 < least_X1, scale_X1, best_X1)
             least_X1 = torch.minimum(error_X1, least_X1)
-    return best_X1
+    return torch.where(is_zero_X1, empty, best_X1)
 
 
 def _nearest(work_XY: Tensor, scale_XY: Tensor, bits: int) -> Tensor:
@@ -315,7 +316,8 @@ def _nearest(work_XY: Tensor, scale_XY: Tensor, bits: int) -> Tensor:
 
 def _storable(scales_XS: Tensor) -> Tensor:
     size = scales_XS.abs()
-    small = size <= HALF_RANGE[0]
+    # Rows of zeros have the least scale that fits, and are no reason for wider ones.
+    small = size < HALF_RANGE[0]
     if bool((size >= HALF_RANGE[1]).any()) or float(small.double().mean()) > _FEW:
         return scales_XS.float()
     return as_stored_scales(scales_XS, torch.float16).to(torch.float16)
