@@ -148,6 +148,7 @@ def round_rows(
         shape: see `round_matrix`.
         gram_YY: see `round_matrix`.
     """
+    metric = None if gram_YY is None else column_metric(gram_YY)
     parts: list[StoredIntegers | StoredHalf] = []
     for rows_X, bits in tiers:
         part_XY = matrix_XY[rows_X]
@@ -155,7 +156,7 @@ def round_rows(
             parts.append(StoredHalf(values=part_XY.to(torch.float16)))
         else:
             size = (part_XY.shape[0], part_XY.shape[1])
-            parts.append(round_matrix(part_XY, bits, block, shape=size, gram_YY=gram_YY))
+            parts.append(round_matrix(part_XY, bits, block, shape=size, gram_YY=metric))
     order_X = torch.cat([rows_X for rows_X, _ in tiers])
     places_X = torch.empty(len(order_X), dtype=torch.int32, device=order_X.device)
     places_X[order_X] = torch.arange(len(order_X), dtype=torch.int32, device=order_X.device)

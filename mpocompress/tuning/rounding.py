@@ -185,11 +185,11 @@ def _round_factors(
     gauged: IdentityGauge | None = None
     if storage.gauge == "identity":
         gauged = fix_identity_gauge(mpo.cores, shape=mpo.shape)
-        left_OR, right_RI = (_matrix(core).double() for core in gauged.cores())
+        right_RI = _matrix(gauged.last).double()
         shapes = (tuple(gauged.free[0].shape), tuple(gauged.last.shape))
     else:
         left_OR, right_RI = (_matrix(core).double() for core in mpo.cores)
-        left_OR, carry_RR = linalg.qr(left_OR)  # so that errors in V count alike
+        _, carry_RR = linalg.qr(left_OR)  # so that errors in V count alike
         right_RI = carry_RR @ right_RI
         shapes = tuple(tuple(core.shape) for core in mpo.cores)  # type: ignore[assignment]
     right = round_matrix(
