@@ -3,14 +3,17 @@
 Quality: one model, several ratios of the parameters of the layers that are compressed, and the same
 calibration data for all methods:
 
-    plan              compress(ratio=R, data=...): bond dimensions by what an error does
+    plan              compress(ratio=R, data=...): bond dimensions by what an error does; where
+                      healing follows, planned anew with distill=N as the command line does
     uniform SVD       truncated, the same ratio for all layers
     uniform whitened  SVD in the metric of each layer's inputs, uniform
     uniform balanced  two-site MPOs fitted to the data, uniform
 
 each without and with healing (--steps). minilm: the 36 encoder Linears of all-MiniLM-L6-v2, cosine
 of held-out embeddings. digits: the two large layers of the classifier of examples/digits, accuracy
-on 1,000 images. For `plan` the predicted change of the model's outputs stands beside the measured.
+on 1,000 images, which scatters by .007: several seeds, and what is judged are means over them. For
+`plan` the predicted change of the model's outputs stands beside the measured. Rows are written as
+they come; those that the file has are not measured again.
 
 Speed: layers (1024 and 4096 square; ratios 4 and 16) and, with --minilm-speed, the encoder at ratio
 2, compressed by `objective="latency"` and timed in ONNX Runtime against the dense model, in turn,
@@ -23,6 +26,8 @@ times as fast as dense, and predicted times are within 30 % for 90 % of the laye
 """
 
 import argparse
+import functools
+import json
 import statistics
 import sys
 import tempfile
@@ -106,8 +111,14 @@ def digits(images: int, seed: int) -> Task:
     return Task("digits", model.eval(), data, [x], ["0", "2"], accuracy)
 
 
-def compressed(task: Task, method: str, ratio: float, seed: int) -> tuple[nn.Module, Plan | None]:
+def compressed(
+    task: Task, method: str, ratio: float, seed: int, steps: int = 0
+) -> tuple[nn.Module, Plan | None]:
+    """Compress by a method; `steps` of healing that will follow matter to a plan alone."""
     options: dict[str, Any] = {"ratio": ratio, "of": "layers", "include": task.layers}
+    if method == "plan" and steps:
+        plan = mpo.plan(task.model, **options, data=task.data, seed=seed, distill=steps)
+        return mpo.compress(task.model, plan, data=task.data, seed=seed).model, plan
     if method == "plan":
         result = mpo.compress(task.model, **options, data=task.data, seed=seed)
         return result.model, result.plan
@@ -120,31 +131,95 @@ def compressed(task: Task, method: str, ratio: float, seed: int) -> tuple[nn.Mod
     return minilm_quality.whitened_by_plan(task.model, task.data, plan, seed), None
 
 
+class Rows:
+    """Measured rows, written as they come.
+
+    Args:
+        path: JSON file, whose rows of an earlier run are kept; None to keep nothing.
+        settings: what rows must have in common to stand in one table.
+        facts: `environment()` of this run.
+
+    Raises:
+        SystemExit: the file's rows were measured with other settings.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any], facts: dict[str, Any]) -> None:
+        self._path = path
+        self.content: dict[str, Any] = {"claim": __doc__, "settings": settings, "environments": []}
+        self.content |= {"quality": [], "speed": []}
+        if path is not None and path.exists():
+            self.content = json.loads(path.read_text(encoding="utf-8"))
+            if self.content["settings"] != settings:
+                raise SystemExit(
+                    f"error: {path} was measured with {self.content['settings']}, not {settings}"
+                )
+        self.content["environments"].append(facts)
+
+    @property
+    def quality(self) -> list[dict[str, Any]]:
+        return self.content["quality"]
+
+    def has(self, **key: Any) -> bool:
+        return any(key.items() <= row.items() for row in self.quality)
+
+    def write(self, **more: Any) -> None:
+        self.content |= more
+        if self._path is not None:
+            write_json(self._path, self.content)
+
+
 def quality(
-    task: Task, ratios: Sequence[float], methods: Sequence[str], steps: int, seed: int
-) -> list[dict[str, Any]]:
-    rows = []
-    for ratio in ratios:
-        for method in methods:
-            started = time.perf_counter()
-            model, plan = compressed(task, method, ratio, seed)
-            row: dict[str, Any] = {
-                "task": task.name,
-                "ratio": ratio,
-                "method": method,
-                "metric": task.metric(model),
-                "seconds": time.perf_counter() - started,
-            }
-            if plan is not None:
-                row["predicted_change"] = predicted_totals(plan).relative_output_error
-                calls = list(as_batches(task.held_out))
-                row["measured_change"] = output_errors(task.model, model, [], calls).model
-            if steps:
-                mpo.distill(model, reference=task.model, data=task.data, steps=steps, seed=seed)
-                row["healed_metric"] = task.metric(model)
-            rows.append(row)
-            print(row, file=sys.stderr, flush=True)
-    return rows
+    rows: Rows, build: Callable[[], Task], name: str, options: argparse.Namespace, seed: int
+) -> None:
+    """Measure what is missing for one task and one split of its data."""
+    ratios = options.minilm_ratios if name == "minilm" else options.digits_ratios
+    keys = [
+        {"task": name, "seed": seed, "ratio": ratio, "method": method, "steps": options.steps}
+        for ratio in ratios
+        for method in options.methods
+    ]
+    missing = [key for key in keys if not rows.has(**key)]
+    if not missing:
+        return
+    task = build()
+    dense = task.metric(task.model)
+    for key in missing:
+        memory = PeakMemory()
+        started = time.perf_counter()
+        model, plan = compressed(task, key["method"], key["ratio"], seed)
+        row = key | {
+            "dense_metric": dense,
+            "seconds": time.perf_counter() - started,
+            "peak_memory_bytes": memory.read(),
+            "metric": task.metric(model),
+        }
+        if plan is not None:
+            row["predicted_change"] = predicted_totals(plan).relative_output_error
+            calls = list(as_batches(task.held_out))
+            row["measured_change"] = output_errors(task.model, model, [], calls).model
+        if options.steps:
+            mpo.distill(model, reference=task.model, data=task.data, steps=options.steps, seed=seed)
+            row["healed_metric"] = task.metric(model)
+        rows.quality.append(row)
+        rows.write()
+        print(row, file=sys.stderr, flush=True)
+
+
+def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that differ in nothing but the seed, as one with the means of all they measured."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("task", "ratio", "method", "steps"))
+        groups.setdefault(key, []).append(row)
+    return [
+        {
+            name: statistics.mean(row[name] for row in found) if type(value) is float else value
+            for name, value in found[0].items()
+            if all(name in row for row in found)
+        }
+        | {"seeds": [row["seed"] for row in found]}
+        for found in groups.values()
+    ]
 
 
 def time_in_turn(runs: Sequence[Callable[[], Any]], rounds: int = 15) -> list[float]:
@@ -212,7 +287,7 @@ def speed(
 
 
 def claims(rows: Sequence[dict[str, Any]], speeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What held, by the numbers."""
+    """What held, by the numbers; `rows` are means over seeds."""
     gaps: dict[str, list[float]] = {"metric": [], "healed_metric": []}
     for row in rows:
         if row["method"] != "plan":
@@ -220,7 +295,8 @@ def claims(rows: Sequence[dict[str, Any]], speeds: Sequence[dict[str, Any]]) -> 
         others = [
             other
             for other in rows
-            if (other["task"], other["ratio"]) == (row["task"], row["ratio"]) and other is not row
+            if all(other[name] == row[name] for name in ("task", "ratio", "steps", "seeds"))
+            and other is not row
         ]
         for key, found in gaps.items():
             if key in row and others:
@@ -231,11 +307,19 @@ def claims(rows: Sequence[dict[str, Any]], speeds: Sequence[dict[str, Any]]) -> 
         if row.get("predicted_change") and row.get("measured_change")
     ]
     timed = sum(row["layers"] for row in speeds)
+    at_ratio_2 = {
+        row["method"]: row["metric"]
+        for row in rows
+        if (row["task"], row["ratio"]) == ("minilm", 2.0)
+    }
     return {
         "worst_gap_to_best_uniform": {key: min(found) for key, found in gaps.items() if found},
         "mean_gap_to_best_uniform": {
             key: statistics.mean(found) for key, found in gaps.items() if found
         },
+        "minilm_ratio_2_above_uniform_whitened": at_ratio_2["plan"] - at_ratio_2["uniform whitened"]
+        if {"plan", "uniform whitened"} <= at_ratio_2.keys()
+        else None,
         "predicted_over_measured_change": factors,
         "prediction_within_factor_2": all(0.5 <= factor <= 2 for factor in factors)
         if factors
@@ -264,34 +348,33 @@ def main() -> int:
     parser.add_argument("--sides", type=int, nargs="*", default=[], help="of layers to time")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--minilm-speed", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of data and methods")
+    parser.add_argument("--out", type=Path, help="JSON file; quality that it has is not run again")
     options = parser.parse_args()
-    facts = environment(PACKAGES, seed=options.seed)
-    memory = PeakMemory()
-    rows: list[dict[str, Any]] = []
-    if "digits" in options.tasks:
-        task = digits(options.images, options.seed)
-        rows += quality(task, options.digits_ratios, options.methods, options.steps, options.seed)
-    if "minilm" in options.tasks:
-        task = minilm(options.sentences, options.held_out, options.seed)
-        rows += quality(task, options.minilm_ratios, options.methods, options.steps, options.seed)
-    peak = memory.read()
-    speeds = list(_speeds(options))
-    found = claims(rows, speeds)
-    show(rows, speeds)
+    settings = {name: getattr(options, name) for name in ("sentences", "held_out", "images")}
+    facts = environment(PACKAGES, seed=options.seeds[0])
+    rows = Rows(options.out, settings, facts)
+    for seed in options.seeds:
+        if "digits" in options.tasks:
+            build = functools.partial(digits, options.images, seed)
+            quality(rows, build, "digits", options, seed)
+        if "minilm" in options.tasks:
+            build = functools.partial(minilm, options.sentences, options.held_out, seed)
+            quality(rows, build, "minilm", options, seed)
+    rows.content["speed"] += _speeds(options)
+    speeds = rows.content["speed"]
+    table = means(rows.quality)
+    found = claims(table, speeds)
+    show(table, speeds)
     for name, value in found.items():
         print(f"{name}: {value}")
-    print(f"peak memory {peak / 1e6:.0f} MB above the start")
-    if options.out:
-        content = {"claim": __doc__, "environment": facts, "quality": rows, "speed": speeds}
-        write_json(options.out, {**content, "claims": found, "peak_memory_bytes": peak})
+    rows.write(claims=found)
     return 0
 
 
 def _speeds(options: argparse.Namespace) -> Any:
     for side in options.sides:
-        torch.manual_seed(options.seed)
+        torch.manual_seed(options.seeds[0])
         layer = nn.Linear(side, side).eval()
         for ratio in (4.0, 16.0):
             for batch in options.batches:
@@ -309,17 +392,23 @@ def _speeds(options: argparse.Namespace) -> Any:
 def show(rows: Sequence[dict[str, Any]], speeds: Sequence[dict[str, Any]]) -> None:
     if rows:
         print_table(
-            ["task", "ratio", "method", "metric", "healed", "predicted", "measured", "seconds"],
+            [
+                *("task", "ratio", "method", "seeds", "metric", "healed", "steps"),
+                *("predicted", "measured", "seconds", "MB"),
+            ],
             [
                 [
                     row["task"],
                     f"{row['ratio']:g}",
                     row["method"],
+                    str(len(row["seeds"])),
                     f"{row['metric']:.4f}",
                     f"{row['healed_metric']:.4f}" if "healed_metric" in row else "",
+                    str(row["steps"]),
                     f"{row['predicted_change']:.3f}" if row.get("predicted_change") else "",
                     f"{row['measured_change']:.3f}" if "measured_change" in row else "",
                     f"{row['seconds']:.0f}",
+                    f"{row['peak_memory_bytes'] / 1e6:.0f}",
                 ]
                 for row in rows
             ],
