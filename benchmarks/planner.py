@@ -111,14 +111,20 @@ def digits(images: int, seed: int) -> Task:
     return Task("digits", model.eval(), data, [x], ["0", "2"], accuracy)
 
 
-def compressed(
-    task: Task, method: str, ratio: float, seed: int, steps: int = 0
-) -> tuple[nn.Module, Plan | None]:
-    """Compress by a method; `steps` of healing that will follow matter to a plan alone."""
+def for_healing(
+    task: Task, model: nn.Module, plan: Plan, ratio: float, steps: int, seed: int
+) -> nn.Module:
+    """Return `model`, or what is fitted instead where a plan for healing is another."""
     options: dict[str, Any] = {"ratio": ratio, "of": "layers", "include": task.layers}
-    if method == "plan" and steps:
-        plan = mpo.plan(task.model, **options, data=task.data, seed=seed, distill=steps)
-        return mpo.compress(task.model, plan, data=task.data, seed=seed).model, plan
+    other = mpo.plan(task.model, **options, data=task.data, seed=seed, distill=steps)
+    chosen = [[(e.name, e.sites(), e.bond_dims) for e in p.compressed] for p in (plan, other)]
+    if chosen[0] == chosen[1]:
+        return model
+    return mpo.compress(task.model, other, data=task.data, seed=seed).model
+
+
+def compressed(task: Task, method: str, ratio: float, seed: int) -> tuple[nn.Module, Plan | None]:
+    options: dict[str, Any] = {"ratio": ratio, "of": "layers", "include": task.layers}
     if method == "plan":
         result = mpo.compress(task.model, **options, data=task.data, seed=seed)
         return result.model, result.plan
