@@ -290,6 +290,39 @@ def test_an_edited_entry_has_sizes_of_its_own_and_no_stale_prediction():
     assert rows["relative change of the model's outputs"].measured > 0
 
 
+@pytest.mark.parametrize("gauge", ["none", "identity"])
+def test_a_plan_has_the_curve_of_each_layer_and_the_report_draws_it(gauge):
+    network = model()
+    data = [torch.randn(64, 48, generator=torch.Generator().manual_seed(0))]
+    plan = mpo.plan(network, ratio=3, data=data, gauge=gauge)
+    layer = plan.compressed[0]
+    curve = {candidate.bond_dims[0]: candidate for candidate in layer.candidates}
+    assert [bond for bond, found in curve.items() if found.chosen] == [*layer.bond_dims]
+    assert curve[layer.bond_dims[0]].loss == layer.predicted.loss
+    assert {1, 2, 4, 8, 16} <= curve.keys()
+    largest = max(curve)
+    dense = layer.shape[0] * layer.shape[1]
+    assert curve[largest].parameters < dense
+    losses = [curve[bond].loss for bond in sorted(curve)]
+    assert losses == sorted(losses, reverse=True)
+    # What is predicted for another bond dimension is what a plan that has it predicts.
+    other = mpo.plan(network, ratio=5, data=data, gauge=gauge).compressed[0]
+    assert other.bond_dims != layer.bond_dims
+    again = {c.bond_dims: c.loss for c in other.candidates}
+    for bond in curve.keys() - {*layer.bond_dims}:
+        assert again[(bond,)] == curve[bond].loss
+    edited = json.loads(plan.to_json())
+    edited["layers"][0]["bond_dims"] = [4]
+    result = mpo.compress(network, mpo.Plan.from_json(json.dumps(edited)), data=data)
+    chosen = [c.bond_dims for c in result.report.compressed_layers[0].candidates if c.chosen]
+    assert chosen == [[4]]
+    page = result.report.to_html()
+    assert "What the size of each layer buys" in page
+    assert 'class="narrow"' in page
+    assert "Output change, predicted" in result.report.to_markdown()
+    assert "What the size of each layer buys" not in mpo.compress(network, ratio=3).report.to_html()
+
+
 @pytest.mark.parametrize("shape", [(96, 60), (384, 1536), (13, 17)])
 @pytest.mark.parametrize("bond_dim", [1, 4, 24])
 def test_gauged_candidates_keep_to_the_budget_of_the_gauged_svd(shape, bond_dim):

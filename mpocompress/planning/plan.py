@@ -50,7 +50,9 @@ class CandidateFigures(_Frozen):
         return _storage(self.precision, self.block, self.tiers)
 
     @classmethod
-    def of(cls, candidate: Candidate, *, chosen: bool) -> "CandidateFigures":
+    def of(
+        cls, candidate: Candidate, *, chosen: bool, loss: float | None = None
+    ) -> "CandidateFigures":
         """From a candidate."""
         return cls(
             layout=candidate.layout.pairs,
@@ -59,6 +61,8 @@ class CandidateFigures(_Frozen):
             macs=candidate.macs,
             relative_weight_error=candidate.relative_weight_error,
             chosen=chosen,
+            gauge=candidate.gauge,
+            loss=loss,
         )
 
 
@@ -104,7 +108,8 @@ class LayerPlan(_Frozen):
         block: columns that share a scale, for integers; None for all of a row.
         tiers: of a dense table: how many of its most frequent rows are stored in which precision,
             most frequent first, such as [[500, "int8"]]; the others are in `precision`.
-        candidates: what other layouts would have given.
+        candidates: what other layouts, bond dimensions or precisions would have given: with data
+            for a budget, the layer's curve of predicted loss over size.
         predicted: what was expected when the plan was made.
     """
 

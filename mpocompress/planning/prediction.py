@@ -6,15 +6,19 @@ outputs, summed over the layers. Errors of different layers are taken as indepen
 known here of what later layers repair.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
 
+import torch
 from torch import Tensor
 
 from mpocompress.mpo import Layout
+from mpocompress.mpo.identity_gauge import stored_parameters
+from mpocompress.planning.layouts import make_candidate
 from mpocompress.planning.objective import Objective
-from mpocompress.planning.plan import LayerPlan, LayerPrediction, Plan
+from mpocompress.planning.plan import CandidateFigures, LayerPlan, LayerPrediction, Plan
 from mpocompress.surgery import Inventory, WeightSite
 
 
@@ -118,14 +122,46 @@ def _predicted(
         seconds = objective.latency(layer.shape, layout, bonds)
         dense_seconds = objective.latency(layer.shape, None, ())
     loss = None
+    candidates = layer.candidates
     if layer.rounds:
         chosen = next((found for found in layer.candidates if found.chosen), None)
         loss = None if chosen is None else chosen.loss
     elif layout is not None and layout.pairs == Layout.svd(*layer.shape).pairs:
         known = None if gains is None or not output_energy else gains(site)
         if known is not None and output_energy:
-            loss = float(known[bonds[0] :].sum()) / output_energy
+            losses = _beyond(known) / output_energy
+            loss = float(losses[bonds[0]])
+            candidates = _curve(layer, losses)
     prediction = LayerPrediction(
         choice=layer.choice, seconds=seconds, dense_seconds=dense_seconds, loss=loss
     )
-    return layer.model_copy(update={"predicted": prediction})
+    return layer.model_copy(update={"predicted": prediction, "candidates": candidates})
+
+
+def _beyond(gains_D: Tensor) -> Tensor:
+    """What is lost at each bond dimension from 0 on, summed from the small gains up."""
+    lost_D = gains_D.flip(0).cumsum(0).flip(0)
+    return torch.cat([lost_D, lost_D.new_zeros(1)])
+
+
+def _curve(layer: LayerPlan, losses: Tensor) -> tuple[CandidateFigures, ...]:
+    """What the layer would lose at other bond dimensions: its Pareto curve.
+
+    At powers of 2, the largest that makes it smaller, and the chosen one.
+    """
+    layout, (chosen,) = layer.sites(), layer.sites().clip(layer.bond_dims or ())
+    dense = layer.shape[0] * layer.shape[1]
+    all_bonds = range(1, min(*layer.shape, len(losses) - 1) + 1)
+    smaller = bisect_left(
+        all_bonds, dense, key=lambda bond: stored_parameters(layout, (bond,), layer.gauge)
+    )
+    powers = {2**power for power in range(smaller.bit_length())}
+    bonds = powers | {smaller, chosen} - {0}
+    return tuple(
+        CandidateFigures.of(
+            make_candidate(layout, bond, gauge=layer.gauge),
+            chosen=bond == chosen,
+            loss=float(losses[bond]),
+        )
+        for bond in sorted(bonds)
+    )

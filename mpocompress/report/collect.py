@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from typing import Any
 
 import torch
@@ -240,9 +241,12 @@ def _weight(site: WeightSite, plan: LayerPlan, outcome: Outcome | None, kind: st
                 parameters=figures.parameters,
                 macs=figures.macs,
                 relative_weight_error=figures.relative_weight_error,
-                chosen=figures.chosen,
+                # Not `figures.chosen`: the entry may have been edited since.
+                chosen=(figures.layout, figures.bond_dims, figures.gauge, figures.storage)
+                == (outcome.layout.pairs, tuple(outcome.bond_dims), plan.gauge, plan.storage),
                 precision=None if figures.bytes is None else figures.storage,
                 bytes=figures.bytes,
+                output_change=None if figures.loss is None else sqrt(max(figures.loss, 0.0)),
             )
             for figures in plan.candidates
         ],

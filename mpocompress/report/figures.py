@@ -80,7 +80,7 @@ def parameters_figure(groups: Sequence[Group], *, width: float, font_size: float
         width: in inches.
         font_size: in points.
     """
-    with _defaults():
+    with default_style():
         figure = Figure(figsize=(width, 1.9))
         draw_parameters(figure.add_axes((0, 0, 1, 1)), groups, width, font_size)
     return figure
@@ -88,7 +88,7 @@ def parameters_figure(groups: Sequence[Group], *, width: float, font_size: float
 
 def spectrum_figure(layer: LayerReport, *, lowest: float, width: float, height: float) -> Figure:
     """Draw the Schmidt spectra of one layer; width and height in inches."""
-    with _defaults():
+    with default_style():
         figure = Figure(figsize=(width, height))
         left, bottom = 0.4 / width, 0.3 / height
         axes = figure.add_axes((left, bottom, 0.96 - left, 0.95 - bottom))
@@ -105,7 +105,7 @@ def overview_figure(report: CompressionReport) -> Figure:
     width, bars, legend, gap = 11.0, 1.9, 0.2 + 0.2 * len(groups), 0.6
     spectra = gap + _ROW_HEIGHT * rows if rows else 0.0
     height = bars + legend + spectra
-    with _defaults():
+    with default_style():
         figure = Figure(figsize=(width, height), facecolor=PALETTE["paper"])
         axes = figure.add_axes((0.03, 1 - bars / height, 0.94, bars / height))
         draw_parameters(axes, groups, 0.94 * width, 9)
@@ -257,7 +257,7 @@ def to_svg(figure: Figure, *, alt: str, key: str) -> str:
         The element; the same bytes for the same figure. The text in it is escaped.
     """
     stream = io.StringIO()
-    with _defaults(), rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
+    with default_style(), rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
         figure.savefig(
             stream,
             format="svg",
@@ -303,7 +303,7 @@ def _add_legend(figure: Figure, groups: Sequence[Group], *, top: float) -> None:
         text.set_parse_math(False)
 
 
-def _defaults() -> AbstractContextManager[None]:
+def default_style() -> AbstractContextManager[None]:
     """Matplotlib's own defaults, so that nobody's style sheet changes a report."""
     return rc_context(
         {key: value for key, value in rcParamsDefault.items() if not key.startswith("backend")}

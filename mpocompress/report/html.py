@@ -18,6 +18,7 @@ from mpocompress.report.figures import (
 from mpocompress.report.glossary import GLOSSARY
 from mpocompress.report.groups import Group, kept_groups, parameter_groups
 from mpocompress.report.schema import CompressionReport, LayerReport
+from mpocompress.report.tradeoffs import layers_with_curves, tradeoff_figure
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +56,7 @@ def render_html(report: CompressionReport) -> str:
             expected_columns=expectations.COLUMNS,
             expected=expectations.comparison_rows(report),
             show_output_error=any(layer.relative_output_error is not None for layer in compressed),
+            tradeoffs=_tradeoffs(groups),
             spectra=[_spectrum(layer, place, lowest) for place, layer in enumerate(with_spectra)],
             most_bonds=max((len(layer.bond_dims or []) for layer in with_spectra), default=0),
             kept=kept_groups(report),
@@ -79,6 +81,34 @@ def _parameters_svg(
         "The list that follows gives the parts."
     )
     return Markup(to_svg(figure, alt=alt, key=key))  # matplotlib escapes its text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Tradeoffs:
+    wide: Markup
+    narrow: Markup
+    colours: list[tuple[Group, str]]
+
+
+def _tradeoffs(groups: tuple[Group, ...]) -> _Tradeoffs | None:
+    """The curves of loss over size, in two sizes of picture; None where none is known."""
+    layers = layers_with_curves(groups)
+    if not layers:
+        return None
+    alt = (
+        f"Predicted change of the outputs over the size of {wording.plural(len(layers), 'layer')}, "
+        "one line each, with a dot at what was chosen. The tables that follow give the numbers."
+    )
+    wide, narrow = (
+        Markup(to_svg(tradeoff_figure(layers, **size), alt=alt, key=key))
+        for key, size in (
+            ("wide-tradeoffs", {"width": 10.4, "height": 3.4, "font_size": 9.0}),
+            ("narrow-tradeoffs", {"width": 4.6, "height": 3.2, "font_size": 9.5}),
+        )
+    )
+    drawn = {colour for _, colour in layers}
+    colours = zip(groups, group_colours(groups), strict=True)
+    return _Tradeoffs(wide=wide, narrow=narrow, colours=[c for c in colours if c[1] in drawn])
 
 
 def _spectrum(layer: LayerReport, place: int, lowest: float) -> _Spectrum:

@@ -125,6 +125,7 @@ def _candidates(layers: Sequence[LayerReport]) -> str:
             f"{candidate.parameters:,}",
             f"{candidate.macs:,}",
             wording.relative_error(candidate.relative_weight_error),
+            wording.relative_error(candidate.output_change),
             wording.stored_as(candidate),
             "**chosen**" if candidate.chosen else "",
         ]
@@ -132,7 +133,7 @@ def _candidates(layers: Sequence[LayerReport]) -> str:
         for candidate in layer.candidates
     ]
     header = ["Layer", "Layout", "Bond dims", "Parameters", "Multiply-adds", "Weight error"]
-    header += ["Stored as", ""]
+    header += ["Output change, predicted", "Stored as", ""]
     return _details(f"{wording.plural(len(rows), 'layout')}", _table(header, rows, left=2), rows)
 
 

@@ -128,6 +128,8 @@ class Candidate(_Frozen):
         chosen: whether it was taken.
         precision: in which the numbers would be stored; None for the model's own.
         bytes: in a file, where a precision is given.
+        output_change: norm of the predicted change of the model's outputs over their norm, if this
+            layer alone were compressed; None if it is not known.
     """
 
     layout: list[Site] = Field(min_length=1)
@@ -138,10 +140,11 @@ class Candidate(_Frozen):
     chosen: bool
     precision: str | None = None
     bytes: NonNegativeInt | None = None
+    output_change: NonNegativeFloat | None = None
 
     @model_serializer(mode="wrap")
     def _without_own_precision(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_none(handler(self), "precision", "bytes")
+        return _without_none(handler(self), "precision", "bytes", "output_change")
 
     @model_validator(mode="after")
     def _check_bonds(self) -> Self:

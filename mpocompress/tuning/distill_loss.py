@@ -16,7 +16,7 @@ from mpocompress.tuning.blocks import watched_outputs
 from mpocompress.tuning.lockstep import Call, floating_outputs
 from mpocompress.tuning.moments import keep_mask, real_rows
 
-OutputLoss = Literal["auto", "kl", "mse", "cosine"]
+OutputLoss = Literal["auto", "kl", "mse", "cosine", "similarity"]
 
 TEMPERATURE = 2.0
 # A single output (batch, columns) with at most so many columns may be logits.
@@ -50,7 +50,9 @@ def output_loss(
         keep: boolean (batch, sequence), True for real tokens; None if all are.
         kind: "kl": KL(dense || ours) of the softmax at temperature 2, times its square, in nats;
             "mse": E|y - y^|^2 / E|y|^2, the mean over all floating outputs; "cosine": mean of
-            1 - cos of the rows. "auto": "mse", plus "kl" where the output may be logits: it has
+            1 - cos of the rows; "similarity": that, plus the squared error of the cosines of all
+            pairs of different rows over these cosines' variance, for embeddings that are compared
+            with each other. "auto": "mse", plus "kl" where the output may be logits: it has
             a `.logits`, or is a single tensor (batch, 2 to 1000 columns), or one with more axes
             and as many columns as there are words. That is right for regression and embeddings,
             too, of which KL alone would lose the scale and the offset.
@@ -84,7 +86,7 @@ def output_loss(
                 f"{len(leaves)}; give the dense model that was compressed."
             )
         pairs = list(zip(our_leaves, leaves, strict=True))
-    measure = _one_minus_cosine if kind == "cosine" else normalized_error
+    measure = _MEASURES.get(kind, normalized_error)
     terms.append(torch.stack([measure(a, b, keep) for a, b in pairs]).mean())
     return torch.stack(terms).sum()
 
@@ -214,3 +216,25 @@ def _one_minus_cosine(ours: Tensor, dense: Tensor, keep: Tensor | None) -> Tenso
     ours_NK, dense_NK = _rows(ours, dense, keep)
     lost_N = 1 - nn.functional.cosine_similarity(ours_NK, dense_NK, dim=-1)
     return lost_N.sum() / max(1, len(lost_N))
+
+
+def _similarity(ours: Tensor, dense: Tensor, keep: Tensor | None) -> Tensor:
+    """1 - cos of each row, and how far the cosines of pairs of rows (N, N) are off.
+
+    An embedding may be close to the dense one in every row and still rank neighbours differently:
+    unrelated rows have cosines near 0, and those decide about ranks. The second term is 1 - R^2 of
+    the dense model's cosines as ours predict them.
+    """
+    loss = _one_minus_cosine(ours, dense, keep)
+    rows = _rows(ours, dense, keep)
+    our_NN, dense_NN = (found @ found.T for found in map(nn.functional.normalize, rows))
+    pairs = ~torch.eye(len(dense_NN), dtype=torch.bool, device=dense_NN.device)
+    our_P, dense_P = our_NN[pairs], dense_NN[pairs]
+    if len(dense_P) == 0:
+        return loss
+    spread = (dense_P - dense_P.mean()).square().sum()
+    # A single pair, or rows that are all alike, have no ranks to keep.
+    return loss + (our_P - dense_P).square().sum() / spread if spread > _TINY else loss
+
+
+_MEASURES = {"cosine": _one_minus_cosine, "similarity": _similarity}
