@@ -179,6 +179,22 @@ def test_the_schedule_warms_up_and_decays():
     assert 0 < rates[-1] < 1e-4
 
 
+    short = [warm_cosine(step, 60, 1.0) for step in range(60)]
+    assert short[0] == pytest.approx(1 / 20)
+    assert max(short) == short[20] == 1.0
+    assert warm_cosine(0, 1, 1.0) == 1.0
+    assert [warm_cosine(step, 6, 1.0) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]
+
+
+def test_a_run_that_is_worse_at_first_is_not_given_up(dense, small):
+    arguments = {"reference": dense, "data": [rows(400, 16)]}
+    mpo.distill(small, **arguments, steps=200, learning_rate=3e-3)
+    again = mpo.distill(small, **arguments, steps=60, learning_rate=0.01, evaluate_every=1)
+    losses = [record.held_out_loss for record in again.history]
+    assert min(losses[1:31]) > losses[0]
+    assert again.end_loss < losses[0]
+
+
 # -- balancing
 
 

@@ -48,7 +48,7 @@ def distill(
     batch_size: int | None = None,
     held_out: float = 0.1,
     evaluate_every: int | None = None,
-    patience: int | None = 10,
+    patience: int | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: Progress | None = None,
@@ -78,7 +78,8 @@ def distill(
             cuts larger ones, or a single one, into 64.
         held_out: share of the data that is never trained on.
         evaluate_every: steps between evaluations; None for 25 in all.
-        patience: stop after so many evaluations that were not better; None: never.
+        patience: stop after so many evaluations that were not better; None: never, since the loss
+            may rise at first and fall below its start when the rate decays.
         seed: of the order and of the held-out part.
         checkpoint: file to go on from if a run with the same arguments was interrupted.
         progress: called as `progress(what, done, total)`.

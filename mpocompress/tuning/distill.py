@@ -64,7 +64,9 @@ class DistillOptions:
         batch_size: rows of a minibatch, see `minibatches.TrainingData`.
         held_out: share of the data that is not trained on.
         evaluate_every: steps between evaluations; None for 25 evaluations in all.
-        patience: a phase ends after so many evaluations without a better one; None: never.
+        patience: a phase ends after so many evaluations without a better one; None: never. The
+            loss may rise at first and fall below its start when the rate decays, so that giving up
+            early is no default.
         clip_norm: largest norm of the gradient of all parameters.
         seed: of the held-out part and the order of the data.
     """
@@ -76,7 +78,7 @@ class DistillOptions:
     batch_size: int | None = None
     held_out: float = 0.1
     evaluate_every: int | None = None
-    patience: int | None = 10
+    patience: int | None = None
     clip_norm: float = 1.0
     seed: int = 0
 

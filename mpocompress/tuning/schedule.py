@@ -2,11 +2,13 @@
 
 import math
 
-_WARM_UP_STEPS, _WARM_UP_SHARE = 20, 0.05
+# Adam's first steps are about as large in every parameter, whatever the gradient: at the full rate
+# they undo a good start (a fitted encoder, 60 steps: the held-out loss rose by 13 % first).
+_WARM_UP_STEPS, _WARM_UP_SHARE = 20, 1 / 3
 
 
 def warm_cosine(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 20 steps or 5 %, then a cosine that ends just above zero."""
+    """Linear warm-up over 20 steps, or a third of a shorter run, then a cosine to just above zero."""
     warm_up = min(_WARM_UP_STEPS, max(1, round(_WARM_UP_SHARE * steps)))
     if step < warm_up:
         return peak * (step + 1) / warm_up
