@@ -8,7 +8,7 @@ _WARM_UP_STEPS, _WARM_UP_SHARE = 20, 1 / 3
 
 
 def warm_cosine(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 20 steps, or a third of a shorter run, then a cosine to just above zero."""
+    """Linear warm-up over 20 steps, or a third of fewer than 60, then a cosine to about zero."""
     warm_up = min(_WARM_UP_STEPS, max(1, round(_WARM_UP_SHARE * steps)))
     if step < warm_up:
         return peak * (step + 1) / warm_up
