@@ -184,7 +184,7 @@ def fitted(given: Problem, options: dict[str, Any], seed: int, steps: int) -> nn
         planned,
         calls,
         output_metrics={module: moment.output_metric for module, moment in moments.items()},
-        options=FitOptions(sweeps=SWEEPS, output_metric="sites"),
+        options=FitOptions(sweeps=SWEEPS),
     )
     mpos: dict[object, MPO] = {site: weight.mpo for site, weight in found.items()}
     model = copy_with_replacements(given.dense, mpos)

@@ -10,6 +10,9 @@ from torch import nn
 
 import mpocompress as mpo
 from mpocompress.errors import BudgetError, DataError, NoLayerMatched, PlanError
+from mpocompress.mpo import MPO
+from mpocompress.mpo.factorize import random_cores
+from mpocompress.mpo.factors import balanced_layout
 from mpocompress.planning.allocation import (
     Share,
     allocate_by_sensitivity,
@@ -176,7 +179,48 @@ def test_layers_that_matter_more_get_more():
     assert mpo.Plan.from_json(plan.to_json()) == plan
 
 
-def test_auto_takes_more_sites_where_two_factors_are_too_narrow_for_healing():
+def planted_sums_of_products() -> nn.Sequential:
+    """Layers that four sites of bond dimension 4 hold exactly, and no few factors do."""
+    model = network()
+    generator = torch.Generator().manual_seed(7)
+    for index in (0, 2):
+        layer = model[index]
+        cores = random_cores(
+            balanced_layout(*layer.weight.shape, 4), (4, 4, 4), variance=0.02, generator=generator
+        )
+        layer.weight.data = MPO(cores).to_dense()
+    return model
+
+
+def test_auto_takes_more_sites_where_two_factors_are_a_bottleneck():
+    options = {"of": "layers", "data": inputs(), "include": ["0", "2"]}
+    model = planted_sums_of_products()
+    plan = mpo.plan(model, ratio=8, **options)
+    assert [len(layer.layout) for layer in plan.compressed] == [4, 4]
+    reason = plan.compressed[0].reason
+    assert re.search(r"4 sites, which lose \d+% on trial, where \d numbers .* lose \d+%", reason)
+    # What is predicted is what the trial lost, and the fit does as well on other data.
+    assert all(layer.predicted.loss is not None for layer in plan.compressed)
+    found = mpo.compress(model, plan, data=inputs())
+    factors = mpo.compress(model, ratio=8, layout="svd", **options)
+    x = torch.randn(500, 48, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        errors = [(result.model(x) - model(x)).norm() for result in (found, factors)]
+    assert errors[0] < 0.3 * errors[1]
+    # Two factors stay where they lose less, where a layout was asked for, and for speed.
+    for other in (
+        mpo.plan(network(), ratio=3, **options),
+        mpo.plan(model, ratio=8, layout="svd", **options),
+        mpo.plan(model, ratio=8, objective="macs", **options),
+    ):
+        assert {len(layer.layout) for layer in other.compressed} == {2}
+    # A ratio that two factors cannot reach.
+    beyond = mpo.plan(model, ratio=60, **options)
+    assert [len(layer.layout) for layer in beyond.compressed] == [4, 4]
+
+
+def test_layers_too_large_for_a_trial_take_more_sites_for_healing_alone(monkeypatch):
+    monkeypatch.setattr("mpocompress.tuning.sensitivity.exact_takes_long", lambda shape: True)
     options = {"of": "layers", "data": inputs(), "include": ["0", "2"]}
     one_shot = mpo.plan(network(), ratio=12, **options)
     healed = mpo.plan(network(), ratio=12, distill=100, **options)

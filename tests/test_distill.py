@@ -178,7 +178,6 @@ def test_the_schedule_warms_up_and_decays():
     assert rates[20:] == sorted(rates[20:], reverse=True)
     assert 0 < rates[-1] < 1e-4
 
-
     short = [warm_cosine(step, 60, 1.0) for step in range(60)]
     assert short[0] == pytest.approx(1 / 20)
     assert max(short) == short[20] == 1.0

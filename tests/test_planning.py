@@ -294,7 +294,7 @@ def test_an_edited_entry_has_sizes_of_its_own_and_no_stale_prediction():
 def test_a_plan_has_the_curve_of_each_layer_and_the_report_draws_it(gauge):
     network = model()
     data = [torch.randn(64, 48, generator=torch.Generator().manual_seed(0))]
-    plan = mpo.plan(network, ratio=3, data=data, gauge=gauge)
+    plan = mpo.plan(network, ratio=3, layout="svd", data=data, gauge=gauge)
     layer = plan.compressed[0]
     curve = {candidate.bond_dims[0]: candidate for candidate in layer.candidates}
     assert [bond for bond, found in curve.items() if found.chosen] == [*layer.bond_dims]
@@ -306,7 +306,7 @@ def test_a_plan_has_the_curve_of_each_layer_and_the_report_draws_it(gauge):
     losses = [curve[bond].loss for bond in sorted(curve)]
     assert losses == sorted(losses, reverse=True)
     # What is predicted for another bond dimension is what a plan that has it predicts.
-    other = mpo.plan(network, ratio=5, data=data, gauge=gauge).compressed[0]
+    other = mpo.plan(network, ratio=5, layout="svd", data=data, gauge=gauge).compressed[0]
     assert other.bond_dims != layer.bond_dims
     again = {c.bond_dims: c.loss for c in other.candidates}
     for bond in curve.keys() - {*layer.bond_dims}:

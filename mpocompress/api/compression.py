@@ -89,7 +89,9 @@ def plan(
         batch: rows that latency is measured with.
         layout: "auto", "svd", "balanced", (out, in) pairs, text, a `Layout`, or a dict from layer
             pattern to one of these. At a bond dimension, "auto" takes the layout with the least
-            weight error that makes the layer smaller; for budgets it is "svd", but see `distill`.
+            weight error that makes the layer smaller. For budgets it is "svd", except where so few
+            numbers between two factors would carry too little: with data for a ratio or a size,
+            four sites are then fitted on trial, and taken if the model's outputs change less by it.
         sites: force balanced layouts of so many sites.
         include: globs on qualified names, or regular expressions after "re:"; default: all.
         exclude: likewise; they win.
@@ -105,8 +107,8 @@ def plan(
         onnx_bytes: for `max_size`: writes the ONNX file of a model and gives its bytes. Default:
             `export_onnx` with the first batch of the data.
         sweeps: of the fits that are tried for `max_error` and `max_drop`, as in `compress`.
-        distill: steps of healing that will follow. For a budget, "auto" then takes four sites where
-            two factors would be too narrow for healing to widen, if there is data to tell.
+        distill: steps of healing that will follow. For a budget, "auto" then takes four sites in
+            place of narrow factors for layers that are too large for a fit on trial, too.
         seed: of the random directions of the gradients, and of what is held out.
         progress: called as `progress(layer, done, total)`.
 

@@ -54,11 +54,15 @@ from mpocompress.tuning import (
     fit_in_sequence,
     gain_of_bonds,
     layer_moments,
+    loss_of_fit,
     output_energy,
     tied_heads,
 )
 from mpocompress.tuning.rounding import Rounded
 from mpocompress.tuning.storage_choices import storage_choices
+
+# Fits on trial take long: not for budgets that are met by measuring many plans.
+_TRIED_FOR = ("ratio", "max_size")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -141,6 +145,7 @@ class Job:
         self._latency = latency
         self._energy: float | None = None
         self._gains: dict[WeightSite, Tensor | None] = {}
+        self._losses: dict[tuple[WeightSite, Layout, tuple[int, ...]], float | None] = {}
         self._choices: dict[WeightSite, Sequence[StorageChoice]] = {}
 
     @property
@@ -167,6 +172,17 @@ class Job:
 
         return known
 
+    def losses(self, site: WeightSite, layout: Layout, bond_dims: tuple[int, ...]) -> float | None:
+        """What a layout loses on the data by a fit on trial; None where none is made."""
+        if self.moments is None:
+            return None
+        key = (site, layout, bond_dims)
+        if key not in self._losses:
+            if self.progress is not None:
+                self.progress(f"{site.name}: {layout.num_sites} sites on trial", 0, 1)
+            self._losses[key] = loss_of_fit(site, self.moments, layout, bond_dims)
+        return self._losses[key]
+
     def take_statistics(self, sites: Sequence[WeightSite] | None = None) -> None:
         """Collect what the dense model shows of weights on the data; default: the selected ones."""
         if self.calls is None or self.moments is not None:
@@ -187,6 +203,7 @@ class Job:
                 self.inventory,
                 objective=self.objective,
                 gains=self.gains,
+                losses=self.losses if self.options.target in _TRIED_FOR else None,
                 tables=self.has_data,
                 progress=self.progress,
             )
@@ -215,6 +232,7 @@ class Job:
                 self.inventory,
                 objective=self.objective,
                 gains=self.gains,
+                losses=self.losses if self.options.target in _TRIED_FOR else None,
                 tables=self.has_data,
                 progress=self.progress,
             )
@@ -227,6 +245,7 @@ class Job:
             self.inventory,
             objective=self.objective,
             gains=self.gains,
+            losses=lambda *key: self._losses.get(key),
             output_energy=self._energy,
         )
 
@@ -351,7 +370,6 @@ class Job:
             modules = [module for entry in planned for module in entry.site.modules]
             with self.clock("statistics"):
                 moments = layer_moments(opened, modules, self.calls, seed=self.seed)
-        healed = self.options.healed
         with self.clock("fitting"):
             fitted = fit_in_sequence(
                 opened,
@@ -363,9 +381,7 @@ class Job:
                     if (metric := moment.output_metric) is not None
                 },
                 heads={entry.site: tied_heads(entry.site, moments) for entry in planned},
-                options=FitOptions(
-                    sweeps=self.sweeps, output_metric="sites" if healed else "exact"
-                ),
+                options=FitOptions(sweeps=self.sweeps),
                 store=None if self.state is None else FitStore(self.state),
                 progress=self.progress,
             )

@@ -8,7 +8,7 @@ from mpocompress.planning.plan import CandidateFigures, LayerPlan, Plan
 from mpocompress.planning.planner import Progress, plan_bond_dim
 from mpocompress.planning.prediction import Predicted, predicted_totals, with_predictions
 from mpocompress.planning.ratio import Of, plan_ratio
-from mpocompress.planning.sharing import Gains, Sharing
+from mpocompress.planning.sharing import Gains, Losses, Sharing
 
 __all__ = [
     "Candidate",
@@ -17,6 +17,7 @@ __all__ = [
     "Latency",
     "LayerPlan",
     "LayoutChoice",
+    "Losses",
     "Objective",
     "ObjectiveName",
     "Of",

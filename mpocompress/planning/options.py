@@ -17,7 +17,7 @@ from mpocompress.planning.objective import Latency, Objective, ObjectiveName, ch
 from mpocompress.planning.plan import Plan
 from mpocompress.planning.planner import Progress, plan_bond_dim
 from mpocompress.planning.ratio import Of, check_ratio, plan_ratio
-from mpocompress.planning.sharing import Gains, Sharing
+from mpocompress.planning.sharing import Gains, Losses, Sharing
 from mpocompress.surgery import Inventory
 
 Target = Literal["bond_dim", "ratio", "max_size", "max_error", "max_drop"]
@@ -114,6 +114,7 @@ class PlanOptions:
         *,
         objective: Objective,
         gains: Gains | None = None,
+        losses: Losses | None = None,
         tables: bool = True,
         progress: Progress | None = None,
     ) -> Sharing:
@@ -125,6 +126,7 @@ class PlanOptions:
         return Sharing(
             inventory,
             gains=gains,
+            losses=losses,
             layout=self.layout,
             sites=self.sites,
             include=self.include,
@@ -143,12 +145,13 @@ class PlanOptions:
         *,
         objective: Objective | None = None,
         gains: Gains | None = None,
+        losses: Losses | None = None,
         tables: bool = True,
         progress: Progress | None = None,
     ) -> Plan:
         """The plan for a bond dimension or a ratio; the other targets have to be measured.
 
-        See `Sharing` for `gains` and `tables`.
+        See `Sharing` for `gains`, `losses` and `tables`.
 
         Raises:
             PlanError: another target, none, or several.
@@ -157,7 +160,12 @@ class PlanOptions:
         objective = objective or self.aim()
         if self.target == "ratio" and self.ratio is not None:
             sharing = self.sharing(
-                inventory, objective=objective, gains=gains, tables=tables, progress=progress
+                inventory,
+                objective=objective,
+                gains=gains,
+                losses=losses,
+                tables=tables,
+                progress=progress,
             )
             return plan_ratio(sharing, self.ratio, of=self.of)
         if self.bond_dim is None:

@@ -48,6 +48,7 @@ def with_predictions(
     *,
     objective: Objective,
     gains: Callable[[WeightSite], Tensor | None] | None = None,
+    losses: Callable[[WeightSite, Layout, tuple[int, ...]], float | None] | None = None,
     output_energy: float | None = None,
 ) -> Plan:
     """The plan with what is expected of each entry.
@@ -57,11 +58,12 @@ def with_predictions(
         inventory: of its model.
         objective: with the table of times, if there is one.
         gains: what each bond dimension of the layout ((out, 1), (1, in)) is worth, if known.
+        losses: what other layouts lost when they were fitted on trial, on the scale of the gains.
         output_energy: sum of the squares of the model's outputs on the data that `gains` are from.
     """
     sites = {site.name: site for site in inventory.sites}
     layers = tuple(
-        _predicted(layer, sites[layer.name], objective, gains, output_energy)
+        _predicted(layer, sites[layer.name], objective, gains, losses, output_energy)
         for layer in plan.layers
     )
     return plan.model_copy(
@@ -113,6 +115,7 @@ def _predicted(
     site: WeightSite,
     objective: Objective,
     gains: Callable[[WeightSite], Tensor | None] | None,
+    losses: Callable[[WeightSite, Layout, tuple[int, ...]], float | None] | None,
     output_energy: float | None,
 ) -> LayerPlan:
     layout = None if layer.action == "keep" else layer.sites()
@@ -129,9 +132,12 @@ def _predicted(
     elif layout is not None and layout.pairs == Layout.svd(*layer.shape).pairs:
         known = None if gains is None or not output_energy else gains(site)
         if known is not None and output_energy:
-            losses = _beyond(known) / output_energy
-            loss = float(losses[bonds[0]])
-            candidates = _curve(layer, losses)
+            lost_D = _beyond(known) / output_energy
+            loss = float(lost_D[bonds[0]])
+            candidates = _curve(layer, lost_D)
+    elif layout is not None and losses is not None and output_energy:
+        found = losses(site, layout, bonds)
+        loss = None if found is None else found / output_energy
     prediction = LayerPrediction(
         choice=layer.choice, seconds=seconds, dense_seconds=dense_seconds, loss=loss
     )
@@ -144,14 +150,14 @@ def _beyond(gains_D: Tensor) -> Tensor:
     return torch.cat([lost_D, lost_D.new_zeros(1)])
 
 
-def _curve(layer: LayerPlan, losses: Tensor) -> tuple[CandidateFigures, ...]:
+def _curve(layer: LayerPlan, lost_D: Tensor) -> tuple[CandidateFigures, ...]:
     """What the layer would lose at other bond dimensions: its Pareto curve.
 
     At powers of 2, the largest that makes it smaller, and the chosen one.
     """
     layout, (chosen,) = layer.sites(), layer.sites().clip(layer.bond_dims or ())
     dense = layer.shape[0] * layer.shape[1]
-    all_bonds = range(1, min(*layer.shape, len(losses) - 1) + 1)
+    all_bonds = range(1, min(*layer.shape, len(lost_D) - 1) + 1)
     smaller = bisect_left(
         all_bonds, dense, key=lambda bond: stored_parameters(layout, (bond,), layer.gauge)
     )
@@ -161,7 +167,7 @@ def _curve(layer: LayerPlan, losses: Tensor) -> tuple[CandidateFigures, ...]:
         CandidateFigures.of(
             make_candidate(layout, bond, gauge=layer.gauge),
             chosen=bond == chosen,
-            loss=float(losses[bond]),
+            loss=float(lost_D[bond]),
         )
         for bond in sorted(bonds)
     )

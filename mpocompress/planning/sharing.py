@@ -7,6 +7,7 @@ accuracy) are met by walking along them.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf, isinf
 
 from torch import Tensor
 
@@ -31,6 +32,12 @@ from mpocompress.surgery import Inventory, WeightSite, check_finite, select_site
 Gains = Callable[[WeightSite], Tensor | None]
 """What each further bond dimension of the layout ((out, 1), (1, in)) is worth, if known."""
 
+Losses = Callable[[WeightSite, Layout, tuple[int, ...]], float | None]
+"""What a fit of another layout loses at its bond dimensions, on the scale of gains, if known."""
+
+# Losses are predicted at the dense model, layer by layer: what is hardly better may be worse.
+_CLEARLY = 0.9
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Part:
@@ -52,12 +59,28 @@ class Part:
         return "by what an error here does to the model's output"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Shared:
+    """A plan that may be taken.
+
+    Attributes:
+        plan: the rows.
+        loss: predicted; infinite if that of a layer is not known.
+        dropped: weights that stay dense because they cannot be as small as all must be on average.
+    """
+
+    plan: Plan
+    loss: float
+    dropped: int
+
+
 class Sharing:
     """What can be shared: the selected weights with their layouts and costs.
 
     Args:
         inventory: of the model.
         gains: per layer, see `allocation`; layers without them share the uniform ratio.
+        losses: makes fits on trial where two factors are a bottleneck; None makes none.
         layout: "auto" is the layout ((out, 1), (1, in)), whose errors are known at every bond
             dimension, except where `bottleneck` finds a better one; otherwise one that is forced,
             as in `plan_bond_dim`.
@@ -80,6 +103,7 @@ class Sharing:
         inventory: Inventory,
         *,
         gains: Gains | None = None,
+        losses: Losses | None = None,
         layout: LayoutChoice = "auto",
         sites: int | None = None,
         include: Sequence[str] = (),
@@ -96,8 +120,10 @@ class Sharing:
         self.gauge: Gauge = gauge
         self.objective = objective or Objective()
         self._may_stay_dense = may_stay_dense
+        self._losses = losses
+        self._healed = healed
         # More sites cost more multiply-adds than parameters: they are for small size alone.
-        self._widens = healed and self.objective.name == "size"
+        self._widens = self.objective.name == "size"
         self.settings = {
             "layout": describe_layout(layout),
             "sites": sites,
@@ -154,14 +180,51 @@ class Sharing:
             why: for the reason of each entry, such as "a ratio of 4".
             unreachable: the error if even bond dimension 1 everywhere takes more.
         """
-        entries = dict(self.kept)
         kept = max(allowed(self.dense), 0.0) / max(self.dense, 1)
-        taking_part = [self._wide_enough(part, kept) for part in self.parts]
+        wide = [self._wide_enough(part, kept) for part in self.parts]
+        wide_plan = self._at(wide, allowed, why, unreachable)
+        if wide == self.parts:
+            return wide_plan.plan
+        # What layers in factors lose depends on how they share the budget, so whole plans compete.
+        try:
+            narrow_plan = self._at(self.parts, allowed, why, unreachable)
+        except BudgetError:
+            return wide_plan.plan
+        if wide_plan.dropped != narrow_plan.dropped:
+            return min(wide_plan, narrow_plan, key=lambda found: found.dropped).plan
+        if isinf(wide_plan.loss):  # too large for a trial
+            return wide_plan.plan if self._healed else narrow_plan.plan
+        clearly = wide_plan.loss < _CLEARLY * narrow_plan.loss
+        return wide_plan.plan if clearly else narrow_plan.plan
+
+    def _at(
+        self,
+        taking_part: Sequence[Part],
+        allowed: Callable[[int], float],
+        why: str,
+        unreachable: Callable[[Sequence[Part]], BudgetError],
+    ) -> "_Shared":
+        entries = dict(self.kept)
         parts, budget = self._fitting(taking_part, allowed, entries, unreachable)
         bonds = _allocate(self._shares(parts), budget)
         for part, bond in zip(parts, bonds, strict=True):
             entries[part.site] = self.entry(part, bond, f"bond dimension from {why}, {part.how}")
-        return self.plan(entries)
+        return _Shared(
+            plan=self.plan(entries),
+            loss=sum(map(self._loss, parts, bonds)),
+            dropped=len(taking_part) - len(parts),
+        )
+
+    def _loss(self, part: Part, bond: int) -> float:
+        if bond > part.share.max_bond_dim:
+            return 0.0
+        if part.share.gains is not None:
+            return float(part.share.gains[bond:].sum())
+        if self._losses is None:
+            return inf
+        bonds = part.layout.clip([bond] * (part.layout.num_sites - 1))
+        loss = self._losses(part.site, part.layout, bonds)
+        return inf if loss is None else loss
 
     def of_model(self, parameters: float, why: str) -> Plan:
         """The plan in which the whole model has no more than so many parameters."""
@@ -191,16 +254,29 @@ class Sharing:
         return Plan(settings=dict(self.settings), layers=rows)
 
     def _wide_enough(self, part: Part, kept: float) -> Part:
-        """The weight in another layout where its own is a bottleneck that healing cannot widen."""
+        """The weight in another layout where its own is a bottleneck, and the other is better."""
         if not self._widens or part.forced:
             return part
         found = wider_layout(part.site.shape, part.share, kept)
         if found is None:
             return part
-        other = self._part(part.site, found[0], None)
-        if other is None or other.share.within(kept * other.share.dense) < 1:
+        layout, bond, lost = found
+        other = self._part(part.site, layout, None)
+        other_bond = 0 if other is None else other.share.within(kept * other.share.dense)
+        if other is None or other_bond < 1:
             return part
-        return replace(other, why=found[1])
+        more = f"{layout.num_sites} sites"
+        narrow = f"{bond} numbers between two factors would lose {lost:.0%} of what matters"
+        gains, loss = part.share.gains, inf
+        if gains is not None:
+            loss = self._loss(other, other_bond)
+        if gains is None or isinf(loss):
+            why = f"{more}, for healing follows, and {narrow}"
+            return replace(other, why=why) if self._healed else part
+        of_all = loss / float(gains.sum())
+        if of_all >= lost:
+            return part
+        return replace(other, why=f"{more}, which lose {of_all:.0%} on trial, where {narrow}")
 
     def _part(self, site: WeightSite, layout: Layout, gains: Gains | None) -> Part | None:
         stored = partial(_stored, layout, self.gauge)

@@ -9,7 +9,12 @@ from mpocompress.tuning.independent import fit_alone
 from mpocompress.tuning.loss_sweeps import sweep_on_loss
 from mpocompress.tuning.objectives import Distillation, Loss
 from mpocompress.tuning.output_errors import OutputErrors, output_energy, output_errors
-from mpocompress.tuning.sensitivity import gain_of_bonds, output_error_curve, tied_heads
+from mpocompress.tuning.sensitivity import (
+    gain_of_bonds,
+    loss_of_fit,
+    output_error_curve,
+    tied_heads,
+)
 from mpocompress.tuning.sequential import fit_in_sequence
 from mpocompress.tuning.supervised import Supervised, SupervisedLoss, supervised_loss
 from mpocompress.tuning.sweep_options import LocalOptions, LossSweepOptions, LossSweepRecord
@@ -45,6 +50,7 @@ __all__ = [
     "gain_of_bonds",
     "layer_moments",
     "output_energy",
+    "loss_of_fit",
     "output_error_curve",
     "output_errors",
     "supervised_loss",

@@ -10,6 +10,9 @@ from mpocompress.mpo import MPO, Layout
 from mpocompress.surgery import WeightSite
 from mpocompress.tuning.rounding import Rounded, Storage
 
+# 1024 x 1024 has 2.1e9, 4096 x 4096 has 1.4e11.
+_EXACT_MACS = 1e10
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitOptions:
@@ -22,19 +25,29 @@ class FitOptions:
             form; 0 keeps the start of the fit.
         repair_streams: let a layer that feeds a residual stream correct the stream's error.
         output_metric: of layouts that are swept: "exact" as given, or "sites", its product over the
-            sites. The former needs conjugate gradients, which take many times as long; on a digit
-            classifier at four sites its one-shot accuracy is 90 % instead of 76. The latter is for
-            fits that healing follows.
+            sites. The former needs conjugate gradients, which take some four times as long, and is
+            worth it: a digit classifier in four sites, 130 times smaller, has 93 instead of 84 %
+            one-shot, and 95 instead of 93 after 60 steps of healing. "auto" is "exact" except for
+            matrices so large that it would take hours, see `exact_takes_long`.
     """
 
     ridge: float = 1e-3
     sweeps: int = 16
     repair_streams: bool = True
-    output_metric: Literal["exact", "sites"] = "exact"
+    output_metric: Literal["auto", "exact", "sites"] = "auto"
 
     def __post_init__(self) -> None:
         if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 0:
             raise DataError(f"sweeps {self.sweeps!r}: a number of sweeps is 0 or more. Try 16.")
+
+
+def exact_takes_long(shape: tuple[int, int]) -> bool:
+    """Whether sweeps in the whole output metric of a matrix (out, in) take hours.
+
+    They make hundreds of products with it, of out * in * (out + in) multiply-adds each.
+    """
+    out, in_ = shape
+    return out * in_ * (out + in_) > _EXACT_MACS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,7 +24,7 @@ from mpocompress.mpo.contract import apply_cores
 from mpocompress.mpo.fit import fit
 from mpocompress.mpo.metric import Metric
 from mpocompress.surgery import WeightSite
-from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan
+from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan, exact_takes_long
 from mpocompress.tuning.fit_state import FitStore
 from mpocompress.tuning.layer_rows import adapter_of, row_pieces
 from mpocompress.tuning.lockstep import Call, OperationRecorder, Runner, stopping_layers
@@ -369,7 +369,10 @@ def _fit_layer(
     if bool(whole.inputs_II.any()):  # else nothing but zeros came in: fit the weights themselves
         useful = output_metric_OO is not None and bool(output_metric_OO.any())
         metric = Metric(whole.inputs_II, output_metric_OO if useful else None, ridge=options.ridge)
-        if options.output_metric == "sites" and not _is_svd(plan.layout):
+        by_sites = options.output_metric == "sites"
+        if options.output_metric == "auto":
+            by_sites = exact_takes_long(site.shape)
+        if by_sites and not _is_svd(plan.layout):
             metric = metric.over_sites(plan.layout)
     result = fit(
         target_OI,
