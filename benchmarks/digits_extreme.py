@@ -22,12 +22,13 @@ stopped, or a second one with more seeds, goes on from there. A plot is drawn be
 """
 
 import argparse
+import copy
 import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,9 @@ def layout_options(layout: str) -> dict[str, Any]:
     return {"layout": "svd"} if layout == "svd" else {"sites": int(layout[0])}
 
 
+@lru_cache(maxsize=1)  # the rates of the tuning begin with the same model
 def build(method: Method, ratio: float, seed: int, steps: int) -> nn.Module | None:
-    """Return the model before healing; None if this layout cannot be that small."""
+    """Return the model before healing, to be copied; None if this layout cannot be that small."""
     given = problem(seed)
     if method.layout in CONTROLS:
         reference = build(Method(layout="4 sites", start="weights"), ratio, seed, steps)
@@ -306,9 +308,10 @@ def measure(
         return True
     given = problem(seed)
     steps = max(epochs) * -(-len(given.images_BI) // BATCH)
-    start = build(method, ratio, seed, steps)
-    if start is None:
+    built = build(method, ratio, seed, steps)
+    if built is None:
         return False
+    start = copy.deepcopy(built)
     state = {name: value.clone() for name, value in start.state_dict().items()}
     kept = sum(p.numel() for p in start.parameters())
     dense = sum(p.numel() for p in given.dense.parameters())
