@@ -514,3 +514,23 @@ def test_refuses(options, error, message):
 def test_counting_refuses_a_single_site():
     with pytest.raises(LayoutError, match="single site; a sweep needs at least two"):
         sweep_macs(Layout.parse("3x4"), 2)
+
+
+def test_searching_in_float32_finds_what_float64_does(monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    target = torch.randn(64, 48, generator=generator, dtype=torch.float64)
+    inputs, outputs = (
+        torch.randn(200, size, generator=generator, dtype=torch.float64)
+        * torch.exp(-torch.arange(size) / 12)
+        for size in (48, 64)
+    )
+    metric = Metric(inputs.T @ inputs, outputs.T @ outputs)
+    found = {}
+    for above in (1e-4, float("inf")):  # by default, and never
+        monkeypatch.setattr("mpocompress.mpo.local_solve._COARSE_ABOVE", above)
+        found[above] = fit(target, metric, Layout((4, 4, 4), (4, 3, 4)), 5, round_trips=4)
+    coarse, fine = found.values()
+    assert any(record.cg_iterations for record in fine.history)
+    assert coarse.relative_error == pytest.approx(fine.relative_error, rel=1e-3)
+    objectives = [record.objective for record in coarse.history]
+    assert objectives == sorted(objectives, reverse=True)
