@@ -131,7 +131,10 @@ def build(method: Method, ratio: float, seed: int, steps: int) -> nn.Module | No
     if options is None:
         return None
     if method.start == "fitted":
-        return fitted(given, options, seed, steps)
+        try:
+            return fitted(given, options, seed, steps)
+        except BudgetError:  # auto finds out on the data
+            return None
     model = mpo.compress(given.dense, **options, seed=seed).model
     if method.start == "random":
         generator = torch.Generator().manual_seed(seed)

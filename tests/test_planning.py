@@ -268,6 +268,16 @@ def test_gauges_by_layer_and_those_that_do_not_exist():
     assert {layer.gauge for layer in mpo.Plan.from_json(json.dumps(old))} == {"none"}
 
 
+def test_a_weight_of_less_rank_than_planned_keeps_its_chosen_candidate():
+    network = model()
+    layer = network[0]
+    layer.weight.data = layer.weight.data[:, :3] @ torch.randn(3, layer.in_features)
+    report = mpo.compress(network, bond_dim=8).report
+    found = report.compressed_layers[0]
+    assert found.bond_dims == [3]
+    assert sum(candidate.chosen for candidate in found.candidates) == 1
+
+
 def test_an_edited_entry_has_sizes_of_its_own_and_no_stale_prediction():
     network = model()
     data = [torch.randn(64, 48, generator=torch.Generator().manual_seed(0))]

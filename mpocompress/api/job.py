@@ -25,6 +25,7 @@ from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge, fix_identity_ga
 from mpocompress.planning import (
     Gains,
     Latency,
+    Losses,
     Objective,
     Plan,
     PlanOptions,
@@ -61,7 +62,7 @@ from mpocompress.tuning import (
 from mpocompress.tuning.rounding import Rounded
 from mpocompress.tuning.storage_choices import storage_choices
 
-# Fits on trial take long: not for budgets that are met by measuring many plans.
+# Fits on trial take long: not for budgets whose every step fits a model and measures it.
 _TRIED_FOR = ("ratio", "max_size")
 
 
@@ -172,10 +173,13 @@ class Job:
 
         return known
 
-    def losses(self, site: WeightSite, layout: Layout, bond_dims: tuple[int, ...]) -> float | None:
-        """What a layout loses on the data by a fit on trial; None where none is made."""
-        if self.moments is None:
-            return None
+    @property
+    def losses(self) -> Losses | None:
+        """What other layouts lose on the data by fits on trial; None where none are made."""
+        return self._trial if self.moments and self.options.target in _TRIED_FOR else None
+
+    def _trial(self, site: WeightSite, layout: Layout, bond_dims: tuple[int, ...]) -> float | None:
+        assert self.moments is not None
         key = (site, layout, bond_dims)
         if key not in self._losses:
             if self.progress is not None:
@@ -203,7 +207,7 @@ class Job:
                 self.inventory,
                 objective=self.objective,
                 gains=self.gains,
-                losses=self.losses if self.options.target in _TRIED_FOR else None,
+                losses=self.losses,
                 tables=self.has_data,
                 progress=self.progress,
             )
@@ -232,7 +236,7 @@ class Job:
                 self.inventory,
                 objective=self.objective,
                 gains=self.gains,
-                losses=self.losses if self.options.target in _TRIED_FOR else None,
+                losses=self.losses,
                 tables=self.has_data,
                 progress=self.progress,
             )
@@ -245,7 +249,7 @@ class Job:
             self.inventory,
             objective=self.objective,
             gains=self.gains,
-            losses=lambda *key: self._losses.get(key),
+            losses=lambda *key: self._losses.get(key),  # of trials that were made
             output_energy=self._energy,
         )
 

@@ -28,7 +28,7 @@ def plan_for_size(job: Job, max_size: int, onnx_bytes: OnnxBytes) -> tuple[Plan,
     """The plan whose ONNX file comes closest to a size from below, measured on written files.
 
     What a file takes does not depend on the values in it, so those that are tried hold cores of the
-    planned shapes with random entries; nothing is fitted before the plan is found.
+    planned shapes with random entries; the model is fitted when the plan is found.
 
     Raises:
         BudgetError: no plan gives so small a file; the message says which is the smallest.
@@ -73,8 +73,8 @@ def plan_for_size(job: Job, max_size: int, onnx_bytes: OnnxBytes) -> tuple[Plan,
     if not fitting:
         reachable = int(min(found.figure for found in tried))
         raise BudgetError(
-            f"an ONNX file of {max_size} bytes cannot be met: with bond dimension 1 everywhere it "
-            f"has {reachable}. Allow that many, or force layouts of more sites."
+            f"an ONNX file of {max_size} bytes cannot be met: with bond dimension 1 in each layer "
+            f"it has {reachable}. Allow that many, or force layouts of more sites."
         )
     best = max(fitting, key=lambda found: found.figure)
     plan = plans[best.size]

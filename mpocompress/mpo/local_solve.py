@@ -182,11 +182,14 @@ class OperatorProblem:
         start_LOIR = self.apply(core_LOIR)
         residual_LOIR = self.rhs_LOIR - start_LOIR
         scale = float((self.rhs_LOIR * preconditioner(self.rhs_LOIR)).sum())
-        square = float((residual_LOIR * preconditioner(residual_LOIR)).sum())
+        conditioned = preconditioner(residual_LOIR)
+        square = float((residual_LOIR * conditioned).sum())
         coarse = core_LOIR.dtype == torch.float64 and square > _COARSE_ABOVE**2 * scale
         iterations = 0
         for problem in (self.to(torch.float32), self) if coarse else (self,):
-            change_LOIR, square, done = problem.search(residual_LOIR, preconditioner, scale)
+            change_LOIR, square, done = problem.search(
+                residual_LOIR, conditioned, preconditioner, scale
+            )
             iterations += done
             solution = _accept(self, core_LOIR, change_LOIR, start_LOIR)
             if solution.gain > 0:
@@ -205,12 +208,17 @@ class OperatorProblem:
         )
 
     def search(
-        self, residual_LOIR: Tensor, preconditioner: Callable[[Tensor], Tensor], scale: float
+        self,
+        residual_LOIR: Tensor,
+        conditioned: Tensor,
+        preconditioner: Callable[[Tensor], Tensor],
+        scale: float,
     ) -> tuple[Tensor, float, int]:
         """Conjugate gradients for N d = residual.
 
         Args:
             residual_LOIR: its dtype is that of all vectors.
+            conditioned: the preconditioner of it.
             preconditioner: an approximate inverse of N.
             scale: square of the right-hand side in the norm of the preconditioner.
 
@@ -219,7 +227,7 @@ class OperatorProblem:
         """
         dtype = self.input_II.dtype
         change_LOIR = torch.zeros_like(residual_LOIR)
-        direction_LOIR = conditioned = preconditioner(residual_LOIR)
+        direction_LOIR = conditioned
         square = float((residual_LOIR * conditioned).sum())
         rounding = torch.finfo(residual_LOIR.dtype).eps ** 2 * scale
         enough = max(_CG_REDUCTION**2 * square, rounding)

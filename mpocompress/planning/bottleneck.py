@@ -6,6 +6,8 @@ sites. A fit on trial tells; where none can be made, healing decides, since it m
 error at first.
 """
 
+from dataclasses import dataclass
+
 from mpocompress.mpo import Layout
 from mpocompress.mpo.factors import balanced_layout
 from mpocompress.planning.allocation import Share
@@ -18,28 +20,50 @@ _LOST = 0.02
 _SITES = 4
 
 
-def wider_layout(
-    shape: tuple[int, int], share: Share, part: float
-) -> tuple[Layout, int, float] | None:
-    """The layout that may do better; None where two factors are wide enough.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bottleneck:
+    """Two factors that would let too few numbers through.
+
+    Attributes:
+        layout: that may do better.
+        bond: numbers between the two factors; 0 if they cannot be as small as that.
+        lost: share of what matters that they would lose.
+        matters: sum of the gains of all bond dimensions; None if they are not known.
+    """
+
+    layout: Layout
+    bond: int
+    lost: float
+    matters: float | None
+
+    def reason(self, loss: float | None) -> str:
+        """Why the other layout was taken, given what it loses, on the scale of the gains."""
+        factors = f"two factors with a bond dimension of {self.bond} would lose {self.lost:.0%}"
+        if self.bond == 0:
+            factors = "two factors cannot be as small"
+        if loss is None or not self.matters:
+            return f"{self.layout.num_sites} sites, for healing follows, and {factors}"
+        share = loss / self.matters
+        return f"{self.layout.num_sites} sites, which lose {share:.0%} on trial, where {factors}"
+
+
+def find_bottleneck(shape: tuple[int, int], share: Share, part: float) -> Bottleneck | None:
+    """What two factors would do to a weight; None where they are wide enough.
 
     Args:
         shape: (out, in) of the weight.
         share: of the layout ((out, 1), (1, in)), with its gains.
         part: of its parameters that the layer may keep.
-
-    Returns:
-        That layout, how many numbers there would be between two factors, and which share of what
-        matters they would lose.
     """
-    if min(shape) <= _NARROW:  # as narrow as that from the beginning
-        return None
-    bond = share.within(part * share.dense)
-    lost = 1.0
+    layout = balanced_layout(*shape, _SITES)
+    if min(shape) <= _NARROW or (1, 1) in layout.pairs:
+        return None  # as narrow as that from the beginning, or sizes without factors
+    matters = None if share.gains is None else float(share.gains.sum())
+    bond, lost = share.within(part * share.dense), 1.0
     if bond > 0:
-        if share.gains is None or bond >= _NARROW:
+        if share.gains is None or not matters or bond >= _NARROW:
             return None
-        lost = 1 - float(share.gains[:bond].sum() / share.gains.sum())
+        lost = 1 - float(share.gains[:bond].sum()) / matters
         if lost <= _LOST:
             return None
-    return balanced_layout(*shape, _SITES), bond, lost
+    return Bottleneck(layout=layout, bond=bond, lost=lost, matters=matters or None)

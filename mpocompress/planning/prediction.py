@@ -7,7 +7,6 @@ known here of what later layers repair.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
 
@@ -19,6 +18,7 @@ from mpocompress.mpo.identity_gauge import stored_parameters
 from mpocompress.planning.layouts import make_candidate
 from mpocompress.planning.objective import Objective
 from mpocompress.planning.plan import CandidateFigures, LayerPlan, LayerPrediction, Plan
+from mpocompress.planning.sharing import Gains, Losses
 from mpocompress.surgery import Inventory, WeightSite
 
 
@@ -47,8 +47,8 @@ def with_predictions(
     inventory: Inventory,
     *,
     objective: Objective,
-    gains: Callable[[WeightSite], Tensor | None] | None = None,
-    losses: Callable[[WeightSite, Layout, tuple[int, ...]], float | None] | None = None,
+    gains: Gains | None = None,
+    losses: Losses | None = None,
     output_energy: float | None = None,
 ) -> Plan:
     """The plan with what is expected of each entry.
@@ -114,8 +114,8 @@ def _predicted(
     layer: LayerPlan,
     site: WeightSite,
     objective: Objective,
-    gains: Callable[[WeightSite], Tensor | None] | None,
-    losses: Callable[[WeightSite, Layout, tuple[int, ...]], float | None] | None,
+    gains: Gains | None,
+    losses: Losses | None,
     output_energy: float | None,
 ) -> LayerPlan:
     layout = None if layer.action == "keep" else layer.sites()

@@ -4,7 +4,7 @@ A ratio asks for one of them. Budgets that can only be measured (bytes of a file
 accuracy) are met by walking along them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, isinf
@@ -20,7 +20,7 @@ from mpocompress.planning.allocation import (
     allocate_uniform,
     least_numbers,
 )
-from mpocompress.planning.bottleneck import wider_layout
+from mpocompress.planning.bottleneck import Bottleneck, find_bottleneck
 from mpocompress.planning.entries import compress_entry, keep_entry, why_kept
 from mpocompress.planning.layout_rules import LayoutChoice, LayoutRules, describe_layout
 from mpocompress.planning.layouts import make_candidate
@@ -41,19 +41,25 @@ _CLEARLY = 0.9
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Part:
-    """A weight that may be compressed, its layout, and its share of a budget."""
+    """A weight that may be compressed, its layout, and its share of a budget.
+
+    Attributes:
+        site: the weight.
+        layout: of its MPO.
+        share: what it takes and loses at each bond dimension.
+        forced: whether the layout was asked for.
+        bottleneck: what two factors would be, in whose place this layout is.
+    """
 
     site: WeightSite
     layout: Layout
     share: Share
     forced: bool = False
-    why: str = ""
+    bottleneck: Bottleneck | None = None
 
     @property
     def how(self) -> str:
         """How its bond dimension is found, for the plan's reader."""
-        if self.why:
-            return self.why
         if self.share.gains is None:
             return "the same for all layers"
         return "by what an error here does to the model's output"
@@ -65,12 +71,12 @@ class _Shared:
 
     Attributes:
         plan: the rows.
-        loss: predicted; infinite if that of a layer is not known.
-        dropped: weights that stay dense because they cannot be as small as all must be on average.
+        bonds: bond dimension of each weight that the budget is shared among.
+        dropped: how many weights stay dense because bond dimension 1 is not compact enough.
     """
 
     plan: Plan
-    loss: float
+    bonds: Mapping[Part, int]
     dropped: int
 
 
@@ -181,21 +187,22 @@ class Sharing:
             unreachable: the error if even bond dimension 1 everywhere takes more.
         """
         kept = max(allowed(self.dense), 0.0) / max(self.dense, 1)
-        wide = [self._wide_enough(part, kept) for part in self.parts]
-        wide_plan = self._at(wide, allowed, why, unreachable)
-        if wide == self.parts:
-            return wide_plan.plan
+        wide_parts = [self._wide_enough(part, kept) for part in self.parts]
+        wide = self._at(wide_parts, allowed, why, unreachable)
+        if wide_parts == self.parts:
+            return wide.plan
         # What layers in factors lose depends on how they share the budget, so whole plans compete.
         try:
-            narrow_plan = self._at(self.parts, allowed, why, unreachable)
+            narrow = self._at(self.parts, allowed, why, unreachable)
         except BudgetError:
-            return wide_plan.plan
-        if wide_plan.dropped != narrow_plan.dropped:
-            return min(wide_plan, narrow_plan, key=lambda found: found.dropped).plan
-        if isinf(wide_plan.loss):  # too large for a trial
-            return wide_plan.plan if self._healed else narrow_plan.plan
-        clearly = wide_plan.loss < _CLEARLY * narrow_plan.loss
-        return wide_plan.plan if clearly else narrow_plan.plan
+            return wide.plan
+        if not self._may_stay_dense and wide.dropped != narrow.dropped:
+            # What is dropped is not counted then: the plan that compresses more is the smaller.
+            return min(wide, narrow, key=lambda found: found.dropped).plan
+        wide_loss, narrow_loss = self._losses_of(wide, narrow)
+        if isinf(wide_loss):  # too large for a trial
+            return wide.plan if self._healed else narrow.plan
+        return wide.plan if wide_loss < _CLEARLY * narrow_loss else narrow.plan
 
     def _at(
         self,
@@ -203,19 +210,30 @@ class Sharing:
         allowed: Callable[[int], float],
         why: str,
         unreachable: Callable[[Sequence[Part]], BudgetError],
-    ) -> "_Shared":
+    ) -> _Shared:
         entries = dict(self.kept)
         parts, budget = self._fitting(taking_part, allowed, entries, unreachable)
-        bonds = _allocate(self._shares(parts), budget)
-        for part, bond in zip(parts, bonds, strict=True):
-            entries[part.site] = self.entry(part, bond, f"bond dimension from {why}, {part.how}")
-        return _Shared(
-            plan=self.plan(entries),
-            loss=sum(map(self._loss, parts, bonds)),
-            dropped=len(taking_part) - len(parts),
-        )
+        bonds = dict(zip(parts, _allocate(self._shares(parts), budget), strict=True))
+        for part, bond in bonds.items():
+            how = part.how
+            if part.bottleneck is not None:
+                loss = self._loss(part, bond)
+                how = part.bottleneck.reason(None if isinf(loss) else loss)
+            entries[part.site] = self.entry(part, bond, f"bond dimension from {why}, {how}")
+        dropped = len(taking_part) - len(parts)
+        return _Shared(plan=self.plan(entries), bonds=bonds, dropped=dropped)
+
+    def _losses_of(self, *plans: _Shared) -> list[float]:
+        """Predicted losses, without weights that have no known gains and are the same in all."""
+        same = set.intersection(*(set(found.bonds) for found in plans))
+        unknown = {part for part in same if part.share.gains is None}
+        return [
+            sum(self._loss(part, bond) for part, bond in found.bonds.items() if part not in unknown)
+            for found in plans
+        ]
 
     def _loss(self, part: Part, bond: int) -> float:
+        """What a weight loses, on the scale of the gains; infinite if that is not known."""
         if bond > part.share.max_bond_dim:
             return 0.0
         if part.share.gains is not None:
@@ -255,28 +273,18 @@ class Sharing:
 
     def _wide_enough(self, part: Part, kept: float) -> Part:
         """The weight in another layout where its own is a bottleneck, and the other is better."""
-        if not self._widens or part.forced:
+        if not self._widens or part.forced or part.site.layouts() is not None:
             return part
-        found = wider_layout(part.site.shape, part.share, kept)
-        if found is None:
+        found = find_bottleneck(part.site.shape, part.share, kept)
+        other = None if found is None else self._part(part.site, found.layout, None)
+        if found is None or other is None:
             return part
-        layout, bond, lost = found
-        other = self._part(part.site, layout, None)
-        other_bond = 0 if other is None else other.share.within(kept * other.share.dense)
-        if other is None or other_bond < 1:
+        bond = other.share.within(kept * other.share.dense)
+        if bond < 1:
             return part
-        more = f"{layout.num_sites} sites"
-        narrow = f"{bond} numbers between two factors would lose {lost:.0%} of what matters"
-        gains, loss = part.share.gains, inf
-        if gains is not None:
-            loss = self._loss(other, other_bond)
-        if gains is None or isinf(loss):
-            why = f"{more}, for healing follows, and {narrow}"
-            return replace(other, why=why) if self._healed else part
-        of_all = loss / float(gains.sum())
-        if of_all >= lost:
-            return part
-        return replace(other, why=f"{more}, which lose {of_all:.0%} on trial, where {narrow}")
+        loss = inf if found.matters is None else self._loss(other, bond)
+        better = self._healed if isinf(loss) else loss < found.lost * (found.matters or 0.0)
+        return replace(other, bottleneck=found) if better else part
 
     def _part(self, site: WeightSite, layout: Layout, gains: Gains | None) -> Part | None:
         stored = partial(_stored, layout, self.gauge)

@@ -15,6 +15,7 @@ from mpocompress.mpo.identity_gauge import IdentityGauge
 from mpocompress.mpo.linalg import weight_of, working_dtype
 from mpocompress.mpo.spectra import entropy_nats
 from mpocompress.planning import LayerPlan, Plan, chain_macs
+from mpocompress.planning.plan import CandidateFigures
 from mpocompress.report.schema import (
     Candidate,
     CompressionReport,
@@ -241,9 +242,7 @@ def _weight(site: WeightSite, plan: LayerPlan, outcome: Outcome | None, kind: st
                 parameters=figures.parameters,
                 macs=figures.macs,
                 relative_weight_error=figures.relative_weight_error,
-                # Not `figures.chosen`: the entry may have been edited since.
-                chosen=(figures.layout, figures.bond_dims, figures.gauge, figures.storage)
-                == (outcome.layout.pairs, tuple(outcome.bond_dims), plan.gauge, plan.storage),
+                chosen=_is_chosen(figures, plan),
                 precision=None if figures.bytes is None else figures.storage,
                 bytes=figures.bytes,
                 output_change=None if figures.loss is None else sqrt(max(figures.loss, 0.0)),
@@ -252,6 +251,15 @@ def _weight(site: WeightSite, plan: LayerPlan, outcome: Outcome | None, kind: st
         ],
         **common,
     )
+
+
+def _is_chosen(figures: CandidateFigures, plan: LayerPlan) -> bool:
+    """Whether a candidate is what the entry says, which may have been edited since."""
+    if plan.predicted is None or plan.fresh_prediction is not None:
+        return figures.chosen
+    bonds = plan.sites().clip(plan.bond_dims or ())
+    edited = (plan.layout, bonds, plan.gauge, plan.storage)
+    return (figures.layout, figures.bond_dims, figures.gauge, figures.storage) == edited
 
 
 def _kept(entry: KeptEntry) -> LayerReport:

@@ -57,10 +57,10 @@ class DistillOptions:
             happens where the model has no repeated blocks that can be called by themselves.
         output_loss: "auto", "kl", "mse", "cosine" or "similarity", see `distill_loss.output_loss`.
         hidden_weight: weight of the blocks' normalized errors beside the output's loss.
-        learning_rate: peak of the schedule (warm-up over 20 steps or 5 %, then a cosine), or
-            "auto": 1e-4, 1e-3 and 3e-3 are each tried in a small copy of the schedule, 5 % of the
-            steps (20 to 100) that do not count as such, and the one with the least held-out loss
-            is taken.
+        learning_rate: peak of the schedule (warm-up over 20 steps, or a third of fewer than 60,
+            then a cosine), or "auto": 1e-4, 1e-3 and 3e-3 are each tried in a small copy of the
+            schedule, 5 % of the steps (20 to 100) that do not count as such, and the one with the
+            least held-out loss is taken.
         batch_size: rows of a minibatch, see `minibatches.TrainingData`.
         held_out: share of the data that is not trained on.
         evaluate_every: steps between evaluations; None for 25 evaluations in all.

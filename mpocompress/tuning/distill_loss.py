@@ -22,6 +22,8 @@ TEMPERATURE = 2.0
 # A single output (batch, columns) with at most so many columns may be logits.
 MAX_CLASSES = 1000
 _TINY = 1e-12
+# Variance of cosines that rounding may leave of equal ones.
+_ALIKE = 1e-10
 
 
 def check_output_loss(name: str) -> None:
@@ -52,10 +54,11 @@ def output_loss(
             "mse": E|y - y^|^2 / E|y|^2, the mean over all floating outputs; "cosine": mean of
             1 - cos of the rows; "similarity": that, plus the squared error of the cosines of all
             pairs of different rows over these cosines' variance, for embeddings that are compared
-            with each other. "auto": "mse", plus "kl" where the output may be logits: it has
-            a `.logits`, or is a single tensor (batch, 2 to 1000 columns), or one with more axes
-            and as many columns as there are words. That is right for regression and embeddings,
-            too, of which KL alone would lose the scale and the offset.
+            with each other (an output with more axes has a row for each token). "auto": "mse", plus
+            "kl" where the output may be logits: it has a `.logits`, or is a single tensor (batch,
+            2 to 1000 columns), or one with more axes and as many columns as there are words. That
+            is right for regression and embeddings, too, of which KL alone would lose the scale and
+            the offset.
         vocabularies: how many words the model's tables have.
 
     Raises:
@@ -226,15 +229,20 @@ def _similarity(ours: Tensor, dense: Tensor, keep: Tensor | None) -> Tensor:
     the dense model's cosines as ours predict them.
     """
     loss = _one_minus_cosine(ours, dense, keep)
-    rows = _rows(ours, dense, keep)
-    our_NN, dense_NN = (found @ found.T for found in map(nn.functional.normalize, rows))
-    pairs = ~torch.eye(len(dense_NN), dtype=torch.bool, device=dense_NN.device)
-    our_P, dense_P = our_NN[pairs], dense_NN[pairs]
-    if len(dense_P) == 0:
+    our_NN, dense_NN = (
+        found @ found.T for found in map(nn.functional.normalize, _rows(ours, dense, keep))
+    )
+    rows = len(dense_NN)
+    pairs = rows * (rows - 1)
+    if pairs == 0:
         return loss
-    spread = (dense_P - dense_P.mean()).square().sum()
+    # Of a row with itself the cosine is 1 in both models; it is taken out of the sums.
+    mean = (dense_NN.sum() - rows) / pairs
+    spread = (dense_NN - mean).square().sum() - rows * (1 - mean) ** 2
     # A single pair, or rows that are all alike, have no ranks to keep.
-    return loss + (our_P - dense_P).square().sum() / spread if spread > _TINY else loss
+    if spread <= _ALIKE * pairs:
+        return loss
+    return loss + (our_NN - dense_NN).square().sum() / spread
 
 
 _MEASURES = {"cosine": _one_minus_cosine, "similarity": _similarity}

@@ -369,9 +369,9 @@ def _fit_layer(
     if bool(whole.inputs_II.any()):  # else nothing but zeros came in: fit the weights themselves
         useful = output_metric_OO is not None and bool(output_metric_OO.any())
         metric = Metric(whole.inputs_II, output_metric_OO if useful else None, ridge=options.ridge)
-        by_sites = options.output_metric == "sites"
-        if options.output_metric == "auto":
-            by_sites = exact_takes_long(site.shape)
+        by_sites = options.output_metric == "sites" or (
+            options.output_metric == "auto" and exact_takes_long(site.shape)
+        )
         if by_sites and not _is_svd(plan.layout):
             metric = metric.over_sites(plan.layout)
     result = fit(
