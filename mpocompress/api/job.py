@@ -40,7 +40,6 @@ from mpocompress.report.collect import Outcome, collect_report, measure
 from mpocompress.surgery import (
     WeightSite,
     check_finite,
-    copy_with_replacements,
     find_weights,
     open_modules,
     opened_names,
@@ -55,10 +54,12 @@ from mpocompress.tuning import (
     fit_in_sequence,
     gain_of_bonds,
     layer_moments,
-    loss_of_fit,
     output_energy,
+    relative_change,
     tied_heads,
+    with_fitted,
 )
+from mpocompress.tuning.fit_plan import exact_takes_long
 from mpocompress.tuning.rounding import Rounded
 from mpocompress.tuning.storage_choices import storage_choices
 
@@ -179,12 +180,21 @@ class Job:
         return self._trial if self.moments and self.options.target in _TRIED_FOR else None
 
     def _trial(self, site: WeightSite, layout: Layout, bond_dims: tuple[int, ...]) -> float | None:
-        assert self.moments is not None
         key = (site, layout, bond_dims)
         if key not in self._losses:
-            if self.progress is not None:
-                self.progress(f"{site.name}: {layout.num_sites} sites on trial", 0, 1)
-            self._losses[key] = loss_of_fit(site, self.moments, layout, bond_dims)
+            self._losses[key] = None
+            if not exact_takes_long(site.shape) and self.calls and self._energy:
+                if self.progress is not None:
+                    self.progress(f"{site.name}: {layout.num_sites} sites on trial", 0, 1)
+                change = relative_change(
+                    self.opened,
+                    site,
+                    layout,
+                    bond_dims,
+                    self.calls,
+                    output_metrics=_output_metrics(self.moments or {}),
+                )
+                self._losses[key] = change**2 * self._energy
         return self._losses[key]
 
     def take_statistics(self, sites: Sequence[WeightSite] | None = None) -> None:
@@ -312,11 +322,7 @@ class Job:
                     bounds[site] = bound
                     weights[site] = in_gauge(mpo, gauges[site.name]).to(dtype=site.dtype)
         with self.clock("surgery"):
-            compressed = copy_with_replacements(opened, weights)
-            for site, weight in fitted.items():
-                if weight.bias is not None:
-                    bias = compressed.get_submodule(site.name).get_parameter("bias")
-                    bias.data.copy_(weight.bias)
+            compressed = with_fitted(opened, weights, fitted)
             record_stored_(compressed, rounded)
         return Built(
             plan=plan,
@@ -379,11 +385,7 @@ class Job:
                 opened,
                 planned,
                 self.calls,
-                output_metrics={
-                    module: metric
-                    for module, moment in moments.items()
-                    if (metric := moment.output_metric) is not None
-                },
+                output_metrics=_output_metrics(moments),
                 heads={entry.site: tied_heads(entry.site, moments) for entry in planned},
                 options=FitOptions(sweeps=self.sweeps),
                 store=None if self.state is None else FitStore(self.state),
@@ -392,6 +394,14 @@ class Job:
         if not self.keeps_statistics:
             self.moments = None  # the largest thing that is no longer needed
         return fitted
+
+
+def _output_metrics(moments: Mapping[nn.Module, LayerMoments]) -> dict[nn.Module, Tensor]:
+    return {
+        module: metric
+        for module, moment in moments.items()
+        if (metric := moment.output_metric) is not None
+    }
 
 
 def factorize_site(

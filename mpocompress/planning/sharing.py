@@ -33,10 +33,10 @@ Gains = Callable[[WeightSite], Tensor | None]
 """What each further bond dimension of the layout ((out, 1), (1, in)) is worth, if known."""
 
 Losses = Callable[[WeightSite, Layout, tuple[int, ...]], float | None]
-"""What a fit of another layout loses at its bond dimensions, on the scale of gains, if known."""
+"""What a layer fitted in a layout at bond dimensions loses, on the scale of gains, if known."""
 
 # Losses are predicted at the dense model, layer by layer: what is hardly better may be worse.
-_CLEARLY = 0.9
+_CLEARLY = 0.8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -233,7 +233,7 @@ class Sharing:
         ]
 
     def _loss(self, part: Part, bond: int) -> float:
-        """What a weight loses, on the scale of the gains; infinite if that is not known."""
+        """What a weight loses by its gains, or else on trial; infinite if that is not known."""
         if bond > part.share.max_bond_dim:
             return 0.0
         if part.share.gains is not None:
@@ -282,8 +282,11 @@ class Sharing:
         bond = other.share.within(kept * other.share.dense)
         if bond < 1:
             return part
-        loss = inf if found.matters is None else self._loss(other, bond)
-        better = self._healed if isinf(loss) else loss < found.lost * (found.matters or 0.0)
+        matters = found.matters
+        loss = inf if matters is None else self._loss(other, bond)
+        if matters is None or isinf(loss):
+            return replace(other, bottleneck=found) if self._healed else part
+        better = loss < found.lost * matters
         return replace(other, bottleneck=found) if better else part
 
     def _part(self, site: WeightSite, layout: Layout, gains: Gains | None) -> Part | None:

@@ -11,7 +11,6 @@ from mpocompress.tuning.objectives import Distillation, Loss
 from mpocompress.tuning.output_errors import OutputErrors, output_energy, output_errors
 from mpocompress.tuning.sensitivity import (
     gain_of_bonds,
-    loss_of_fit,
     output_error_curve,
     tied_heads,
 )
@@ -21,6 +20,7 @@ from mpocompress.tuning.sweep_options import LocalOptions, LossSweepOptions, Los
 from mpocompress.tuning.task_score import TaskScore, task_score
 from mpocompress.tuning.train import train_
 from mpocompress.tuning.train_options import TrainOptions, TrainRecord, TrainResult
+from mpocompress.tuning.trial import relative_change, with_fitted
 
 __all__ = [
     "DistillOptions",
@@ -49,13 +49,14 @@ __all__ = [
     "fit_in_sequence",
     "gain_of_bonds",
     "layer_moments",
-    "loss_of_fit",
     "output_energy",
     "output_error_curve",
     "output_errors",
+    "relative_change",
     "supervised_loss",
     "sweep_on_loss",
     "task_score",
     "tied_heads",
     "train_",
+    "with_fitted",
 ]

@@ -13,11 +13,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mpocompress.mpo import Layout, linalg
-from mpocompress.mpo.fit import fit
+from mpocompress.mpo import linalg
 from mpocompress.mpo.metric import Metric
 from mpocompress.surgery import WeightSite
-from mpocompress.tuning.fit_plan import exact_takes_long
 from mpocompress.tuning.gradients import LayerMoments
 from mpocompress.tuning.layer_rows import adapter_of
 from mpocompress.tuning.moments import CrossMoment, RowCounts
@@ -42,48 +40,22 @@ def gain_of_bonds(
     """
     if any(adapter_of(module).looks_up for module in site.modules):
         return _gain_of_table(site, moments, ridge)
-    found = _metric_of(site, moments, ridge)
+    found = _moments_of(site, moments)
     if found is None:
         return None
-    rows, metric = found
-    whitened_OI = metric.input_factor.apply(site.matrix().to(metric.input_II))
+    inputs, gradients, centered = found
+    input_II = inputs.mean(centered=centered)[0]
+    output_OO = gradients.mean(centered=False)[0]
+    if not (bool(input_II.any()) and bool(output_OO.any())):
+        return None
+    metric = Metric(input_II, output_OO, ridge=ridge)
+    whitened_OI = metric.input_factor.apply(site.matrix().to(input_II))
     if metric.output_factor is not None:
         whitened_OI = metric.output_factor.apply(whitened_OI.mT).mT
     values_R = linalg.svd_values(whitened_OI)
     gains_R = torch.zeros(min(site.shape), dtype=torch.float64, device=values_R.device)
     gains_R[: len(values_R)] = values_R.double() ** 2  # singular moments have fewer directions
-    return rows * gains_R
-
-
-def loss_of_fit(
-    site: WeightSite,
-    moments: Mapping[nn.Module, LayerMoments],
-    layout: Layout,
-    bond_dims: Sequence[int],
-    *,
-    ridge: float = 1e-3,
-) -> float | None:
-    """What a fit of any layout loses, on the scale of `gain_of_bonds`: two round trips of sweeps.
-
-    Args:
-        site: the weight; all modules that share it count.
-        moments: of its modules, from `layer_moments`.
-        layout: of the fit.
-        bond_dims: likewise.
-        ridge: of the input moment, as in the fit.
-
-    Returns:
-        None where `gain_of_bonds` is, for tables, and where `exact_takes_long`.
-    """
-    if exact_takes_long(site.shape):
-        return None
-    metric = None
-    if not any(adapter_of(module).looks_up for module in site.modules):
-        metric = _metric_of(site, moments, ridge)
-    if metric is None:
-        return None
-    rows, found = metric
-    return rows * fit(site.matrix(), found, layout, bond_dims, round_trips=2).objective
+    return inputs.rows * gains_R
 
 
 def tied_heads(site: WeightSite, moments: Mapping[nn.Module, LayerMoments]) -> tuple[HeadUse, ...]:
@@ -151,21 +123,6 @@ def output_error_curve(
     lost_D = torch.zeros(min(site.shape) + 1, dtype=torch.float64)
     lost_D[: len(squares)] = squares.flip(0).cumsum(0).flip(0)
     return (lost_D / norm).sqrt()
-
-
-def _metric_of(
-    site: WeightSite, moments: Mapping[nn.Module, LayerMoments], ridge: float
-) -> tuple[int, Metric] | None:
-    """Rows that were seen, and the metric of inputs and gradients; None if either is zero."""
-    found = _moments_of(site, moments)
-    if found is None:
-        return None
-    inputs, gradients, centered = found
-    input_II = inputs.mean(centered=centered)[0]
-    output_OO = gradients.mean(centered=False)[0]
-    if not (bool(input_II.any()) and bool(output_OO.any())):
-        return None
-    return inputs.rows, Metric(input_II, output_OO, ridge=ridge)
 
 
 def _moments_of(

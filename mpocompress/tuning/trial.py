@@ -1,0 +1,64 @@
+"""What one layer in a layout would do to the model's outputs: fitted, put in its place, measured.
+
+The second-order prediction (see `sensitivity`) takes inputs and gradients as independent. Sweeps
+find what that overlooks: a layer of a digit classifier in four sites was predicted to change the
+outputs by 12 %, and changed them by 32. Closed forms are predicted well (35 % and 41).
+"""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from mpocompress.mpo import MPO, Layout
+from mpocompress.mpo.identity_gauge import IdentityGauge
+from mpocompress.surgery import WeightSite, copy_with_replacements
+from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan
+from mpocompress.tuning.lockstep import Call
+from mpocompress.tuning.output_errors import output_errors
+from mpocompress.tuning.sequential import fit_in_sequence
+
+
+def relative_change(
+    model: nn.Module,
+    site: WeightSite,
+    layout: Layout,
+    bond_dims: Sequence[int],
+    calls: Sequence[Call],
+    *,
+    output_metrics: Mapping[nn.Module, Tensor],
+    sweeps: int = 4,
+) -> float:
+    """Fit one weight on what the dense model gives it, all else dense, and run the model.
+
+    Args:
+        model: dense, with the modules of `site`; only read.
+        site: the weight.
+        layout: of its MPO.
+        bond_dims: likewise.
+        calls: batches to fit and to measure on.
+        output_metrics: as in `fit_in_sequence`.
+        sweeps: few: it is a trial.
+
+    Returns:
+        Norm of the change of the model's outputs over their norm.
+    """
+    plan = SitePlan(site=site, layout=layout, bond_dims=tuple(bond_dims))
+    fitted = fit_in_sequence(
+        model, [plan], calls, output_metrics=output_metrics, options=FitOptions(sweeps=sweeps)
+    )
+    weights = {site: found.mpo for site, found in fitted.items()}
+    return output_errors(model, with_fitted(model, weights, fitted), [], calls).model
+
+
+def with_fitted(
+    model: nn.Module,
+    weights: Mapping[WeightSite, MPO | IdentityGauge],
+    fitted: Mapping[WeightSite, FittedWeight],
+) -> nn.Module:
+    """A copy of the model with these weights, and biases that took up the mean of their errors."""
+    compressed = copy_with_replacements(model, weights)
+    for site, weight in fitted.items():
+        if weight.bias is not None:
+            bias = compressed.get_submodule(site.name).get_parameter("bias")
+            bias.data.copy_(weight.bias)
+    return compressed
