@@ -333,7 +333,7 @@ def test_a_trial_measures_what_the_layer_does_to_the_outputs():
 
 
 def test_layers_too_large_for_a_trial_take_more_sites_for_healing_alone(monkeypatch):
-    monkeypatch.setattr("mpocompress.api.job.exact_takes_long", lambda shape: True)
+    monkeypatch.setattr("mpocompress.api.job.exact_takes_long", lambda shapes: True)
     options = {"of": "layers", "data": inputs(), "include": ["0", "2"]}
     one_shot = mpo.plan(network(), ratio=12, **options)
     healed = mpo.plan(network(), ratio=12, distill=100, **options)

@@ -11,6 +11,7 @@ import mpocompress as mpo
 from mpocompress.errors import DataError
 from mpocompress.loading import Batch
 from mpocompress.mpo import Layout
+from mpocompress.mpo.metric import Metric
 from mpocompress.surgery import copy_with_replacements, find_weights
 from mpocompress.tuning import FitOptions, SitePlan, fit_in_sequence, layer_moments
 from mpocompress.tuning.lockstep import OperationRecorder, Runner, stopping_layers
@@ -360,3 +361,24 @@ def test_impossible_numbers_of_sweeps_are_refused(sweeps):
 def test_no_data_is_refused():
     with pytest.raises(DataError):
         mpo.compress(mlp(16, 16), bond_dim=2, data=[])
+
+
+def test_sweeps_use_the_whole_output_metric_where_it_is_affordable(monkeypatch):
+    used = []
+    over_sites = Metric.over_sites
+
+    def counted(metric, layout):
+        used.append(layout)
+        return over_sites(metric, layout)
+
+    monkeypatch.setattr(Metric, "over_sites", counted)
+    model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16)).eval()
+    data = [torch.randn(100, 16, generator=torch.Generator().manual_seed(0))]
+    mpo.compress(model, bond_dim=2, layout="balanced", data=data)
+    assert not used
+    monkeypatch.setattr("mpocompress.tuning.fit_plan._EXACT_MACS", 16 * 24 * 40)
+    mpo.compress(model, bond_dim=2, layout="svd", data=data)
+    mpo.compress(model, bond_dim=2, layout="balanced", data=data, include=["0"])
+    assert not used
+    mpo.compress(model, bond_dim=2, layout="balanced", data=data)
+    assert len(used) == 2

@@ -177,13 +177,16 @@ class Job:
     @property
     def losses(self) -> Losses | None:
         """What other layouts lose on the data by fits on trial; None where none are made."""
-        return self._trial if self.moments and self.options.target in _TRIED_FOR else None
+        if not self.moments or self.options.target not in _TRIED_FOR:
+            return None
+        sites = select_sites(self.inventory, self.options.include, self.options.exclude)
+        return None if exact_takes_long(site.shape for site in sites) else self._trial
 
     def _trial(self, site: WeightSite, layout: Layout, bond_dims: tuple[int, ...]) -> float | None:
         key = (site, layout, bond_dims)
         if key not in self._losses:
             self._losses[key] = None
-            if not exact_takes_long(site.shape) and self.calls and self._energy:
+            if self.calls and self._energy:
                 if self.progress is not None:
                     self.progress(f"{site.name}: {layout.num_sites} sites on trial", 0, 1)
                 change = relative_change(

@@ -1,5 +1,6 @@
 """What is asked of a fit to data, and what it gives, layer by layer."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -12,8 +13,8 @@ from mpocompress.tuning.rounding import Rounded, Storage
 
 OutputMetric = Literal["auto", "exact", "sites"]
 
-# 1024 x 1024 has 2.1e9, 768 x 3072 has 9.1e9.
-_EXACT_MACS = 3e9
+# Some minutes on one core. 1024 x 1024 has 2.1e9, 768 x 3072 9.1e9, a sentence encoder 1.6e10.
+_EXACT_MACS = 1e10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,8 +30,8 @@ class FitOptions:
         output_metric: of layouts that are swept: "exact" as given, or "sites", its product over the
             sites. The former needs conjugate gradients, which take some four times as long, and is
             worth it: a digit classifier in four sites, 130 times smaller, has 93 instead of 84 %
-            one-shot, and 95 instead of 93 after 60 steps of healing. "auto" is "exact" except for
-            matrices so large that it would take long, see `exact_takes_long`.
+            one-shot, and 95 instead of 93 after 60 steps of healing. "auto" is "exact" unless all
+            layers together are so large that it would take long, see `exact_takes_long`.
     """
 
     ridge: float = 1e-3
@@ -48,13 +49,12 @@ class FitOptions:
             )
 
 
-def exact_takes_long(shape: tuple[int, int]) -> bool:
-    """Whether sweeps in the whole output metric of a matrix (out, in) take many minutes.
+def exact_takes_long(shapes: Iterable[tuple[int, int]]) -> bool:
+    """Whether sweeps in the whole output metric of matrices (out, in) take many minutes.
 
     They make hundreds of products with it, of out * in * (out + in) multiply-adds each.
     """
-    out, in_ = shape
-    return out * in_ * (out + in_) > _EXACT_MACS
+    return sum(out * in_ * (out + in_) for out, in_ in shapes) > _EXACT_MACS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,7 +24,13 @@ from mpocompress.mpo.contract import apply_cores
 from mpocompress.mpo.fit import fit
 from mpocompress.mpo.metric import Metric
 from mpocompress.surgery import WeightSite
-from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan, exact_takes_long
+from mpocompress.tuning.fit_plan import (
+    FitOptions,
+    FittedWeight,
+    OutputMetric,
+    SitePlan,
+    exact_takes_long,
+)
 from mpocompress.tuning.fit_state import FitStore
 from mpocompress.tuning.layer_rows import adapter_of, row_pieces
 from mpocompress.tuning.lockstep import Call, OperationRecorder, Runner, stopping_layers
@@ -80,6 +86,10 @@ def fit_in_sequence(
     if not calls:
         raise DataError("there are no batches to fit on.")
     options = options or FitOptions()
+    if options.output_metric == "auto":
+        swept = [plan.site.shape for plan in plans if not _is_svd(plan.layout)]
+        metric: OutputMetric = "sites" if exact_takes_long(swept) else "exact"
+        options = replace(options, output_metric=metric)
     by_module = {module: plan for plan in plans for module in plan.site.modules}
     fitted: dict[WeightSite, FittedWeight] = {}
     pairs = [
@@ -369,10 +379,7 @@ def _fit_layer(
     if bool(whole.inputs_II.any()):  # else nothing but zeros came in: fit the weights themselves
         useful = output_metric_OO is not None and bool(output_metric_OO.any())
         metric = Metric(whole.inputs_II, output_metric_OO if useful else None, ridge=options.ridge)
-        by_sites = options.output_metric == "sites" or (
-            options.output_metric == "auto" and exact_takes_long(site.shape)
-        )
-        if by_sites and not _is_svd(plan.layout):
+        if options.output_metric == "sites" and not _is_svd(plan.layout):
             metric = metric.over_sites(plan.layout)
     result = fit(
         target_OI,
