@@ -129,7 +129,7 @@ class Sharing:
         self._losses = losses
         self._healed = healed
         # More sites cost more multiply-adds than parameters: they are for small size alone.
-        self._widens = self.objective.name == "size"
+        self._widens = self.objective.name == "size" and (healed or losses is not None)
         self.settings = {
             "layout": describe_layout(layout),
             "sites": sites,
@@ -187,9 +187,16 @@ class Sharing:
             unreachable: the error if even bond dimension 1 everywhere takes more.
         """
         kept = max(allowed(self.dense), 0.0) / max(self.dense, 1)
-        wide_parts = [self._wide_enough(part, kept) for part in self.parts]
+        wide_parts = [self._widened(part, kept) for part in self.parts]
         wide = self._at(wide_parts, allowed, why, unreachable)
-        if wide_parts == self.parts:
+        # Trials are made at the bond dimensions of this plan; what they do not bear out goes.
+        borne_out = [
+            other if self._is_better(other, wide.bonds.get(other, 0)) else part
+            for part, other in zip(self.parts, wide_parts, strict=True)
+        ]
+        if borne_out != wide_parts:
+            wide = self._at(borne_out, allowed, why, unreachable)
+        if borne_out == self.parts:
             return wide.plan
         # What layers in factors lose depends on how they share the budget, so whole plans compete.
         try:
@@ -271,23 +278,28 @@ class Sharing:
         rows = tuple(entries[site] for site in self.inventory.sites)
         return Plan(settings=dict(self.settings), layers=rows)
 
-    def _wide_enough(self, part: Part, kept: float) -> Part:
-        """The weight in another layout where its own is a bottleneck, and the other is better."""
+    def _widened(self, part: Part, kept: float) -> Part:
+        """The weight in another layout where its own is a bottleneck."""
         if not self._widens or part.forced or part.site.layouts() is not None:
             return part
         found = find_bottleneck(part.site.shape, part.share, kept)
         other = None if found is None else self._part(part.site, found.layout, None)
-        if found is None or other is None:
+        if other is None or other.share.within(kept * other.share.dense) < 1:
             return part
-        bond = other.share.within(kept * other.share.dense)
-        if bond < 1:
-            return part
-        matters = found.matters
-        loss = inf if matters is None else self._loss(other, bond)
-        if matters is None or isinf(loss):
-            return replace(other, bottleneck=found) if self._healed else part
-        better = loss < found.lost * matters
-        return replace(other, bottleneck=found) if better else part
+        return replace(other, bottleneck=found)
+
+    def _is_better(self, part: Part, bond: int) -> bool:
+        """Whether a layout in the place of a bottleneck is, by a trial, or by the rule for healing.
+
+        One that is not part of the plan (bond dimension 0) has nothing to be worse in.
+        """
+        found = part.bottleneck
+        if found is None or bond == 0:
+            return True
+        loss = self._loss(part, bond)
+        if found.matters is None or isinf(loss):
+            return self._healed
+        return loss < found.lost * found.matters
 
     def _part(self, site: WeightSite, layout: Layout, gains: Gains | None) -> Part | None:
         stored = partial(_stored, layout, self.gauge)
