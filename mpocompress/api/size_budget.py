@@ -73,8 +73,8 @@ def plan_for_size(job: Job, max_size: int, onnx_bytes: OnnxBytes) -> tuple[Plan,
     if not fitting:
         reachable = int(min(found.figure for found in tried))
         raise BudgetError(
-            f"an ONNX file of {max_size} bytes cannot be met: with bond dimension 1 in each layer "
-            f"it has {reachable}. Allow that many, or force layouts of more sites."
+            f"an ONNX file of {max_size} bytes cannot be met: with bond dimension 1 everywhere it "
+            f"has {reachable}. Allow that many, or force layouts of more sites."
         )
     best = max(fitting, key=lambda found: found.figure)
     plan = plans[best.size]
