@@ -21,7 +21,7 @@ from mpocompress.planning.allocation import (
     allocate_uniform,
     least_numbers,
 )
-from mpocompress.tuning import gain_of_bonds, layer_moments, output_energy, relative_change
+from mpocompress.tuning import effect_alone, gain_of_bonds, layer_moments, output_energy
 
 
 def share(rows: int, columns: int, gauge: str = "none", gains: list[float] | None = None) -> Share:
@@ -260,9 +260,9 @@ def test_trials_are_made_for_bottlenecks_alone(monkeypatch):
 
     def counted(model, site, *rest, **options):
         fits.append(site.name)
-        return relative_change(model, site, *rest, **options)
+        return effect_alone(model, site, *rest, **options)
 
-    monkeypatch.setattr("mpocompress.api.job.relative_change", counted)
+    monkeypatch.setattr("mpocompress.api.job.effect_alone", counted)
     options = {"of": "layers", "data": inputs(), "include": ["0", "2"]}
     for forced in ({"sites": 4}, {"layout": "balanced"}, {"layout": "svd"}):
         mpo.plan(planted_sums_of_products(), ratio=8, **options, **forced)
@@ -320,7 +320,7 @@ def test_a_trial_measures_what_the_layer_does_to_the_outputs():
     calls = list(mpo.loading.as_batches([x.double() for x in inputs()]))
     site = next(s for s in mpo.surgery.find_weights(model).sites if s.name == "4")
     layout = Layout.svd(*site.shape)
-    found = relative_change(model, site, layout, (3,), calls, output_metrics={})
+    found, distance = effect_alone(model, site, layout, (3,), calls, output_metrics={})
     # The last layer alone: the least that three factors' worth of centered outputs can leave.
     with torch.no_grad():
         x = torch.cat([b.double() for b in inputs()])
@@ -328,8 +328,8 @@ def test_a_trial_measures_what_the_layer_does_to_the_outputs():
         centered = (hidden - hidden.mean(0)) @ site.matrix().T
         least = torch.linalg.svdvals(centered)[3:].norm() / model(x).norm()
     assert found == pytest.approx(float(least), rel=0.01)
-    full = relative_change(model, site, layout, (8,), calls, output_metrics={})
-    assert full < 1e-7
+    assert distance > found**2  # the eight outputs may be logits
+    assert max(effect_alone(model, site, layout, (8,), calls, output_metrics={})) < 1e-7
 
 
 def test_layers_too_large_for_a_trial_take_more_sites_for_healing_alone(monkeypatch):

@@ -25,12 +25,13 @@ from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge, fix_identity_ga
 from mpocompress.planning import (
     Gains,
     Latency,
-    Losses,
     Objective,
     Plan,
     PlanOptions,
     Progress,
     Sharing,
+    Trial,
+    Trials,
     with_predictions,
 )
 from mpocompress.planning.byte_sharing import ByteSharing
@@ -51,11 +52,11 @@ from mpocompress.tuning import (
     FittedWeight,
     LayerMoments,
     SitePlan,
+    effect_alone,
     fit_in_sequence,
     gain_of_bonds,
     layer_moments,
     output_energy,
-    relative_change,
     tied_heads,
     with_fitted,
 )
@@ -147,7 +148,7 @@ class Job:
         self._latency = latency
         self._energy: float | None = None
         self._gains: dict[WeightSite, Tensor | None] = {}
-        self._losses: dict[tuple[WeightSite, Layout, tuple[int, ...]], float | None] = {}
+        self._trials: dict[tuple[WeightSite, Layout, tuple[int, ...]], Trial | None] = {}
         self._choices: dict[WeightSite, Sequence[StorageChoice]] = {}
 
     @property
@@ -175,21 +176,21 @@ class Job:
         return known
 
     @property
-    def losses(self) -> Losses | None:
-        """What other layouts lose on the data by fits on trial; None where none are made."""
+    def trials(self) -> Trials | None:
+        """What layers in other layouts do to the outputs; None where no trials are made."""
         if not self.moments or self.options.target not in _TRIED_FOR:
             return None
         sites = select_sites(self.inventory, self.options.include, self.options.exclude)
         return None if exact_takes_long(site.shape for site in sites) else self._trial
 
-    def _trial(self, site: WeightSite, layout: Layout, bond_dims: tuple[int, ...]) -> float | None:
+    def _trial(self, site: WeightSite, layout: Layout, bond_dims: tuple[int, ...]) -> Trial | None:
         key = (site, layout, bond_dims)
-        if key not in self._losses:
-            self._losses[key] = None
+        if key not in self._trials:
+            self._trials[key] = None
             if self.calls and self._energy:
                 if self.progress is not None:
                     self.progress(f"{site.name}: {layout.num_sites} sites on trial", 0, 1)
-                change = relative_change(
+                change, distance = effect_alone(
                     self.opened,
                     site,
                     layout,
@@ -197,8 +198,8 @@ class Job:
                     self.calls,
                     output_metrics=_output_metrics(self.moments or {}),
                 )
-                self._losses[key] = change**2 * self._energy
-        return self._losses[key]
+                self._trials[key] = Trial(loss=change**2 * self._energy, distance=distance)
+        return self._trials[key]
 
     def take_statistics(self, sites: Sequence[WeightSite] | None = None) -> None:
         """Collect what the dense model shows of weights on the data; default: the selected ones."""
@@ -220,7 +221,7 @@ class Job:
                 self.inventory,
                 objective=self.objective,
                 gains=self.gains,
-                losses=self.losses,
+                trials=self.trials,
                 tables=self.has_data,
                 progress=self.progress,
             )
@@ -249,7 +250,7 @@ class Job:
                 self.inventory,
                 objective=self.objective,
                 gains=self.gains,
-                losses=self.losses,
+                trials=self.trials,
                 tables=self.has_data,
                 progress=self.progress,
             )
@@ -262,7 +263,7 @@ class Job:
             self.inventory,
             objective=self.objective,
             gains=self.gains,
-            losses=lambda *key: self._losses.get(key),  # of trials that were made
+            trials=lambda *key: self._trials.get(key),  # of trials that were made
             output_energy=self._energy,
         )
 

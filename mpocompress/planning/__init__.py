@@ -8,7 +8,7 @@ from mpocompress.planning.plan import CandidateFigures, LayerPlan, Plan
 from mpocompress.planning.planner import Progress, plan_bond_dim
 from mpocompress.planning.prediction import Predicted, predicted_totals, with_predictions
 from mpocompress.planning.ratio import Of, plan_ratio
-from mpocompress.planning.sharing import Gains, Losses, Sharing
+from mpocompress.planning.sharing import Gains, Sharing, Trial, Trials
 
 __all__ = [
     "Candidate",
@@ -17,7 +17,6 @@ __all__ = [
     "Latency",
     "LayerPlan",
     "LayoutChoice",
-    "Losses",
     "Objective",
     "ObjectiveName",
     "Of",
@@ -26,6 +25,8 @@ __all__ = [
     "Predicted",
     "Progress",
     "Sharing",
+    "Trial",
+    "Trials",
     "candidate_layouts",
     "chain_macs",
     "choose",

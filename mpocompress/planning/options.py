@@ -17,7 +17,7 @@ from mpocompress.planning.objective import Latency, Objective, ObjectiveName, ch
 from mpocompress.planning.plan import Plan
 from mpocompress.planning.planner import Progress, plan_bond_dim
 from mpocompress.planning.ratio import Of, check_ratio, plan_ratio
-from mpocompress.planning.sharing import Gains, Losses, Sharing
+from mpocompress.planning.sharing import Gains, Sharing, Trials
 from mpocompress.surgery import Inventory
 
 Target = Literal["bond_dim", "ratio", "max_size", "max_error", "max_drop"]
@@ -114,7 +114,7 @@ class PlanOptions:
         *,
         objective: Objective,
         gains: Gains | None = None,
-        losses: Losses | None = None,
+        trials: Trials | None = None,
         tables: bool = True,
         progress: Progress | None = None,
     ) -> Sharing:
@@ -126,7 +126,7 @@ class PlanOptions:
         return Sharing(
             inventory,
             gains=gains,
-            losses=losses,
+            trials=trials,
             layout=self.layout,
             sites=self.sites,
             include=self.include,
@@ -145,13 +145,13 @@ class PlanOptions:
         *,
         objective: Objective | None = None,
         gains: Gains | None = None,
-        losses: Losses | None = None,
+        trials: Trials | None = None,
         tables: bool = True,
         progress: Progress | None = None,
     ) -> Plan:
         """The plan for a bond dimension or a ratio; the other targets have to be measured.
 
-        See `Sharing` for `gains`, `losses` and `tables`.
+        See `Sharing` for `gains`, `trials` and `tables`.
 
         Raises:
             PlanError: another target, none, or several.
@@ -163,7 +163,7 @@ class PlanOptions:
                 inventory,
                 objective=objective,
                 gains=gains,
-                losses=losses,
+                trials=trials,
                 tables=tables,
                 progress=progress,
             )

@@ -18,7 +18,7 @@ from mpocompress.mpo.identity_gauge import stored_parameters
 from mpocompress.planning.layouts import make_candidate
 from mpocompress.planning.objective import Objective
 from mpocompress.planning.plan import CandidateFigures, LayerPlan, LayerPrediction, Plan
-from mpocompress.planning.sharing import Gains, Losses
+from mpocompress.planning.sharing import Gains, Trials
 from mpocompress.surgery import Inventory, WeightSite
 
 
@@ -48,7 +48,7 @@ def with_predictions(
     *,
     objective: Objective,
     gains: Gains | None = None,
-    losses: Losses | None = None,
+    trials: Trials | None = None,
     output_energy: float | None = None,
 ) -> Plan:
     """The plan with what is expected of each entry.
@@ -58,12 +58,12 @@ def with_predictions(
         inventory: of its model.
         objective: with the table of times, if there is one.
         gains: what each bond dimension of the layout ((out, 1), (1, in)) is worth, if known.
-        losses: what other layouts lost when they were fitted on trial, on the scale of the gains.
+        trials: those that were made of other layouts.
         output_energy: sum of the squares of the model's outputs on the data that `gains` are from.
     """
     sites = {site.name: site for site in inventory.sites}
     layers = tuple(
-        _predicted(layer, sites[layer.name], objective, gains, losses, output_energy)
+        _predicted(layer, sites[layer.name], objective, gains, trials, output_energy)
         for layer in plan.layers
     )
     return plan.model_copy(
@@ -115,7 +115,7 @@ def _predicted(
     site: WeightSite,
     objective: Objective,
     gains: Gains | None,
-    losses: Losses | None,
+    trials: Trials | None,
     output_energy: float | None,
 ) -> LayerPlan:
     layout = None if layer.action == "keep" else layer.sites()
@@ -135,9 +135,9 @@ def _predicted(
             lost_D = _beyond(known) / output_energy
             loss = float(lost_D[bonds[0]])
             candidates = _curve(layer, lost_D)
-    elif layout is not None and losses is not None and output_energy:
-        found = losses(site, layout, bonds)
-        loss = None if found is None else found / output_energy
+    elif layout is not None and trials is not None and output_energy:
+        found = trials(site, layout, bonds)
+        loss = None if found is None else found.loss / output_energy
     prediction = LayerPrediction(
         choice=layer.choice, seconds=seconds, dense_seconds=dense_seconds, loss=loss
     )

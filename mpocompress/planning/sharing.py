@@ -32,10 +32,24 @@ from mpocompress.surgery import Inventory, WeightSite, check_finite, select_site
 Gains = Callable[[WeightSite], Tensor | None]
 """What each further bond dimension of the layout ((out, 1), (1, in)) is worth, if known."""
 
-Losses = Callable[[WeightSite, Layout, tuple[int, ...]], float | None]
-"""What a layer fitted in a layout at bond dimensions loses, on the scale of gains, if known."""
 
-# Losses are predicted at the dense model, layer by layer: what is hardly better may be worse.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """What a layer fitted in a layout, all else dense, does to the model's outputs.
+
+    Attributes:
+        loss: their squared change on the data, on the scale of the gains.
+        distance: mean of what healing would minimize; with logits it sees probabilities.
+    """
+
+    loss: float
+    distance: float
+
+
+Trials = Callable[[WeightSite, Layout, tuple[int, ...]], Trial | None]
+"""Makes a trial of a layer in a layout at bond dimensions; None where none can be made."""
+
+# Trials are of single layers, on the data that is fitted to: what is hardly better may be worse.
 _CLEARLY = 0.8
 
 
@@ -86,7 +100,7 @@ class Sharing:
     Args:
         inventory: of the model.
         gains: per layer, see `allocation`; layers without them share the uniform ratio.
-        losses: makes fits on trial where two factors are a bottleneck; None makes none.
+        trials: makes trials where two factors are a bottleneck; None makes none.
         layout: "auto" is the layout ((out, 1), (1, in)), whose errors are known at every bond
             dimension, except where `bottleneck` finds a better one; otherwise one that is forced,
             as in `plan_bond_dim`.
@@ -109,7 +123,7 @@ class Sharing:
         inventory: Inventory,
         *,
         gains: Gains | None = None,
-        losses: Losses | None = None,
+        trials: Trials | None = None,
         layout: LayoutChoice = "auto",
         sites: int | None = None,
         include: Sequence[str] = (),
@@ -126,10 +140,10 @@ class Sharing:
         self.gauge: Gauge = gauge
         self.objective = objective or Objective()
         self._may_stay_dense = may_stay_dense
-        self._losses = losses
+        self._trials = trials
         self._healed = healed
         # More sites cost more multiply-adds than parameters: they are for small size alone.
-        self._widens = self.objective.name == "size" and (healed or losses is not None)
+        self._widens = self.objective.name == "size" and (healed or trials is not None)
         self.settings = {
             "layout": describe_layout(layout),
             "sites": sites,
@@ -191,7 +205,7 @@ class Sharing:
         wide = self._at(wide_parts, allowed, why, unreachable)
         # Trials are made at the bond dimensions of this plan; what they do not bear out goes.
         borne_out = [
-            other if self._is_better(other, wide.bonds.get(other, 0)) else part
+            other if self._is_better(other, wide.bonds.get(other, 0), part) else part
             for part, other in zip(self.parts, wide_parts, strict=True)
         ]
         if borne_out != wide_parts:
@@ -206,10 +220,10 @@ class Sharing:
         if not self._may_stay_dense and wide.dropped != narrow.dropped:
             # What is dropped is not counted then: the plan that compresses more is the smaller.
             return min(wide, narrow, key=lambda found: found.dropped).plan
-        wide_loss, narrow_loss = self._losses_of(wide, narrow)
-        if isinf(wide_loss):  # too large for a trial
+        wide_distance, narrow_distance = self._distances(wide, narrow)
+        if isinf(wide_distance):  # too large for trials
             return wide.plan if self._healed else narrow.plan
-        return wide.plan if wide_loss < _CLEARLY * narrow_loss else narrow.plan
+        return wide.plan if wide_distance < _CLEARLY * narrow_distance else narrow.plan
 
     def _at(
         self,
@@ -224,32 +238,31 @@ class Sharing:
         for part, bond in bonds.items():
             how = part.how
             if part.bottleneck is not None:
-                loss = self._loss(part, bond)
-                how = part.bottleneck.reason(None if isinf(loss) else loss)
+                trial = self._trial(part, bond)
+                how = part.bottleneck.reason(None if trial is None else trial.loss)
             entries[part.site] = self.entry(part, bond, f"bond dimension from {why}, {how}")
         dropped = len(taking_part) - len(parts)
         return _Shared(plan=self.plan(entries), bonds=bonds, dropped=dropped)
 
-    def _losses_of(self, *plans: _Shared) -> list[float]:
-        """Predicted losses, without weights that have no known gains and are the same in all."""
-        same = set.intersection(*(set(found.bonds) for found in plans))
-        unknown = {part for part in same if part.share.gains is None}
+    def _distances(self, *plans: _Shared) -> list[float]:
+        """Of the layers that are not the same in all plans, added up; infinite if not known."""
+        same = set.intersection(*(set(found.bonds.items()) for found in plans))
         return [
-            sum(self._loss(part, bond) for part, bond in found.bonds.items() if part not in unknown)
+            sum(self._distance(part, bond) for part, bond in {*found.bonds.items()} - same)
             for found in plans
         ]
 
-    def _loss(self, part: Part, bond: int) -> float:
-        """What a weight loses by its gains, or else on trial; infinite if that is not known."""
+    def _distance(self, part: Part, bond: int) -> float:
         if bond > part.share.max_bond_dim:
             return 0.0
-        if part.share.gains is not None:
-            return float(part.share.gains[bond:].sum())
-        if self._losses is None:
-            return inf
+        trial = self._trial(part, bond)
+        return inf if trial is None else trial.distance
+
+    def _trial(self, part: Part, bond: int) -> Trial | None:
+        if self._trials is None or bond > part.share.max_bond_dim:
+            return None
         bonds = part.layout.clip([bond] * (part.layout.num_sites - 1))
-        loss = self._losses(part.site, part.layout, bonds)
-        return inf if loss is None else loss
+        return self._trials(part.site, part.layout, bonds)
 
     def of_model(self, parameters: float, why: str) -> Plan:
         """The plan in which the whole model has no more than so many parameters."""
@@ -288,18 +301,18 @@ class Sharing:
             return part
         return replace(other, bottleneck=found)
 
-    def _is_better(self, part: Part, bond: int) -> bool:
-        """Whether a layout in the place of a bottleneck is, by a trial, or by the rule for healing.
+    def _is_better(self, part: Part, bond: int, factors: Part) -> bool:
+        """Whether a layout in the place of a bottleneck is, by trials, or by the rule for healing.
 
         One that is not part of the plan (bond dimension 0) has nothing to be worse in.
         """
         found = part.bottleneck
         if found is None or bond == 0:
             return True
-        loss = self._loss(part, bond)
-        if found.matters is None or isinf(loss):
+        distance = self._distance(part, bond)
+        if isinf(distance):
             return self._healed
-        return loss < found.lost * found.matters
+        return found.bond == 0 or distance < self._distance(factors, found.bond)
 
     def _part(self, site: WeightSite, layout: Layout, gains: Gains | None) -> Part | None:
         stored = partial(_stored, layout, self.gauge)

@@ -20,7 +20,7 @@ from mpocompress.tuning.sweep_options import LocalOptions, LossSweepOptions, Los
 from mpocompress.tuning.task_score import TaskScore, task_score
 from mpocompress.tuning.train import train_
 from mpocompress.tuning.train_options import TrainOptions, TrainRecord, TrainResult
-from mpocompress.tuning.trial import relative_change, with_fitted
+from mpocompress.tuning.trial import effect_alone, with_fitted
 
 __all__ = [
     "DistillOptions",
@@ -52,7 +52,7 @@ __all__ = [
     "output_energy",
     "output_error_curve",
     "output_errors",
-    "relative_change",
+    "effect_alone",
     "supervised_loss",
     "sweep_on_loss",
     "task_score",

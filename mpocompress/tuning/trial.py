@@ -7,18 +7,21 @@ outputs by 12 %, and changed them by 32. Closed forms are predicted well (35 % a
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
+from mpocompress.layers.modes import evaluation_mode
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.identity_gauge import IdentityGauge
 from mpocompress.surgery import WeightSite, copy_with_replacements
+from mpocompress.tuning.distill_loss import Distance
 from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan
 from mpocompress.tuning.lockstep import Call
 from mpocompress.tuning.output_errors import output_errors
 from mpocompress.tuning.sequential import fit_in_sequence
 
 
-def relative_change(
+def effect_alone(
     model: nn.Module,
     site: WeightSite,
     layout: Layout,
@@ -27,7 +30,7 @@ def relative_change(
     *,
     output_metrics: Mapping[nn.Module, Tensor],
     sweeps: int = 4,
-) -> float:
+) -> tuple[float, float]:
     """Fit one weight on what the dense model gives it, all else dense, and run the model.
 
     Args:
@@ -40,14 +43,23 @@ def relative_change(
         sweeps: few: it is a trial.
 
     Returns:
-        Norm of the change of the model's outputs over their norm.
+        Norm of the change of the model's outputs over their norm, and the mean of the loss that
+        healing would have (`distill_loss.output_loss`, "auto"), which sees what a change of logits
+        does to probabilities.
     """
     plan = SitePlan(site=site, layout=layout, bond_dims=tuple(bond_dims))
     fitted = fit_in_sequence(
         model, [plan], calls, output_metrics=output_metrics, options=FitOptions(sweeps=sweeps)
     )
     weights = {site: found.mpo for site, found in fitted.items()}
-    return output_errors(model, with_fitted(model, weights, fitted), [], calls).model
+    compressed = with_fitted(model, weights, fitted)
+    distance = Distance(compressed, model, (), "auto", 0.0)
+    loss, rows = 0.0, 0
+    with evaluation_mode(model), evaluation_mode(compressed), torch.no_grad():
+        for call in calls:
+            count = next(t.shape[0] for t in (*call.args, *call.kwargs.values()) if t.ndim)
+            loss, rows = loss + count * float(distance(call)), rows + count
+    return output_errors(model, compressed, [], calls).model, loss / rows
 
 
 def with_fitted(
