@@ -50,6 +50,7 @@ Trials = Callable[[WeightSite, Layout, tuple[int, ...]], Trial | None]
 """Makes a trial of a layer in a layout at bond dimensions; None where none can be made."""
 
 # Trials are of single layers, on the data that is fitted to: what is hardly better may be worse.
+# With healing ahead, more sites are taken unless they are clearly worse: they heal better.
 _CLEARLY = 0.8
 
 
@@ -223,7 +224,8 @@ class Sharing:
         wide_distance, narrow_distance = self._distances(wide, narrow)
         if isinf(wide_distance):  # too large for trials
             return wide.plan if self._healed else narrow.plan
-        return wide.plan if wide_distance < _CLEARLY * narrow_distance else narrow.plan
+        limit = 1 / _CLEARLY if self._healed else _CLEARLY
+        return wide.plan if wide_distance < limit * narrow_distance else narrow.plan
 
     def _at(
         self,
@@ -312,7 +314,8 @@ class Sharing:
         distance = self._distance(part, bond)
         if isinf(distance):
             return self._healed
-        return found.bond == 0 or distance < self._distance(factors, found.bond)
+        limit = 1 / _CLEARLY if self._healed else 1.0
+        return found.bond == 0 or distance < limit * self._distance(factors, found.bond)
 
     def _part(self, site: WeightSite, layout: Layout, gains: Gains | None) -> Part | None:
         stored = partial(_stored, layout, self.gauge)
