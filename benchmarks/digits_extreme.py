@@ -41,10 +41,9 @@ from torch import Tensor, nn
 import mpocompress as mpo
 from mpocompress.errors import BudgetError
 from mpocompress.loading import as_batches
-from mpocompress.mpo import MPO
 from mpocompress.mpo.factorize import random_cores
-from mpocompress.surgery import copy_with_replacements, find_weights
-from mpocompress.tuning import FitOptions, SitePlan, fit_in_sequence, layer_moments
+from mpocompress.surgery import find_weights
+from mpocompress.tuning import FitOptions, SitePlan, fit_in_sequence, layer_moments, with_fitted
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "digits"))
 from classifier import build_classifier
@@ -191,11 +190,8 @@ def fitted(given: Problem, options: dict[str, Any], seed: int, steps: int) -> nn
         output_metrics={module: moment.output_metric for module, moment in moments.items()},
         options=FitOptions(sweeps=SWEEPS),
     )
-    mpos: dict[object, MPO] = {site: weight.mpo for site, weight in found.items()}
-    model = copy_with_replacements(given.dense, mpos)
-    for site, weight in found.items():
-        model.get_submodule(site.name).bias.data.copy_(weight.bias)
-    return model
+    mpos = {site: weight.mpo for site, weight in found.items()}
+    return with_fitted(given.dense, mpos, found)
 
 
 def small_dense(layout: str, parameters: int, seed: int) -> nn.Module:

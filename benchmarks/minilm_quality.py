@@ -45,12 +45,11 @@ from torch import Tensor, nn
 
 import mpocompress as mpo
 from mpocompress.loading import as_batches
-from mpocompress.mpo import MPO
 from mpocompress.mpo.fit import fit
 from mpocompress.mpo.metric import Metric
 from mpocompress.planning import Plan
 from mpocompress.surgery import copy_with_replacements, find_weights
-from mpocompress.tuning import FitOptions, SitePlan, fit_in_sequence, layer_moments
+from mpocompress.tuning import FitOptions, SitePlan, fit_in_sequence, layer_moments, with_fitted
 
 LAYERS = ["encoder.*"]
 PACKAGES = ("mpocompress", "torch", "transformers", "numpy")
@@ -97,12 +96,7 @@ def sequential(model: nn.Module, data: list[Tokens], ratio: float, seed: int) ->
         for layer in plan.compressed
     ]
     fitted = fit_in_sequence(model, planned, list(as_batches(data)), options=FitOptions())
-    mpos: dict[object, MPO] = {site: weight.mpo for site, weight in fitted.items()}
-    result = copy_with_replacements(model, mpos)
-    for site, weight in fitted.items():
-        if weight.bias is not None:
-            result.get_submodule(site.name).bias.data.copy_(weight.bias)
-    return result
+    return with_fitted(model, {site: weight.mpo for site, weight in fitted.items()}, fitted)
 
 
 def _ours(gauge: str) -> Method:

@@ -108,7 +108,8 @@ def plan(
             `export_onnx` with the first batch of the data.
         sweeps: of the fits that are tried for `max_error` and `max_drop`, as in `compress`.
         distill: steps of healing that will follow. For a budget, "auto" then takes four sites in
-            place of narrow factors for layers that are too large for a fit on trial, too.
+            place of narrow factors unless a fit on trial is clearly against them; also where none
+            can be made because the layers are too large.
         seed: of the random directions of the gradients, and of what is held out.
         progress: called as `progress(layer, done, total)`.
 

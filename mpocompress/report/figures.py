@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from html import escape
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib import rc_context, rcParamsDefault
 from matplotlib.axes import Axes
@@ -235,11 +235,16 @@ def draw_spectrum(axes: Axes, layer: LayerReport, lowest: float) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _decade(value)))
     axes.xaxis.set_major_locator(FixedLocator(sorted({1, (longest + 1) // 2, longest})))
+    style_axes(axes, font_size=8, grid="y")
+
+
+def style_axes(axes: Axes, *, font_size: float, grid: Literal["both", "x", "y"]) -> None:
+    """Quiet ticks, rules and spines, for pictures with axes."""
     axes.tick_params(
-        colors=PALETTE["muted"], labelcolor=PALETTE["muted"], labelsize=8, length=2, pad=2
+        colors=PALETTE["muted"], labelcolor=PALETTE["muted"], labelsize=font_size, length=2, pad=2
     )
     axes.set_facecolor("none")
-    axes.grid(axis="y", color=PALETTE["rule"], linewidth=0.7)
+    axes.grid(axis=grid, color=PALETTE["rule"], linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(PALETTE["rule"])

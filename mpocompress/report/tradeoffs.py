@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from mpocompress.report.figures import PALETTE, default_style, group_colours
+from mpocompress.report.figures import PALETTE, default_style, group_colours, style_axes
 from mpocompress.report.groups import Group
 from mpocompress.report.schema import Candidate, LayerReport
 
@@ -82,12 +82,7 @@ def _draw(axes: Axes, layers: Sequence[tuple[LayerReport, str]], font_size: floa
     text: dict[str, Any] = {"color": PALETTE["muted"], "fontsize": font_size}
     axes.set_xlabel("size of the layer, share of the dense one", **text)
     axes.set_ylabel("predicted change of the outputs", **text)
-    axes.tick_params(colors=PALETTE["muted"], labelsize=font_size, length=2, pad=2)
-    axes.set_facecolor("none")
-    axes.grid(color=PALETTE["rule"], linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(PALETTE["rule"])
+    style_axes(axes, font_size=font_size, grid="both")
 
 
 def _size(found: Candidate) -> float:

@@ -71,7 +71,7 @@ def output_errors(
                     sums[name].add(left, right, keep)
             for left, right in zip(expected, found, strict=True):
                 whole.add(left, right, keep)
-            rows += next(t.shape[0] for t in (*call.args, *call.kwargs.values()) if t.ndim)
+            rows += rows_of(call)
     if not rows:
         raise DataError("there are no batches to compare outputs on.")
     return OutputErrors(
@@ -79,6 +79,11 @@ def output_errors(
         model=whole.relative,
         rows=rows,
     )
+
+
+def rows_of(call: Call) -> int:
+    """Size of the first dimension of the first argument that has one."""
+    return next(t.shape[0] for t in (*call.args, *call.kwargs.values()) if t.ndim)
 
 
 def output_energy(model: nn.Module, calls: Iterable[Call]) -> float:

@@ -17,7 +17,7 @@ from mpocompress.surgery import WeightSite, copy_with_replacements
 from mpocompress.tuning.distill_loss import Distance
 from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan
 from mpocompress.tuning.lockstep import Call
-from mpocompress.tuning.output_errors import output_errors
+from mpocompress.tuning.output_errors import output_errors, rows_of
 from mpocompress.tuning.sequential import fit_in_sequence
 
 
@@ -57,8 +57,8 @@ def effect_alone(
     loss, rows = 0.0, 0
     with evaluation_mode(model), evaluation_mode(compressed), torch.no_grad():
         for call in calls:
-            count = next(t.shape[0] for t in (*call.args, *call.kwargs.values()) if t.ndim)
-            loss, rows = loss + count * float(distance(call)), rows + count
+            loss += rows_of(call) * float(distance(call))
+            rows += rows_of(call)
     return output_errors(model, compressed, [], calls).model, loss / rows
 
 
