@@ -14,8 +14,9 @@ Layouts: SVD, and balanced MPOs of 2 to 5 sites, each from three starts:
 784-h-10 and 784-h-h-10 of as many parameters in all, drawn at random, trained likewise.
 
 Every method heals for the same steps with the same loop (Adam, cosine decay, batches of 100; 40
-steps are an epoch), at the best of three rates for its layout, start and ratio, found on a teacher
-and split that are not reported. One-shot figures stand at 0 epochs.
+steps are an epoch), at the most accurate of three rates for its layout, start, ratio and length (3
+epochs, which 1 follows, and 30, which 10 follows), found on three teachers and splits that are not
+reported. One-shot figures stand at 0 epochs.
 
 Runs are written to --out as they end, and those found there are not run again: a run that was
 stopped, or a second one with more seeds, goes on from there. A plot is drawn beside it.
@@ -53,7 +54,7 @@ PACKAGES = ("mpocompress", "torch", "numpy", "mlxtend")
 RATIOS = (10.0, 30.0, 60.0, 130.0, 250.0, 500.0, 860.0)
 EPOCHS = (1, 3, 10, 30)
 RATES = (1e-3, 3e-3, 1e-2)
-TUNING_SEED, TUNING_EPOCHS = 1000, 3  # never reported
+TUNING_SEEDS, TUNING_EPOCHS = (1000, 1001, 1002), (3, 30)  # never reported
 TEACHER_EPOCHS = 12
 SWEEPS = 12
 LAYOUTS = ("svd", "2 sites", "3 sites", "4 sites", "5 sites")
@@ -283,21 +284,36 @@ class Runs:
             {"claim": __doc__.splitlines()[0], "environment": self._facts, **more, "runs": runs},
         )
 
-    def best_rate(self, method: Method, ratio: float) -> float:
-        tried = [
-            run
-            for run in self.found.values()
-            if (run.layout, run.start, run.ratio) == (method.layout, method.start, ratio)
-            and (run.seed, run.epochs) == (TUNING_SEED, TUNING_EPOCHS)
+    def best_rate(self, method: Method, ratio: float, epochs: int) -> float:
+        """Return the most accurate rate on the tuning teachers; 0 for no epochs."""
+        if epochs == 0:
+            return 0.0
+        tuned = next((n for n in TUNING_EPOCHS if n >= epochs), TUNING_EPOCHS[-1])
+        totals = dict.fromkeys(RATES, (0.0, 0.0))
+        for seed in TUNING_SEEDS:
+            for rate, (accuracy, agreement) in totals.items():
+                run = self.found[(method.layout, method.start, ratio, seed, tuned, rate)]
+                totals[rate] = (accuracy + run.accuracy, agreement + run.agreement)
+        return max(totals, key=lambda rate: totals[rate])
+
+    @property
+    def reported(self) -> list[Run]:
+        """Those of other teachers, at the best rates: a file may have others, too."""
+        found = [run for run in self.found.values() if run.seed not in TUNING_SEEDS]
+        best = {
+            key: self.best_rate(Method(layout=key[0], start=key[1]), key[2], key[3])
+            for key in {(run.layout, run.start, run.ratio, run.epochs) for run in found}
+        }
+        return [
+            run for run in found if run.rate == best[(run.layout, run.start, run.ratio, run.epochs)]
         ]
-        return max(tried, key=lambda run: run.agreement).rate
 
 
 def measure(
     runs: Runs, method: Method, ratio: float, seed: int, epochs: Sequence[int], rate: float | None
 ) -> bool:
     """Heal a method for each number of epochs, unless that was done; False if it does not exist."""
-    rates = {n: 0.0 if n == 0 else (rate or runs.best_rate(method, ratio)) for n in epochs}
+    rates = {n: rate or runs.best_rate(method, ratio, n) for n in epochs}
     wanted = [
         n
         for n in epochs
@@ -366,14 +382,15 @@ def main() -> int:
         for ratio in options.ratios:
             for method in methods:
                 tuned = all(
-                    measure(runs, method, ratio, TUNING_SEED, [TUNING_EPOCHS], rate)
+                    measure(runs, method, ratio, tuning_seed, TUNING_EPOCHS, rate)
+                    for tuning_seed in TUNING_SEEDS
                     for rate in RATES
                 )
                 if tuned and measure(runs, method, ratio, seed, [0, *options.epochs], None):
                     print(f"seed {seed}, {ratio:g}: {method}", file=sys.stderr, flush=True)
     dense = {
         seed: judge(problem(seed).dense, problem(seed))[0]
-        for seed in {run.seed for run in runs.found.values()} - {TUNING_SEED}
+        for seed in {run.seed for run in runs.reported}
     }
     runs.write(dense_accuracy=dense)
     print_results(runs, dense)
@@ -386,8 +403,8 @@ def _means(
 ) -> dict[tuple[str, str, float], tuple[float, float, float, int]]:
     """Mean and spread of the accuracy, mean agreement and seeds by layout, start and ratio."""
     groups: dict[tuple[str, str, float], list[Run]] = {}
-    for run in runs.found.values():
-        if run.seed != TUNING_SEED and run.epochs == epochs:
+    for run in runs.reported:
+        if run.epochs == epochs:
             groups.setdefault((run.layout, run.start, run.ratio), []).append(run)
     return {
         key: (
@@ -402,7 +419,7 @@ def _means(
 
 def print_results(runs: Runs, dense: dict[int, float]) -> None:
     """Print accuracy in percent, mean ± spread over the seeds, and agreement in brackets."""
-    reported = [run for run in runs.found.values() if run.seed != TUNING_SEED]
+    reported = runs.reported
     columns = sorted({run.epochs for run in reported})
     by_epochs = {epochs: _means(runs, epochs) for epochs in columns}
     rows = []
@@ -437,7 +454,7 @@ def draw(runs: Runs, dense: dict[int, float], path: Path) -> None:
     """Draw accuracy against the ratio, one panel for each number of epochs."""
     from matplotlib.figure import Figure
 
-    epochs = sorted({run.epochs for run in runs.found.values() if run.seed != TUNING_SEED})
+    epochs = sorted({run.epochs for run in runs.reported})
     figure = Figure(figsize=(4.2 * len(epochs), 4), layout="constrained")
     for panel, n in enumerate(epochs):
         axes = figure.add_subplot(1, len(epochs), panel + 1)

@@ -516,6 +516,55 @@ def test_foreign_checkpoints_are_refused(tmp_path, dense, fitted):
         run()
 
 
+# -- steps of several minibatches, and what is computed once
+
+
+def test_a_step_on_all_minibatches_knows_no_order(dense, fitted):
+    batches = [rows(8, 16, seed) for seed in range(4)]
+    ends = []
+    for seed in (0, 1):
+        model = copy.deepcopy(fitted.model).double()
+        mpo.distill(
+            model, reference=copy.deepcopy(dense).double(), data=[b.double() for b in batches],
+            steps=6, accumulate=4, held_out=0.0, learning_rate=1e-3, seed=seed,
+        )  # fmt: skip
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*ends, **F64["gradient"])
+    start = torch.cat([p.detach().double().flatten() for p in fitted.model.parameters()])
+    assert (ends[0] - start).norm() > 1e-3
+
+
+def test_rows_weigh_alike_in_a_step_of_unlike_minibatches(dense, fitted):
+    """One step on 2 and 6 rows is one on all 8, where the loss is a mean over rows."""
+    x = rows(8, 16)
+    ends = []
+    for data, many in (([x[:2], x[2:]], 2), ([x[:4], x[4:]], 2)):
+        model, teacher = copy.deepcopy(fitted.model).double(), copy.deepcopy(dense).double()
+        mpo.distill(
+            model, reference=teacher, data=[b.double() for b in data], steps=1, accumulate=many,
+            output_loss="cosine", held_out=0.0, learning_rate=1e-3,
+        )  # fmt: skip
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*ends, **F64["gradient"])
+
+
+def test_the_dense_model_sees_each_batch_once_while_there_is_room(dense, fitted, monkeypatch):
+    batches = [rows(8, 16, seed) for seed in range(6)]
+    calls_made = []
+    dense = copy.deepcopy(dense)
+    dense.register_forward_hook(lambda *_: calls_made.append(1))
+    ends, counts = [], []
+    for room in (2**31, 0):
+        monkeypatch.setattr("mpocompress.tuning.distill_loss._KEPT_BYTES", room)
+        calls_made.clear()
+        model = copy.deepcopy(fitted.model)
+        mpo.distill(model, reference=dense, data=batches, steps=15, learning_rate=1e-3)
+        counts.append(len(calls_made))
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert counts[0] == len(batches) < 15 < counts[1]
+    assert torch.equal(*ends)
+
+
 # -- refusals
 
 
@@ -530,6 +579,8 @@ def test_foreign_checkpoints_are_refused(tmp_path, dense, fitted):
         ({"learning_rate": "fast"}, "or 'auto'"),
         ({"held_out": 1.0}, "held_out 1.0"),
         ({"batch_size": 0}, "batch_size 0"),
+        ({"accumulate": 0}, "accumulate 0"),
+        ({"accumulate": None}, "accumulate None"),
         ({"patience": 0}, "patience 0"),
         ({"hidden_weight": -1.0}, "hidden_weight -1.0"),
         ({"data": []}, "no batches"),

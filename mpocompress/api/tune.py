@@ -46,6 +46,7 @@ def distill(
     hidden_weight: float = 1.0,
     learning_rate: float | Literal["auto"] = "auto",
     batch_size: int | None = None,
+    accumulate: int = 1,
     held_out: float = 0.1,
     evaluate_every: int | None = None,
     patience: int | None = None,
@@ -76,6 +77,8 @@ def distill(
         learning_rate: peak of the schedule; "auto" tries three in short runs of their own.
         batch_size: rows of a minibatch; None takes batches of up to 128 rows as they come, and
             cuts larger ones, or a single one, into 64.
+        accumulate: minibatches in a step, which takes their mean gradient: small batches of many
+            lengths are better than a large one of one length, at the same cost.
         held_out: share of the data that is never trained on.
         evaluate_every: steps between evaluations; None for 25 in all.
         patience: stop after so many evaluations that were not better; None: never, since the loss
@@ -98,6 +101,7 @@ def distill(
         hidden_weight=hidden_weight,
         learning_rate=learning_rate,
         batch_size=batch_size,
+        accumulate=accumulate,
         held_out=held_out,
         evaluate_every=evaluate_every,
         patience=patience,

@@ -22,6 +22,8 @@ TEMPERATURE = 2.0
 # A single output (batch, columns) with at most so many columns may be logits.
 MAX_CLASSES = 1000
 _TINY = 1e-12
+# Of what the dense model did with batches that come again.
+_KEPT_BYTES = 2**31
 # Variance of cosines that rounding may leave of equal ones.
 _ALIKE = 1e-10
 
@@ -136,22 +138,28 @@ class Distance:
         self._hidden_weight = hidden_weight
         self._kept: dict[int, tuple[Any, Mapping[str, list[Tensor]]] | None] = {}
         self._alive: list[Call] = []
+        self._kept_bytes = 0
 
     def keep(self, calls: Sequence[Call]) -> None:
         """Compute what the dense model does with these calls only once, and keep it.
 
-        For the held-out part, which is asked for again and again.
+        For calls that are asked for again and again: the first to be asked for are kept, up to
+        2 GiB in all. The dense model's pass is a third of a step at half the parameters.
         """
         self._alive = list(calls)  # so that identity means identity
         self._kept = {id(call): None for call in self._alive}
+        self._kept_bytes = 0
 
     def _dense(self, call: Call) -> tuple[Any, Mapping[str, list[Tensor]]]:
         found = self._kept.get(id(call))
         if found is None:
             with torch.no_grad(), watched_outputs(self._reference, self._blocks) as hidden:
                 found = (self._reference(*call.args, **call.kwargs), hidden)
-            if id(call) in self._kept:
+            tensors = [*floating_outputs(found[0]), *(t for ts in found[1].values() for t in ts)]
+            size = sum(tensor.nbytes for tensor in tensors)
+            if id(call) in self._kept and self._kept_bytes + size <= _KEPT_BYTES:
                 self._kept[id(call)] = found
+                self._kept_bytes += size
         return found
 
     def __call__(self, call: Call) -> Tensor:

@@ -103,6 +103,11 @@ class TrainingData:
             )
 
     @property
+    def whole(self) -> list[Minibatch]:
+        """The batches that are trained on as they are, the same objects in every epoch."""
+        return [self._whole[int(index)] for index in self._train_whole]
+
+    @property
     def minibatches_per_epoch(self) -> int:
         """Optimizer steps in which every training row is seen once."""
         return len(self._train_whole) + sum(
