@@ -299,28 +299,6 @@ def test_several_outputs_count_alike_whatever_their_scale():
     torch.testing.assert_close(cosine, torch.zeros(()), **F32["apply"])
 
 
-def test_the_similarity_loss_is_of_pairs_too():
-    ours, dense = rows(6, 4, seed=1).double(), rows(6, 4).double()
-    cosine = output_loss(ours, dense, None, "cosine")
-    ours_1, dense_1 = (nn.functional.normalize(found) for found in (ours, dense))
-    pairs = [(i, j) for i in range(6) for j in range(i)]
-    theirs = torch.stack([dense_1[i] @ dense_1[j] for i, j in pairs])
-    mine = torch.stack([ours_1[i] @ ours_1[j] for i, j in pairs])
-    unexplained = (mine - theirs).square().sum() / (theirs - theirs.mean()).square().sum()
-    found = output_loss(ours, dense, None, "similarity")
-    torch.testing.assert_close(found, cosine + unexplained, **F64["apply"])
-    # A rotation of all rows turns each of them away and leaves what they are to each other.
-    rotation = torch.linalg.qr(rows(4, 4, seed=2).double())[0]
-    turned = output_loss(dense @ rotation, dense, None, "similarity")
-    expected = output_loss(dense @ rotation, dense, None, "cosine")
-    torch.testing.assert_close(turned, expected, **F64["apply"])
-    # One row, two rows, equal rows: no pairs to rank.
-    alike = rows(1, 384).expand(64, 384) * (1 + torch.rand(64, 1))
-    for few in (rows(1, 4), rows(2, 4), torch.ones(3, 4), alike):
-        near = few + 0.1 * few**2
-        assert output_loss(near, few, None, "similarity") == output_loss(near, few, None, "cosine")
-
-
 def test_padding_has_no_say_in_loss_or_gradient(transformer):
     model, small = transformer
     found = []
@@ -574,7 +552,7 @@ def test_the_dense_model_sees_each_batch_once_while_there_is_room(dense, fitted,
         ({"steps": -1}, "steps -1"),
         ({"steps": True}, "steps True"),
         ({"blockwise_steps": 1.5}, "blockwise_steps 1.5"),
-        ({"output_loss": "huber"}, "none of auto, kl, mse, cosine, similarity"),
+        ({"output_loss": "huber"}, "none of auto, kl, mse, cosine"),
         ({"learning_rate": 0.0}, "learning_rate 0.0"),
         ({"learning_rate": "fast"}, "or 'auto'"),
         ({"held_out": 1.0}, "held_out 1.0"),

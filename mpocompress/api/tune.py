@@ -69,10 +69,8 @@ def distill(
         steps: of the optimizer.
         blockwise_steps: before these, steps in which each repeated block is trained by itself on
             the inputs of the dense block; skipped where a model has no such blocks.
-        output_loss: "kl" (temperature 2), "mse" (relative), "cosine", "similarity" (that, and the
-            cosines of all pairs of rows in a batch: for embeddings that are compared with each
-            other); "auto" is "mse", plus "kl" where the output may be logits, of classes or of the
-            words of a table.
+        output_loss: "kl" (temperature 2), "mse" (relative) or "cosine", for embeddings; "auto" is
+            "mse", plus "kl" where the output may be logits, of classes or of the words of a table.
         hidden_weight: weight of the relative errors of the repeated blocks' outputs.
         learning_rate: peak of the schedule; "auto" tries three in short runs of their own.
         batch_size: rows of a minibatch; None takes batches of up to 128 rows as they come, and

@@ -16,7 +16,7 @@ from mpocompress.tuning.blocks import watched_outputs
 from mpocompress.tuning.lockstep import Call, floating_outputs
 from mpocompress.tuning.moments import keep_mask, real_rows
 
-OutputLoss = Literal["auto", "kl", "mse", "cosine", "similarity"]
+OutputLoss = Literal["auto", "kl", "mse", "cosine"]
 
 TEMPERATURE = 2.0
 # A single output (batch, columns) with at most so many columns may be logits.
@@ -24,8 +24,6 @@ MAX_CLASSES = 1000
 _TINY = 1e-12
 # Of what the dense model did with batches that come again.
 _KEPT_BYTES = 2**31
-# Variance of cosines that rounding may leave of equal ones.
-_ALIKE = 1e-10
 
 
 def check_output_loss(name: str) -> None:
@@ -54,13 +52,11 @@ def output_loss(
         keep: boolean (batch, sequence), True for real tokens; None if all are.
         kind: "kl": KL(dense || ours) of the softmax at temperature 2, times its square, in nats;
             "mse": E|y - y^|^2 / E|y|^2, the mean over all floating outputs; "cosine": mean of
-            1 - cos of the rows; "similarity": that, plus the squared error of the cosines of all
-            pairs of different rows over these cosines' variance, for embeddings that are compared
-            with each other (an output with more axes has a row for each token). "auto": "mse", plus
-            "kl" where the output may be logits: it has a `.logits`, or is a single tensor (batch,
-            2 to 1000 columns), or one with more axes and as many columns as there are words. That
-            is right for regression and embeddings, too, of which KL alone would lose the scale and
-            the offset.
+            1 - cos of the rows (an output with more axes has a row for each token), for embeddings.
+            "auto": "mse", plus "kl" where the output may be logits: it has a `.logits`, or is a
+            single tensor (batch, 2 to 1000 columns), or one with more axes and as many columns as
+            there are words. That is right for regression and embeddings, too, of which KL alone
+            would lose the scale and the offset.
         vocabularies: how many words the model's tables have.
 
     Raises:
@@ -91,7 +87,7 @@ def output_loss(
                 f"{len(leaves)}; give the dense model that was compressed."
             )
         pairs = list(zip(our_leaves, leaves, strict=True))
-    measure = _MEASURES.get(kind, normalized_error)
+    measure = _one_minus_cosine if kind == "cosine" else normalized_error
     terms.append(torch.stack([measure(a, b, keep) for a, b in pairs]).mean())
     return torch.stack(terms).sum()
 
@@ -223,34 +219,9 @@ def _kl(ours: Tensor, dense: Tensor, keep: Tensor | None) -> Tensor:
     return TEMPERATURE**2 * divergence / max(1, len(dense_NK))
 
 
+# The cosines of pairs are no loss of their own: with their errors added, of pairs in a batch or
+# with a bank of embeddings, cosines and the ranks of MiniLM's pairs were worse after 120 steps.
 def _one_minus_cosine(ours: Tensor, dense: Tensor, keep: Tensor | None) -> Tensor:
     ours_NK, dense_NK = _rows(ours, dense, keep)
     lost_N = 1 - nn.functional.cosine_similarity(ours_NK, dense_NK, dim=-1)
     return lost_N.sum() / max(1, len(lost_N))
-
-
-def _similarity(ours: Tensor, dense: Tensor, keep: Tensor | None) -> Tensor:
-    """1 - cos of each row, and how far the cosines of pairs of rows (N, N) are off.
-
-    An embedding may be close to the dense one in every row and still rank neighbours differently:
-    unrelated rows have cosines near 0, and those decide about ranks. The second term is 1 - R^2 of
-    the dense model's cosines as ours predict them.
-    """
-    loss = _one_minus_cosine(ours, dense, keep)
-    our_NN, dense_NN = (
-        found @ found.T for found in map(nn.functional.normalize, _rows(ours, dense, keep))
-    )
-    rows = len(dense_NN)
-    pairs = rows * (rows - 1)
-    if pairs == 0:
-        return loss
-    # Of a row with itself the cosine is 1 in both models; it is taken out of the sums.
-    mean = (dense_NN.sum() - rows) / pairs
-    spread = (dense_NN - mean).square().sum() - rows * (1 - mean) ** 2
-    # A single pair, or rows that are all alike, have no ranks to keep.
-    if spread <= _ALIKE * pairs:
-        return loss
-    return loss + (our_NN - dense_NN).square().sum() / spread
-
-
-_MEASURES = {"cosine": _one_minus_cosine, "similarity": _similarity}
