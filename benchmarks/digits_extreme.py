@@ -300,13 +300,25 @@ class Runs:
     def reported(self) -> list[Run]:
         """Those of other teachers, at the best rates: a file may have others, too."""
         found = [run for run in self.found.values() if run.seed not in TUNING_SEEDS]
-        best = {
-            key: self.best_rate(Method(layout=key[0], start=key[1]), key[2], key[3])
-            for key in {(run.layout, run.start, run.ratio, run.epochs) for run in found}
-        }
+        best: dict[tuple[str, str, float, int], float] = {}
+        for run in found:
+            method = Method(layout=run.layout, start=run.start)
+            if self._tuned(method, run.ratio):
+                key = (run.layout, run.start, run.ratio, run.epochs)
+                best[key] = self.best_rate(method, run.ratio, run.epochs)
         return [
-            run for run in found if run.rate == best[(run.layout, run.start, run.ratio, run.epochs)]
+            run
+            for run in found
+            if best.get((run.layout, run.start, run.ratio, run.epochs)) == run.rate
         ]
+
+    def _tuned(self, method: Method, ratio: float) -> bool:
+        return all(
+            (method.layout, method.start, ratio, seed, epochs, rate) in self.found
+            for seed in TUNING_SEEDS
+            for epochs in TUNING_EPOCHS
+            for rate in RATES
+        )
 
 
 def measure(
