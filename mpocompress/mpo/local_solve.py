@@ -74,6 +74,15 @@ def damped_cholesky(gram_NN: Tensor) -> Tensor:
     )
 
 
+def _solve_factored(rhs_NK: Tensor, factor_NN: Tensor) -> Tensor:
+    """X with F Fᵀ X = B: what `torch.cholesky_solve` gives, to the bit.
+
+    That copies the factor for every solve: with 2048 unknowns and 8 columns six times the time.
+    """
+    halfway_NK = torch.linalg.solve_triangular(factor_NN, rhs_NK, upper=False)
+    return torch.linalg.solve_triangular(factor_NN.mT, halfway_NK, upper=True)
+
+
 @dataclass(frozen=True, slots=True)
 class GramProblem:
     """A local problem whose Gram matrix is at hand.
@@ -107,9 +116,9 @@ class GramProblem:
         out_factor_OO = None if weight is None else damped_cholesky(weight)
 
         def solve(residual_LOIR: Tensor) -> Tensor:
-            change_ON = torch.cholesky_solve(_flatten(residual_LOIR).mT, factor_NN).mT
+            change_ON = _solve_factored(_flatten(residual_LOIR).mT, factor_NN).mT
             if out_factor_OO is not None:
-                change_ON = torch.cholesky_solve(change_ON, out_factor_OO)
+                change_ON = _solve_factored(change_ON, out_factor_OO)
             return _unflatten(change_ON, residual_LOIR)
 
         return solve
@@ -288,12 +297,12 @@ def kronecker_preconditioner(
     def solve(residual_LOIR: Tensor) -> Tensor:
         flat_ON = _flatten(residual_LOIR)
         legs = flat_ON.reshape(-1, *sizes)
-        legs = torch.cholesky_solve(legs.mT.reshape(-1, sizes[0]).mT, factor_XX)
+        legs = _solve_factored(legs.mT.reshape(-1, sizes[0]).mT, factor_XX)
         legs = legs.mT.reshape(-1, sizes[1], sizes[0]).mT
-        legs = torch.cholesky_solve(legs.reshape(-1, sizes[1]).mT, factor_YY).mT
+        legs = _solve_factored(legs.reshape(-1, sizes[1]).mT, factor_YY).mT
         change_ON = trace * legs.reshape(flat_ON.shape)
         if out_factor_OO is not None:
-            change_ON = torch.cholesky_solve(change_ON, out_factor_OO)
+            change_ON = _solve_factored(change_ON, out_factor_OO)
         return _unflatten(change_ON, residual_LOIR)
 
     return solve
