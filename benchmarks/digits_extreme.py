@@ -301,11 +301,10 @@ class Runs:
         """Those of other teachers, at the best rates: a file may have others, too."""
         found = [run for run in self.found.values() if run.seed not in TUNING_SEEDS]
         best: dict[tuple[str, str, float, int], float] = {}
-        for run in found:
-            method = Method(layout=run.layout, start=run.start)
-            if self._tuned(method, run.ratio):
-                key = (run.layout, run.start, run.ratio, run.epochs)
-                best[key] = self.best_rate(method, run.ratio, run.epochs)
+        for key in {(run.layout, run.start, run.ratio, run.epochs) for run in found}:
+            method = Method(layout=key[0], start=key[1])
+            if self._tuned(method, key[2]):
+                best[key] = self.best_rate(method, *key[2:])
         return [
             run
             for run in found

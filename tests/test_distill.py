@@ -516,10 +516,10 @@ def test_rows_weigh_alike_in_a_step_of_unlike_minibatches(dense, fitted):
     """One step on 2 and 6 rows is one on all 8, where the loss is a mean over rows."""
     x = rows(8, 16)
     ends = []
-    for data, many in (([x[:2], x[2:]], 2), ([x[:4], x[4:]], 2)):
+    for data in ([x[:2], x[2:]], [x[:4], x[4:]]):
         model, teacher = copy.deepcopy(fitted.model).double(), copy.deepcopy(dense).double()
         mpo.distill(
-            model, reference=teacher, data=[b.double() for b in data], steps=1, accumulate=many,
+            model, reference=teacher, data=[b.double() for b in data], steps=1, accumulate=2,
             output_loss="cosine", held_out=0.0, learning_rate=1e-3,
         )  # fmt: skip
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))

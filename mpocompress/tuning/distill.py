@@ -99,9 +99,10 @@ class DistillOptions:
             raise DataError(f"hidden_weight {self.hidden_weight!r}: a weight is 0 or more.")
         if not self.clip_norm > 0:
             raise DataError(f"clip_norm {self.clip_norm!r}: a norm to clip at is above 0.")
-        for name in ("accumulate", "evaluate_every", "patience"):
+        check_steps(self.accumulate, "accumulate", least=1)
+        for name in ("evaluate_every", "patience"):
             value = getattr(self, name)
-            if name == "accumulate" or value is not None:
+            if value is not None:
                 check_steps(value, name, least=1)
 
 

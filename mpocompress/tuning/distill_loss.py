@@ -151,11 +151,11 @@ class Distance:
         if found is None:
             with torch.no_grad(), watched_outputs(self._reference, self._blocks) as hidden:
                 found = (self._reference(*call.args, **call.kwargs), hidden)
-            tensors = [*floating_outputs(found[0]), *(t for ts in found[1].values() for t in ts)]
-            size = sum(tensor.nbytes for tensor in tensors)
-            if id(call) in self._kept and self._kept_bytes + size <= _KEPT_BYTES:
-                self._kept[id(call)] = found
-                self._kept_bytes += size
+            if id(call) in self._kept:
+                size = sum(tensor.nbytes for tensor in floating_outputs(found))
+                if self._kept_bytes + size <= _KEPT_BYTES:
+                    self._kept[id(call)] = found
+                    self._kept_bytes += size
         return found
 
     def __call__(self, call: Call) -> Tensor:
