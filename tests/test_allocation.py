@@ -21,7 +21,7 @@ from mpocompress.planning.allocation import (
     allocate_uniform,
     least_numbers,
 )
-from mpocompress.tuning import effect_alone, gain_of_bonds, layer_moments, output_energy
+from mpocompress.tuning import effect_alone, gain_of_bonds, layer_moments, take_statistics
 
 
 def share(rows: int, columns: int, gauge: str = "none", gains: list[float] | None = None) -> Share:
@@ -229,8 +229,8 @@ def _first_gain(model: nn.Module, name: str, data: list[torch.Tensor]) -> float:
     """What the first bond dimension of two factors is worth, as a share of the squared outputs."""
     calls = list(mpo.loading.as_batches(data))
     site = next(s for s in mpo.surgery.find_weights(model).sites if s.name == name)
-    gains = gain_of_bonds(site, layer_moments(model, list(site.modules), calls, seed=0))
-    return float(gains[0]) / output_energy(model, calls)
+    found = take_statistics(model, list(site.modules), calls, seed=0)
+    return float(gain_of_bonds(site, found.layers)[0]) / found.output_energy
 
 
 def test_auto_predicts_no_more_change_than_factors_do():

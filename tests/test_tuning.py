@@ -13,9 +13,9 @@ from mpocompress.loading import Batch
 from mpocompress.mpo import Layout
 from mpocompress.mpo.metric import Metric
 from mpocompress.surgery import copy_with_replacements, find_weights
-from mpocompress.tuning import FitOptions, SitePlan, fit_in_sequence, layer_moments
+from mpocompress.tuning import FitOptions, SitePlan, fit_in_sequence, layer_moments, take_statistics
 from mpocompress.tuning.lockstep import OperationRecorder, Runner, stopping_layers
-from mpocompress.tuning.moments import CrossMoment, keep_mask, real_rows
+from mpocompress.tuning.moments import CrossMoment, joined_rows, keep_mask, real_rows
 from mpocompress.tuning.residual import StreamWatcher
 from tests.tolerances import TOL
 
@@ -84,6 +84,15 @@ def test_moments_are_additive_and_exact():
         torch.testing.assert_close(product, centered, **F64["dense"])
         torch.testing.assert_close(left, x.mean(0), **F64["dense"])
         torch.testing.assert_close(right, y.mean(0), **F64["dense"])
+
+
+def test_rows_that_are_joined_are_all_rows_in_order():
+    pieces = [(inputs(n, 5, seed=n), inputs(n, 3, seed=n)) for n in (1500, 700, 1, 4000, 30)]
+    joined = list(joined_rows(pieces))
+    assert [len(left) for left, _ in joined] == [2200, 4001, 30]
+    for place in range(2):
+        whole = torch.cat([piece[place] for piece in pieces])
+        assert torch.equal(torch.cat([piece[place] for piece in joined]), whole)
 
 
 def test_moments_without_rows_or_with_nan_are_refused():
@@ -219,6 +228,21 @@ def test_moments_stop_once_every_layer_has_seen_enough_rows():
     assert {m.inputs.rows for m in every.values()} == {4000}
 
 
+def test_output_energy_is_that_of_the_batches_that_the_moments_are_from():
+    model = mlp(6, 8, 4, bias=False)
+    linears = [module for module in model if isinstance(module, nn.Linear)]
+    data = inputs(400, 6)
+    calls = [Batch(args=(part,)) for part in data.split(50)]
+    with torch.no_grad():
+        squares = [float(model(call.args[0]).double().square().sum()) for call in calls]
+    every = take_statistics(model, linears, calls, all_data=True)
+    assert every.output_energy == pytest.approx(sum(squares), rel=1e-6)
+    few = take_statistics(model, linears, calls)
+    assert {moment.inputs.rows for moment in few.layers.values()} == {100}
+    order = torch.randperm(len(calls), generator=torch.Generator().manual_seed(0)).tolist()
+    assert few.output_energy == pytest.approx(sum(squares[i] for i in order[:2]), rel=1e-6)
+
+
 # -- the fit
 
 
@@ -265,6 +289,46 @@ def test_streams_are_repaired():
             ours.get_submodule(site.name).bias.data.copy_(weight.bias)
         errors.append(error(ours, model, held_out))
     assert errors[1] < errors[0]
+
+
+class Funnel(nn.Module):
+    """A layer, then one with fewer outputs than inputs that may feed a residual stream."""
+
+    def __init__(self, hidden: int, has_stream: bool) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.first, self.wide = nn.Linear(8, 8), nn.Linear(8, hidden)
+        self.narrow = nn.Linear(hidden, 8)
+        self.has_stream = has_stream
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        y = self.narrow(torch.tanh(self.wide(h)))
+        return h + y if self.has_stream else y
+
+
+@pytest.mark.parametrize("has_stream", [False, True])
+@pytest.mark.parametrize("hidden", [12, 32])  # more, and fewer outputs than half of the inputs
+def test_a_fit_in_sequence_is_the_regression_of_what_is_lost_upstream(hidden, has_stream):
+    model = Funnel(hidden, has_stream).double().eval()
+    x = inputs(400, 8, dtype=torch.float64)
+    sites = {site.name: site for site in find_weights(model).sites}
+    plans = [
+        SitePlan(site=sites[name], layout=Layout.svd(*sites[name].shape), bond_dims=(bond,))
+        for name, bond in (("first", 3), ("narrow", 8))
+    ]
+    first, narrow = fit_in_sequence(model, plans, [Batch(args=(x,))]).values()
+    with torch.no_grad():
+        h = model.first(x)
+        ours_h = x @ first.mpo.to_dense().mT + first.bias
+        dense, ours = (torch.tanh(model.wide(value)) for value in (h, ours_h))
+        weight = model.narrow.weight
+        lost = (dense - ours) @ weight.mT + (h - ours_h if has_stream else 0.0)
+        ours, residual = ours - ours.mean(0), lost - lost.mean(0)
+        covariance = ours.mT @ ours / len(x)
+        ridge = 1e-3 * float(covariance.diagonal().mean()) * torch.eye(hidden, dtype=torch.float64)
+        correction = (residual.mT @ ours / len(x)) @ torch.linalg.inv(covariance + ridge)
+    torch.testing.assert_close(narrow.mpo.to_dense(), weight + correction, rtol=1e-7, atol=1e-9)
 
 
 def test_bias_takes_up_the_mean_of_the_error():

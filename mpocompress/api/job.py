@@ -56,7 +56,7 @@ from mpocompress.tuning import (
     fit_in_sequence,
     gain_of_bonds,
     layer_moments,
-    output_energy,
+    take_statistics,
     tied_heads,
     with_fitted,
 )
@@ -211,8 +211,8 @@ class Job:
             self.progress("inputs of the layers and gradients at their outputs", 0, len(sites))
         modules = [module for site in sites for module in site.modules]
         with self.clock("statistics"):
-            self.moments = layer_moments(self.opened, modules, self.calls, seed=self.seed)
-            self._energy = output_energy(self.model, self.calls)
+            found = take_statistics(self.opened, modules, self.calls, seed=self.seed)
+            self.moments, self._energy = found.layers, found.output_energy
 
     def sharing(self) -> Sharing:
         """What a budget is shared among."""

@@ -4,11 +4,11 @@ from mpocompress.tuning.distill import DistillOptions, DistillResult, check_step
 from mpocompress.tuning.distill_state import DistillRecord
 from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan
 from mpocompress.tuning.fit_state import FitStore
-from mpocompress.tuning.gradients import LayerMoments, layer_moments
+from mpocompress.tuning.gradients import LayerMoments, Statistics, layer_moments, take_statistics
 from mpocompress.tuning.independent import fit_alone
 from mpocompress.tuning.loss_sweeps import sweep_on_loss
 from mpocompress.tuning.objectives import Distillation, Loss
-from mpocompress.tuning.output_errors import OutputErrors, output_energy, output_errors
+from mpocompress.tuning.output_errors import OutputErrors, output_errors
 from mpocompress.tuning.sensitivity import (
     gain_of_bonds,
     output_error_curve,
@@ -37,6 +37,7 @@ __all__ = [
     "LossSweepRecord",
     "OutputErrors",
     "SitePlan",
+    "Statistics",
     "Supervised",
     "SupervisedLoss",
     "TrainOptions",
@@ -49,12 +50,12 @@ __all__ = [
     "fit_in_sequence",
     "gain_of_bonds",
     "layer_moments",
-    "output_energy",
     "output_error_curve",
     "output_errors",
     "effect_alone",
     "supervised_loss",
     "sweep_on_loss",
+    "take_statistics",
     "task_score",
     "tied_heads",
     "train_",

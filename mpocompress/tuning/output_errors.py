@@ -86,16 +86,6 @@ def rows_of(call: Call) -> int:
     return next(t.shape[0] for t in (*call.args, *call.kwargs.values()) if t.ndim)
 
 
-def output_energy(model: nn.Module, calls: Iterable[Call]) -> float:
-    """Sum of the squares of all floating outputs of a model, padding not counted."""
-    total = _Sum()
-    with evaluation_mode(model), torch.no_grad():
-        for call in calls:
-            for output in floating_outputs(model(*call.args, **call.kwargs)):
-                total.add(output, output, keep_mask(call.kwargs))
-    return total.energy
-
-
 class _Sum:
     """Squares of outputs and of their differences, summed in float64."""
 

@@ -37,6 +37,7 @@ from mpocompress.tuning.lockstep import Call, OperationRecorder, Runner, stoppin
 from mpocompress.tuning.moments import (
     CrossMoment,
     RowCounts,
+    joined_rows,
     keep_mask,
     real_indices,
     real_rows,
@@ -194,11 +195,17 @@ def _place(layer: nn.Module, pair: tuple[Runner, Runner], repair_streams: bool) 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Moments:
-    """What the fit of one layer needs: of x^ with itself, x with x^, and h - h^ with x^."""
+    """What the fit of one layer needs, from a part of the batches.
+
+    Attributes:
+        inputs: of x^ with itself.
+        cross: of x with x^; None if W (x - x^) is in `residual`.
+        residual: of h - h^ with x^, where the layer feeds a stream; None if it is nothing.
+    """
 
     inputs: CrossMoment
-    cross: CrossMoment
-    stream: CrossMoment | None
+    cross: CrossMoment | None
+    residual: CrossMoment | None
 
 
 class _Collector:
@@ -209,8 +216,9 @@ class _Collector:
 
     def __init__(self, masks: Sequence[Tensor | None]) -> None:
         self._masks = masks
-        self._inputs: list[Tensor] = []  # kept alive, so that identity means identity
-        self._shared: list[tuple[CrossMoment, CrossMoment]] = []
+        self._seen: list[Tensor] = []  # kept alive, so that identity means identity
+        self._inputs: list[CrossMoment] = []
+        self._cross: list[CrossMoment] | None = None
 
     def count(self, layer: nn.Module, places: Sequence[_Place]) -> RowCounts:
         """How often each row of a table was looked up."""
@@ -222,12 +230,12 @@ class _Collector:
 
     def collect(self, layer: nn.Module, places: Sequence[_Place]) -> list[_Moments]:
         """One entry for the even and one for the odd batches; a single entry for one batch."""
-        inputs = [value for place in places for value in (place.dense, place.ours)]
+        seen = [value for place in places for value in (place.dense, place.ours)]
         plain = adapter_of(layer).takes_rows
         same = (
             plain
-            and len(inputs) == len(self._inputs)
-            and all(a is b for a, b in zip(inputs, self._inputs, strict=True))
+            and len(seen) == len(self._seen)
+            and all(a is b for a, b in zip(seen, self._seen, strict=True))
         )
         folds = [
             list(zip(places[fold::2], self._masks[fold::2], strict=True))
@@ -238,40 +246,78 @@ class _Collector:
             unchanged = any(place.dense.shape != place.ours.shape for place in places) or all(
                 torch.equal(place.dense, place.ours) for place in places
             )
-            self._shared = [_input_moments(layer, fold, unchanged) for fold in folds]
-            self._inputs = inputs if plain else []
+            self._inputs = [_input_moments(layer, fold) for fold in folds]
+            self._cross = self._inputs if unchanged else None
+            self._seen = seen if plain else []
+        weight_OI = adapter_of(layer).matrix(layer)
+        if self._cross is None and 2 * weight_OI.shape[0] > weight_OI.shape[1]:
+            self._cross = [_cross_moments(layer, fold) for fold in folds]
+        crosses: Sequence[CrossMoment | None] = self._cross or [None] * len(folds)
+        unseen_OI = weight_OI if self._cross is None else None
         return [
-            _Moments(inputs=inputs, cross=cross, stream=_stream_moments(layer, fold))
-            for fold, (inputs, cross) in zip(folds, self._shared, strict=True)
+            _Moments(inputs=inputs, cross=cross, residual=_residual_moments(layer, fold, unseen_OI))
+            for fold, inputs, cross in zip(folds, self._inputs, crosses, strict=True)
         ]
 
 
 _Fold = Sequence[tuple[_Place, Tensor | None]]
 
 
-def _input_moments(
-    layer: nn.Module, fold: _Fold, unchanged: bool
-) -> tuple[CrossMoment, CrossMoment]:
-    inputs, cross = CrossMoment(), CrossMoment()
-    for place, mask in fold:
-        values = (place.ours,) if unchanged else (place.ours, place.dense)
-        for rows_NI, *dense_NI in row_pieces(layer, values, mask):
-            inputs.add(rows_NI, rows_NI)
-            if dense_NI:
-                cross.add(dense_NI[0], rows_NI)
-    return inputs, inputs if unchanged else cross
-
-
-def _stream_moments(layer: nn.Module, fold: _Fold) -> CrossMoment | None:
-    """None unless every batch of the fold has a stream whose rows are those of the input."""
+def _input_moments(layer: nn.Module, fold: _Fold) -> CrossMoment:
+    """Of x^ with itself."""
     moment = CrossMoment()
-    if not adapter_of(layer).takes_rows:
+    pieces = (piece for place, mask in fold for piece in row_pieces(layer, (place.ours,), mask))
+    for (rows_NI,) in joined_rows(pieces):
+        moment.add(rows_NI, rows_NI)
+    return moment
+
+
+def _cross_moments(layer: nn.Module, fold: _Fold) -> CrossMoment:
+    """Of x with x^."""
+    moment = CrossMoment()
+    pieces = (
+        piece
+        for place, mask in fold
+        for piece in row_pieces(layer, (place.dense, place.ours), mask)
+    )
+    for dense_NI, rows_NI in joined_rows(pieces):
+        moment.add(dense_NI, rows_NI)
+    return moment
+
+
+def _residual_moments(
+    layer: nn.Module, fold: _Fold, weight_OI: Tensor | None
+) -> CrossMoment | None:
+    """Of h - h^ with x^, and with a weight of W (x - x^) + h - h^; None if that is nothing.
+
+    Where outputs are fewer than half of the inputs, that costs less than x with x^ does.
+    The stream counts if every batch of the fold has one whose rows are those of the input.
+    """
+    has_stream = adapter_of(layer).takes_rows and all(
+        place.streams is not None and place.streams[0].shape[:-1] == place.ours.shape[:-1]
+        for place, _ in fold
+    )
+    if not has_stream and weight_OI is None:
         return None
-    for place, mask in fold:
-        if place.streams is None or place.streams[0].shape[:-1] != place.ours.shape[:-1]:
-            return None
-        wrong = place.streams[0] - place.streams[1]
-        moment.add(real_rows(wrong, mask), real_rows(place.ours, mask))
+    if weight_OI is not None:
+        weight_OI = weight_OI.detach().to(torch.promote_types(weight_OI.dtype, torch.float32))
+
+    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
+        for place, mask in fold:
+            wrong = place.streams[0] - place.streams[1] if has_stream and place.streams else None
+            if weight_OI is None:
+                assert wrong is not None
+                yield real_rows(wrong, mask), real_rows(place.ours, mask)
+                continue
+            for dense_NI, ours_NI in row_pieces(layer, (place.dense, place.ours), mask):
+                residual_NO = (dense_NI - ours_NI).to(weight_OI.dtype) @ weight_OI.mT
+                if wrong is not None:  # then this is the only piece
+                    residual_NO += real_rows(wrong, mask)
+                yield residual_NO, ours_NI
+
+    moment = CrossMoment()
+    for residual_NO, ours_NI in joined_rows(pieces()):
+        moment.add(residual_NO, ours_NI)
     return moment
 
 
@@ -306,15 +352,18 @@ class _Regression:
 
 
 def _regression(weight_OI: Tensor, moments: _Moments, *, centered: bool) -> _Regression:
-    inputs_II, _, mean_ours_I = moments.inputs.mean(centered=centered)
-    cross_II, mean_dense_I, _ = moments.cross.mean(centered=centered)
+    inputs_II, mean_ours_I, _ = moments.inputs.mean(centered=centered)
     weight_OI = weight_OI.to(inputs_II)
-    residual_OI = weight_OI @ (cross_II - inputs_II)
-    residual_mean_O = weight_OI @ (mean_dense_I - mean_ours_I)
-    if moments.stream is not None:
-        stream_OI, mean_stream_O, _ = moments.stream.mean(centered=centered)
-        residual_OI = residual_OI + stream_OI
-        residual_mean_O = residual_mean_O + mean_stream_O
+    residual_OI = torch.zeros_like(weight_OI)
+    residual_mean_O = weight_OI.new_zeros(weight_OI.shape[0])
+    if moments.cross is not None and moments.cross is not moments.inputs:
+        cross_II, mean_dense_I, _ = moments.cross.mean(centered=centered)
+        residual_OI += weight_OI @ (cross_II - inputs_II)
+        residual_mean_O += weight_OI @ (mean_dense_I - mean_ours_I)
+    if moments.residual is not None:
+        seen_OI, seen_O, _ = moments.residual.mean(centered=centered)
+        residual_OI += seen_OI
+        residual_mean_O += seen_O
     return _Regression(inputs_II, residual_OI, mean_ours_I, residual_mean_O, moments.inputs.rows)
 
 
@@ -334,11 +383,12 @@ def _cross_validated_correction(
         return whole.correction(_RIDGES[0])
     parts = [_regression(weight_OI, fold, centered=centered) for fold in folds]
     best: tuple[float, float | None] = (0.0, None)
-    for ridge in _RIDGES:
+    for ridge in sorted(_RIDGES, reverse=True):
         gain = parts[1].gain(parts[0].correction(ridge))
         gain += parts[0].gain(parts[1].correction(ridge))
-        if gain > best[0]:
-            best = (gain, ridge)
+        if gain <= best[0]:
+            break  # less shrinkage only adds noise from here on
+        best = (gain, ridge)
     return none if best[1] is None else whole.correction(best[1])
 
 
@@ -349,11 +399,14 @@ def _merged(folds: Sequence[_Moments]) -> _Moments:
             total.merge(moment)
         return total
 
-    streams = [fold.stream for fold in folds if fold.stream is not None]
+    inputs = sum_of([fold.inputs for fold in folds])
+    crosses = [fold.cross for fold in folds if fold.cross is not None]
+    residuals = [fold.residual for fold in folds if fold.residual is not None]
+    unchanged = all(fold.cross is fold.inputs for fold in folds)
     return _Moments(
-        inputs=sum_of([fold.inputs for fold in folds]),
-        cross=sum_of([fold.cross for fold in folds]),
-        stream=sum_of(streams) if len(streams) == len(folds) else None,
+        inputs=inputs,
+        cross=inputs if unchanged else sum_of(crosses) if crosses else None,
+        residual=sum_of(residuals) if len(residuals) == len(folds) else None,
     )
 
 
