@@ -218,14 +218,18 @@ def test_output_metric_of_the_last_layer_is_the_identity_and_earlier_ones_are_ja
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-def test_moments_stop_once_every_layer_has_seen_enough_rows():
+@pytest.mark.parametrize(
+    ("rows", "size", "seen"),
+    [(200, 10, 70), (4000, 50, 1000)],  # 8 rows for each of 8 features; a quarter of the batches
+)
+def test_moments_stop_once_every_layer_has_seen_enough_rows(rows, size, seen):
     model = mlp(6, 8, 4, bias=False)
     linears = [module for module in model if isinstance(module, nn.Linear)]
-    calls = [Batch(args=(part,)) for part in inputs(4000, 6).split(50)]
+    calls = [Batch(args=(part,)) for part in inputs(rows, 6).split(size)]
     few = layer_moments(model, linears, calls)
     every = layer_moments(model, linears, calls, all_data=True)
-    assert {m.inputs.rows for m in few.values()} == {100}  # 8 rows for each of 8 features
-    assert {m.inputs.rows for m in every.values()} == {4000}
+    assert {m.inputs.rows for m in few.values()} == {seen}
+    assert {m.inputs.rows for m in every.values()} == {rows}
 
 
 def test_output_energy_is_that_of_the_batches_that_the_moments_are_from():

