@@ -122,7 +122,8 @@ METHODS: dict[str, Method] = {
     "ours": _ours("none"),
     "ours, identity gauge": _ours("identity"),
 }
-HEALED = ("truncated SVD", "ours, identity gauge")
+OURS = "ours, identity gauge"
+HEALED = ("truncated SVD", OURS)
 # A step of healing is on 4 minibatches of 8 sentences: those of one minibatch have one length.
 HEALING_ROWS, HEALING_ACCUMULATE = 8, 4
 
@@ -227,7 +228,7 @@ class Row:
         seed: of the split and of the method.
         steps: of healing; 0 without.
         cosine, spearman: on held-out sentences, against the dense model.
-        seconds: that it took; of healing alone where that follows a row without.
+        seconds: that it took; of healing alone where that follows a row without; 0 if it was kept.
         forward_passes: the same, in forward passes of the dense model over the calibration data.
     """
 
@@ -319,9 +320,18 @@ def run_seed(table: Table, seed: int, options: argparse.Namespace) -> None:
             missing_healed = steps > 0 and not table.has(healed, ratio, seed, steps)
             if table.has(method, ratio, seed, 0) and not missing_healed:
                 continue
-            started = time.perf_counter()
-            result = METHODS[method](model, data, ratio, seed)
-            seconds = time.perf_counter() - started
+            kept = None
+            if options.models and method == OURS:
+                kept = options.models / kept_name("identity", ratio, 0, data, healing_data, seed)
+            seconds = 0.0
+            if kept is not None and kept.exists():
+                result = mpo.load(kept, model=model)
+            else:
+                started = time.perf_counter()
+                result = METHODS[method](model, data, ratio, seed)
+                seconds = time.perf_counter() - started
+                if kept is not None:
+                    mpo.save(result, kept)
             reached = layer_ratio(model, result)
             if reached < ratio:
                 raise SystemExit(f"error: {method} has a ratio of {reached}, not {ratio}")
@@ -332,7 +342,7 @@ def run_seed(table: Table, seed: int, options: argparse.Namespace) -> None:
                 heal(result, model, healing_data, steps, seed)
                 seconds = time.perf_counter() - started
                 record(healed, (ratio, layer_ratio(model, result)), steps, seconds)
-                if options.models and method == "ours, identity gauge":
+                if options.models and method == OURS:
                     name = kept_name("identity", ratio, steps, data, healing_data, seed)
                     mpo.save(result, options.models / name)
 
@@ -352,7 +362,7 @@ def main() -> int:
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1], help="of the split and of the methods"
     )
-    parser.add_argument("--models", type=Path, help="folder in which healed models are kept")
+    parser.add_argument("--models", type=Path, help="folder in which our models are kept")
     parser.add_argument("--whole", type=float, nargs="+", help="budgets of the whole model's file")
     parser.add_argument("--out", type=Path, help="JSON file; what it has is not run again")
     options = parser.parse_args()

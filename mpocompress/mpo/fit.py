@@ -11,7 +11,7 @@ never rises.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from math import isfinite
+from math import isfinite, sqrt
 
 import torch
 from torch import Tensor, constant_pad_nd
@@ -149,11 +149,11 @@ def fit(
     metric = metric.to(dtype)
     work_OI = target_OI.detach().to(dtype)
     history: list[SweepRecord] = []
-    converged, center = True, 0
+    converged, center, norm = True, 0, None
     if layout.num_sites == 1:
         cores: Cores = (layout.split(work_OI).clone().reshape(1, *layout.pairs[0], 1),)
     elif start is None and _has_closed_form(layout):
-        cores = _closed_form(work_OI, metric, layout, limits[0])
+        cores, norm = _closed_form(work_OI, metric, layout, limits[0])
         center = 1
     else:
         cores, history, converged = _sweep(
@@ -168,7 +168,8 @@ def fit(
             observer,
         )
     fitted = MPO(cores, shape=shape, center=(center, center))
-    distance, norm = metric.distance(work_OI, fitted.to_dense()), metric.norm(work_OI)
+    distance = metric.distance(work_OI, fitted.to_dense())
+    norm = metric.norm(work_OI) if norm is None else norm
     relative_error = distance / norm if norm > 0 else 0.0
     if not history:
         history = [
@@ -207,8 +208,14 @@ def _has_closed_form(layout: Layout) -> bool:
     )
 
 
-def _closed_form(work_OI: Tensor, metric: Metric, layout: Layout, limits: Truncation) -> Cores:
-    """The best matrix of a rank in the metric: SVD of Fgᵀ T Fc, with C = Fc Fcᵀ and G = Fg Fgᵀ."""
+def _closed_form(
+    work_OI: Tensor, metric: Metric, layout: Layout, limits: Truncation
+) -> tuple[Cores, float]:
+    """The best matrix of a rank in the metric: SVD of Fgᵀ T Fc, with C = Fc Fcᵀ and G = Fg Fgᵀ.
+
+    Returns:
+        Its cores, and the norm of T.
+    """
     input_factor, output_factor = metric.input_factor, metric.output_factor
     whitened = input_factor.apply(work_OI)
     if output_factor is not None:
@@ -233,10 +240,11 @@ def _closed_form(work_OI: Tensor, metric: Metric, layout: Layout, limits: Trunca
     outs_first = layout.pairs[0][1] == 1 and layout.pairs[1][0] == 1
     first_RX, second_RY = (left_RO, right_RI) if outs_first else (right_RI, left_RO)
     q_XR, r_RR = linalg.qr(first_RX.mT)
-    return (
+    cores = (
         q_XR.reshape(1, *layout.pairs[0], -1).contiguous(),
         (r_RR @ second_RY).reshape(-1, *layout.pairs[1], 1),
     )
+    return cores, sqrt(found.total_weight)
 
 
 def _start_cores(

@@ -6,7 +6,7 @@ accuracy) are met by walking along them.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from math import inf, isinf
 
 from torch import Tensor
@@ -318,7 +318,7 @@ class Sharing:
         return found.bond == 0 or distance < limit * self._distance(factors, found.bond)
 
     def _part(self, site: WeightSite, layout: Layout, gains: Gains | None) -> Part | None:
-        stored = partial(_stored, layout, self.gauge)
+        stored = cache(partial(_stored, layout, self.gauge))  # asked for thousands of times
         dense = site.shape[0] * site.shape[1]
         bare = Share(
             name=site.name,

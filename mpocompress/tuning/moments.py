@@ -14,7 +14,7 @@ from mpocompress.errors import DataError
 # does not grow with the amount of data, at the speed of a float32 product.
 _CHUNK = 4096
 # Columns at once of the moment of x with itself, half of which is known from the other half.
-_BLOCK = 256
+_BLOCK = 128
 # Arguments that mark real tokens (1) or padding (True), as the common libraries name them.
 _KEEP_MASKS = ("attention_mask", "mask")
 _DROP_MASKS = ("key_padding_mask", "src_key_padding_mask", "padding_mask")
@@ -75,7 +75,8 @@ class CrossMoment:
         if other._sums is None:
             return
         if self._sums is None:
-            self._sums = _Sums.around(other._sums.left_shift_I, other._sums.right_shift_J)
+            self.rows, self._sums = other.rows, other._sums.copy()
+            return
         mine, theirs = self._sums, other._sums
         self.rows += other.rows
         if mine.left_shift_I is theirs.left_shift_I and mine.right_shift_J is theirs.right_shift_J:
@@ -123,6 +124,11 @@ class _Sums:
     product_IJ: Tensor
     left_I: Tensor
     right_J: Tensor
+
+    def copy(self) -> "_Sums":
+        """One to add to; shifts are never changed, and stay the same objects."""
+        sums = (self.product_IJ.clone(), self.left_I.clone(), self.right_J.clone())
+        return _Sums(self.left_shift_I, self.right_shift_J, *sums)
 
     @classmethod
     def around(cls, left_shift_I: Tensor, right_shift_J: Tensor) -> "_Sums":
