@@ -11,7 +11,7 @@ added to a residual stream h, y also contains h - h^: each block repairs what th
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from mpocompress.mpo.contract import apply_cores
 from mpocompress.mpo.fit import fit
 from mpocompress.mpo.metric import Metric
 from mpocompress.surgery import WeightSite
+from mpocompress.tuning.correction import cross_validated_correction, regression
 from mpocompress.tuning.fit_plan import (
     FitOptions,
     FittedWeight,
@@ -32,23 +33,13 @@ from mpocompress.tuning.fit_plan import (
     exact_takes_long,
 )
 from mpocompress.tuning.fit_state import FitStore
-from mpocompress.tuning.layer_rows import adapter_of, row_pieces
+from mpocompress.tuning.layer_rows import adapter_of
 from mpocompress.tuning.lockstep import Call, OperationRecorder, Runner, stopping_layers
-from mpocompress.tuning.moments import (
-    CrossMoment,
-    RowCounts,
-    joined_rows,
-    keep_mask,
-    real_indices,
-    real_rows,
-)
+from mpocompress.tuning.moments import RowCounts, keep_mask
 from mpocompress.tuning.residual import StreamWatcher
 from mpocompress.tuning.rounding import Rounded, Storage, round_table, round_weight, shrunk
 from mpocompress.tuning.table_fit import HeadUse, fit_table, table_error, table_weights
-
-# Ridges tried for the correction of upstream errors, relative to the mean diagonal.
-_RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-_FIRST_RIDGE = 1.0
+from mpocompress.tuning.upstream import Collector, Moments, Place, merged
 
 
 def fit_in_sequence(
@@ -119,7 +110,7 @@ def fit_in_sequence(
     shared = {parameter for parameter, count in uses.items() if count > 1}
     if store is not None:
         store.begin(model, calls, output_metrics or {}, options)
-    collector = _Collector([keep_mask(call.kwargs) for call in calls])
+    collector = Collector([keep_mask(call.kwargs) for call in calls])
     with (
         evaluation_mode(model),
         layers_called(model),
@@ -159,22 +150,7 @@ def fit_in_sequence(
     return fitted
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """One batch at one layer, in both models.
-
-    Attributes:
-        dense: input of the layer in the dense model.
-        ours: input of the layer after the compressed prefix.
-        streams: residual stream that the layer feeds, dense and ours, if there is one.
-    """
-
-    dense: Tensor
-    ours: Tensor
-    streams: tuple[Tensor, Tensor] | None
-
-
-def _place(layer: nn.Module, pair: tuple[Runner, Runner], repair_streams: bool) -> _Place:
+def _place(layer: nn.Module, pair: tuple[Runner, Runner], repair_streams: bool) -> Place:
     """Read where a pair waits, and let the dense runner go on to the next layer.
 
     It runs one layer ahead: only what follows the layer tells which stream its output goes into.
@@ -191,251 +167,13 @@ def _place(layer: nn.Module, pair: tuple[Runner, Runner], repair_streams: bool) 
         our_stream = None if found is None else ours.recorder.output(found[0])
         if found is not None and our_stream is not None and found[1].shape == our_stream.shape:
             streams = (found[1], our_stream)
-    return _Place(dense_input, our_input, streams)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Moments:
-    """What the fit of one layer needs, from a part of the batches.
-
-    Attributes:
-        inputs: of x^ with itself.
-        cross: of x with x^; None if W (x - x^) is in `residual`.
-        residual: of h - h^ with x^, where the layer feeds a stream; None if it is nothing.
-    """
-
-    inputs: CrossMoment
-    cross: CrossMoment | None
-    residual: CrossMoment | None
-
-
-class _Collector:
-    """Moments of all batches at a layer, in two folds; layers with the same inputs share them.
-
-    They do if they take their inputs as rows; others make rows of their own out of them.
-    """
-
-    def __init__(self, masks: Sequence[Tensor | None]) -> None:
-        self._masks = masks
-        self._seen: list[Tensor] = []  # kept alive, so that identity means identity
-        self._inputs: list[CrossMoment] = []
-        self._cross: list[CrossMoment] | None = None
-
-    def count(self, layer: nn.Module, places: Sequence[_Place]) -> RowCounts:
-        """How often each row of a table was looked up."""
-        counts = RowCounts()
-        table_rows = adapter_of(layer).matrix(layer).shape[0]
-        for place, mask in zip(places, self._masks, strict=True):
-            counts.add(real_indices(place.ours, mask), table_rows)
-        return counts
-
-    def collect(self, layer: nn.Module, places: Sequence[_Place]) -> list[_Moments]:
-        """One entry for the even and one for the odd batches; a single entry for one batch."""
-        seen = [value for place in places for value in (place.dense, place.ours)]
-        plain = adapter_of(layer).takes_rows
-        same = (
-            plain
-            and len(seen) == len(self._seen)
-            and all(a is b for a, b in zip(seen, self._seen, strict=True))
-        )
-        folds = [
-            list(zip(places[fold::2], self._masks[fold::2], strict=True))
-            for fold in range(min(2, len(places)))
-        ]
-        if not same:
-            # Rows that were sent elsewhere than in the dense model have no counterpart there.
-            unchanged = any(place.dense.shape != place.ours.shape for place in places) or all(
-                torch.equal(place.dense, place.ours) for place in places
-            )
-            self._inputs = [_input_moments(layer, fold) for fold in folds]
-            self._cross = self._inputs if unchanged else None
-            self._seen = seen if plain else []
-        weight_OI = adapter_of(layer).matrix(layer)
-        if self._cross is None and 2 * weight_OI.shape[0] > weight_OI.shape[1]:
-            self._cross = [_cross_moments(layer, fold) for fold in folds]
-        crosses: Sequence[CrossMoment | None] = self._cross or [None] * len(folds)
-        unseen_OI = weight_OI if self._cross is None else None
-        return [
-            _Moments(inputs=inputs, cross=cross, residual=_residual_moments(layer, fold, unseen_OI))
-            for fold, inputs, cross in zip(folds, self._inputs, crosses, strict=True)
-        ]
-
-
-_Fold = Sequence[tuple[_Place, Tensor | None]]
-
-
-def _input_moments(layer: nn.Module, fold: _Fold) -> CrossMoment:
-    """Of x^ with itself."""
-    moment = CrossMoment()
-    pieces = (piece for place, mask in fold for piece in row_pieces(layer, (place.ours,), mask))
-    for (rows_NI,) in joined_rows(pieces):
-        moment.add(rows_NI, rows_NI)
-    return moment
-
-
-def _cross_moments(layer: nn.Module, fold: _Fold) -> CrossMoment:
-    """Of x with x^."""
-    moment = CrossMoment()
-    pieces = (
-        piece
-        for place, mask in fold
-        for piece in row_pieces(layer, (place.dense, place.ours), mask)
-    )
-    for dense_NI, rows_NI in joined_rows(pieces):
-        moment.add(dense_NI, rows_NI)
-    return moment
-
-
-def _residual_moments(
-    layer: nn.Module, fold: _Fold, weight_OI: Tensor | None
-) -> CrossMoment | None:
-    """Of h - h^ with x^, and with a weight of W (x - x^) + h - h^; None if that is nothing.
-
-    Where outputs are fewer than half of the inputs, that costs less than x with x^ does.
-    The stream counts if every batch of the fold has one whose rows are those of the input.
-    """
-    has_stream = adapter_of(layer).takes_rows and all(
-        place.streams is not None and place.streams[0].shape[:-1] == place.ours.shape[:-1]
-        for place, _ in fold
-    )
-    if not has_stream and weight_OI is None:
-        return None
-    if weight_OI is not None:
-        weight_OI = weight_OI.detach().to(torch.promote_types(weight_OI.dtype, torch.float32))
-
-    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
-        for place, mask in fold:
-            wrong = place.streams[0] - place.streams[1] if has_stream and place.streams else None
-            if weight_OI is None:
-                assert wrong is not None
-                yield real_rows(wrong, mask), real_rows(place.ours, mask)
-                continue
-            for dense_NI, ours_NI in row_pieces(layer, (place.dense, place.ours), mask):
-                residual_NO = (dense_NI - ours_NI).to(weight_OI.dtype) @ weight_OI.mT
-                if wrong is not None:  # then this is the only piece
-                    residual_NO += real_rows(wrong, mask)
-                yield residual_NO, ours_NI
-
-    moment = CrossMoment()
-    for residual_NO, ours_NI in joined_rows(pieces()):
-        moment.add(residual_NO, ours_NI)
-    return moment
-
-
-@dataclass(frozen=True, slots=True)
-class _Regression:
-    """What is left to explain, e = W (x - x^) + (h - h^), against x^.
-
-    Attributes:
-        inputs_II: E[x^ x^T].
-        residual_OI: E[e x^T].
-        mean_I: E[x^].
-        residual_mean_O: E[e].
-        rows: that were seen.
-    """
-
-    inputs_II: Tensor
-    residual_OI: Tensor
-    mean_I: Tensor
-    residual_mean_O: Tensor
-    rows: int
-
-    def single(self) -> "_Regression":
-        """The same in float32, in which regressions take half the time."""
-        names = ("inputs_II", "residual_OI", "mean_I", "residual_mean_O")
-        return replace(self, **{name: getattr(self, name).float() for name in names})
-
-    def correction(self, ridge: float) -> Tensor:
-        """K (out, in) that minimizes E|e - K x^|^2 with a ridge relative to the mean diagonal."""
-        shifted_II = self.inputs_II.clone()
-        shifted_II.diagonal().add_(ridge * float(shifted_II.diagonal().mean()))
-        return _solve_right(self.residual_OI, shifted_II)
-
-    def gain(self, correction_OI: Tensor) -> float:
-        """How much of E|e|^2 a correction explains here; negative if it does harm."""
-        cross = torch.sum(correction_OI * self.residual_OI)
-        return float(2 * cross - torch.sum(correction_OI @ self.inputs_II * correction_OI))
-
-
-def _regression(weight_OI: Tensor, moments: _Moments, *, centered: bool) -> _Regression:
-    inputs_II, mean_ours_I, _ = moments.inputs.mean(centered=centered)
-    weight_OI = weight_OI.to(inputs_II)
-    residual_OI = torch.zeros_like(weight_OI)
-    residual_mean_O = weight_OI.new_zeros(weight_OI.shape[0])
-    if moments.cross is not None and moments.cross is not moments.inputs:
-        cross_II, mean_dense_I, _ = moments.cross.mean(centered=centered)
-        residual_OI += weight_OI @ (cross_II - inputs_II)
-        residual_mean_O += weight_OI @ (mean_dense_I - mean_ours_I)
-    if moments.residual is not None:
-        seen_OI, seen_O, _ = moments.residual.mean(centered=centered)
-        residual_OI += seen_OI
-        residual_mean_O += seen_O
-    return _Regression(inputs_II, residual_OI, mean_ours_I, residual_mean_O, moments.inputs.rows)
-
-
-def _cross_validated_correction(
-    weight_OI: Tensor, folds: Sequence[_Moments], whole: _Regression, *, centered: bool
-) -> Tensor:
-    """The correction K of T = W + K, with the ridge that carries over to the other fold best.
-
-    A regression on a few thousand rows explains a good deal of these very rows and little of
-    others; without a check it would spend the bond dimension on noise. No correction at all is
-    among the choices.
-    """
-    none = torch.zeros_like(whole.residual_OI)
-    if not bool(whole.residual_OI.any()):
-        return none
-    if len(folds) < 2:
-        return whole.correction(_RIDGES[0])
-    # A ridge is known well enough from float32; what it is used for is computed in float64.
-    parts = [_regression(weight_OI, fold, centered=centered).single() for fold in folds]
-
-    def gain(ridge: float) -> float:
-        found = parts[1].gain(parts[0].correction(ridge))
-        return found + parts[0].gain(parts[1].correction(ridge))
-
-    ridge, most = _climb(gain)
-    return whole.correction(ridge) if most > 0 else none
-
-
-def _climb(gain: Callable[[float], float]) -> tuple[float, float]:
-    """The ridge with the largest gain, and the gain.
-
-    There is one peak: larger ridges shrink what carries over, smaller ones keep more of the noise.
-    """
-    place = _RIDGES.index(_FIRST_RIDGE)
-    most = gain(_RIDGES[place])
-    for step in (-1, 1):
-        climbed = False
-        while 0 <= place + step < len(_RIDGES) and (found := gain(_RIDGES[place + step])) > most:
-            place, most, climbed = place + step, found, True
-        if climbed:
-            break
-    return _RIDGES[place], most
-
-
-def _merged(folds: Sequence[_Moments]) -> _Moments:
-    def sum_of(moments: Sequence[CrossMoment]) -> CrossMoment:
-        total = CrossMoment()
-        for moment in moments:
-            total.merge(moment)
-        return total
-
-    inputs = sum_of([fold.inputs for fold in folds])
-    crosses = [fold.cross for fold in folds if fold.cross is not None]
-    residuals = [fold.residual for fold in folds if fold.residual is not None]
-    unchanged = all(fold.cross is fold.inputs for fold in folds)
-    return _Moments(
-        inputs=inputs,
-        cross=inputs if unchanged else sum_of(crosses) if crosses else None,
-        residual=sum_of(residuals) if len(residuals) == len(folds) else None,
-    )
+    return Place(dense_input, our_input, streams)
 
 
 def _fit_layer(
     layer: nn.Module,
     plan: SitePlan,
-    folds: Sequence[_Moments],
+    folds: Sequence[Moments],
     output_metric_OO: Tensor | None,
     options: FitOptions,
     shared: Collection[int],
@@ -447,9 +185,9 @@ def _fit_layer(
         adapter_of(layer).has_offset(layer) and len(site.modules) == 1 and id(bias) not in shared
     )
     weight_OI = site.matrix()
-    whole = _regression(weight_OI, _merged(folds), centered=centered)
+    whole = regression(weight_OI, merged(folds), centered=centered)
     weight_OI = weight_OI.to(whole.inputs_II)
-    target_OI = weight_OI + _cross_validated_correction(weight_OI, folds, whole, centered=centered)
+    target_OI = weight_OI + cross_validated_correction(weight_OI, folds, whole, centered=centered)
     metric = None
     if bool(whole.inputs_II.any()):  # else nothing but zeros came in: fit the weights themselves
         useful = output_metric_OO is not None and bool(output_metric_OO.any())
@@ -536,15 +274,6 @@ def _fit_table(
     rounded = round_weight(done.mpo, plan.storage, input_II=metric_II)
     error = table_error(site.matrix(), rounded.mpo, weights_O, metric_II)
     return replace(done, mpo=rounded.mpo, rounded=rounded, relative_output_error=error)
-
-
-def _solve_right(right_OI: Tensor, symmetric_II: Tensor) -> Tensor:
-    """X with X A = B for positive definite A; in float64 if rounding leaves A indefinite."""
-    exact = symmetric_II.dtype == torch.float64
-    factor_II, failed = torch.linalg.cholesky_ex(symmetric_II, check_errors=exact)
-    if failed:
-        return _solve_right(right_OI.double(), symmetric_II.double()).to(right_OI.dtype)
-    return torch.cholesky_solve(right_OI.mT, factor_II).mT
 
 
 def _dense_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -1,0 +1,190 @@
+"""What reaches a layer in the dense model and behind the compressed prefix, as moments.
+
+The layer at hand sees x^ where the dense model sees x; where its output is added to a residual
+stream h, that is h^ by now. What a fit needs of it are the moments of x^, and those with x^ of what
+is lost: e = W (x - x^) + (h - h^).
+"""
+
+# Shape suffixes: O out features, I in features, N rows.
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mpocompress.tuning.layer_rows import adapter_of, row_pieces
+from mpocompress.tuning.moments import (
+    CrossMoment,
+    RowCounts,
+    joined_rows,
+    real_indices,
+    real_rows,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One batch at one layer, in both models.
+
+    Attributes:
+        dense: input of the layer in the dense model.
+        ours: input of the layer after the compressed prefix.
+        streams: residual stream that the layer feeds, dense and ours, if there is one.
+    """
+
+    dense: Tensor
+    ours: Tensor
+    streams: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Moments:
+    """What the fit of one layer needs, from a part of the batches.
+
+    Attributes:
+        inputs: of x^ with itself.
+        cross: of x with x^; None if W (x - x^) is in `residual`.
+        residual: of h - h^ with x^, where the layer feeds a stream; None if it is nothing.
+    """
+
+    inputs: CrossMoment
+    cross: CrossMoment | None
+    residual: CrossMoment | None
+
+
+class Collector:
+    """Moments of all batches at a layer, in two folds; layers with the same inputs share them.
+
+    They do if they take their inputs as rows; others make rows of their own out of them.
+    """
+
+    def __init__(self, masks: Sequence[Tensor | None]) -> None:
+        self._masks = masks
+        self._seen: list[Tensor] = []  # kept alive, so that identity means identity
+        self._inputs: list[CrossMoment] = []
+        self._cross: list[CrossMoment] | None = None
+
+    def count(self, layer: nn.Module, places: Sequence[Place]) -> RowCounts:
+        """How often each row of a table was looked up."""
+        counts = RowCounts()
+        table_rows = adapter_of(layer).matrix(layer).shape[0]
+        for place, mask in zip(places, self._masks, strict=True):
+            counts.add(real_indices(place.ours, mask), table_rows)
+        return counts
+
+    def collect(self, layer: nn.Module, places: Sequence[Place]) -> list[Moments]:
+        """One entry for the even and one for the odd batches; a single entry for one batch."""
+        seen = [value for place in places for value in (place.dense, place.ours)]
+        plain = adapter_of(layer).takes_rows
+        same = (
+            plain
+            and len(seen) == len(self._seen)
+            and all(a is b for a, b in zip(seen, self._seen, strict=True))
+        )
+        folds = [
+            list(zip(places[fold::2], self._masks[fold::2], strict=True))
+            for fold in range(min(2, len(places)))
+        ]
+        if not same:
+            # Rows that were sent elsewhere than in the dense model have no counterpart there.
+            unchanged = any(place.dense.shape != place.ours.shape for place in places) or all(
+                torch.equal(place.dense, place.ours) for place in places
+            )
+            self._inputs = [_input_moments(layer, fold) for fold in folds]
+            self._cross = self._inputs if unchanged else None
+            self._seen = seen if plain else []
+        weight_OI = adapter_of(layer).matrix(layer)
+        if self._cross is None and 2 * weight_OI.shape[0] > weight_OI.shape[1]:
+            self._cross = [_cross_moments(layer, fold) for fold in folds]
+        crosses: Sequence[CrossMoment | None] = self._cross or [None] * len(folds)
+        unseen_OI = weight_OI if self._cross is None else None
+        has_stream = plain and all(
+            place.streams is not None and place.streams[0].shape[:-1] == place.ours.shape[:-1]
+            for place in places
+        )
+        return [
+            Moments(
+                inputs=inputs,
+                cross=cross,
+                residual=_residual_moments(layer, fold, unseen_OI, has_stream=has_stream),
+            )
+            for fold, inputs, cross in zip(folds, self._inputs, crosses, strict=True)
+        ]
+
+
+_Fold = Sequence[tuple[Place, Tensor | None]]
+
+
+def _input_moments(layer: nn.Module, fold: _Fold) -> CrossMoment:
+    """Of x^ with itself."""
+    moment = CrossMoment()
+    pieces = (piece for place, mask in fold for piece in row_pieces(layer, (place.ours,), mask))
+    for (rows_NI,) in joined_rows(pieces):
+        moment.add(rows_NI, rows_NI)
+    return moment
+
+
+def _cross_moments(layer: nn.Module, fold: _Fold) -> CrossMoment:
+    """Of x with x^."""
+    moment = CrossMoment()
+    pieces = (
+        piece
+        for place, mask in fold
+        for piece in row_pieces(layer, (place.dense, place.ours), mask)
+    )
+    for dense_NI, rows_NI in joined_rows(pieces):
+        moment.add(dense_NI, rows_NI)
+    return moment
+
+
+def _residual_moments(
+    layer: nn.Module, fold: _Fold, weight_OI: Tensor | None, *, has_stream: bool
+) -> CrossMoment | None:
+    """Of h - h^ with x^, and with a weight of W (x - x^) + h - h^; None if that is nothing.
+
+    Where outputs are fewer than half of the inputs, that costs less than x with x^ does. The stream
+    counts if every batch has one whose rows are those of the input.
+    """
+    if not has_stream and weight_OI is None:
+        return None
+    if weight_OI is not None:
+        weight_OI = weight_OI.detach().to(torch.promote_types(weight_OI.dtype, torch.float32))
+
+    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
+        for place, mask in fold:
+            wrong = place.streams[0] - place.streams[1] if has_stream and place.streams else None
+            if weight_OI is None:
+                assert wrong is not None
+                yield real_rows(wrong, mask), real_rows(place.ours, mask)
+                continue
+            for dense_NI, ours_NI in row_pieces(layer, (place.dense, place.ours), mask):
+                residual_NO = (dense_NI - ours_NI).to(weight_OI.dtype) @ weight_OI.mT
+                if wrong is not None:  # then this is the only piece
+                    residual_NO += real_rows(wrong, mask)
+                yield residual_NO, ours_NI
+
+    moment = CrossMoment()
+    for residual_NO, ours_NI in joined_rows(pieces()):
+        moment.add(residual_NO, ours_NI)
+    return moment
+
+
+def merged(folds: Sequence[Moments]) -> Moments:
+    """Of all batches; every fold has the same kinds of moments."""
+    inputs = _sum([fold.inputs for fold in folds])
+    crosses = [fold.cross for fold in folds if fold.cross is not None]
+    residuals = [fold.residual for fold in folds if fold.residual is not None]
+    unchanged = all(fold.cross is fold.inputs for fold in folds)
+    return Moments(
+        inputs=inputs,
+        cross=inputs if unchanged else _sum(crosses) if crosses else None,
+        residual=_sum(residuals) if residuals else None,
+    )
+
+
+def _sum(parts: Sequence[CrossMoment]) -> CrossMoment:
+    total = CrossMoment()
+    for part in parts:
+        total.merge(part)
+    return total
