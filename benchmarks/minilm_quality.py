@@ -184,7 +184,7 @@ def healed_encoder(
 def kept_name(
     gauge: str, ratio: float, steps: int, data: list[Tokens], more: list[Tokens], seed: int
 ) -> str:
-    """Return what a healed encoder is called in a folder of models."""
+    """Return what a compressed encoder, healed or not, is called in a folder of models."""
     return f"minilm-{gauge}-{ratio:g}-{steps}-{len(data)}-{len(more)}-{seed}"
 
 
@@ -228,7 +228,7 @@ class Row:
         seed: of the split and of the method.
         steps: of healing; 0 without.
         cosine, spearman: on held-out sentences, against the dense model.
-        seconds: that it took; of healing alone where that follows a row without; 0 if it was kept.
+        seconds: that it took; of healing alone where that follows a row without.
         forward_passes: the same, in forward passes of the dense model over the calibration data.
     """
 
@@ -323,19 +323,19 @@ def run_seed(table: Table, seed: int, options: argparse.Namespace) -> None:
             kept = None
             if options.models and method == OURS:
                 kept = options.models / kept_name("identity", ratio, 0, data, healing_data, seed)
-            seconds = 0.0
-            if kept is not None and kept.exists():
+            measured = table.has(method, ratio, seed, 0)
+            started = time.perf_counter()
+            if measured and kept is not None and kept.exists():  # only healing is missing
                 result = mpo.load(kept, model=model)
             else:
-                started = time.perf_counter()
                 result = METHODS[method](model, data, ratio, seed)
-                seconds = time.perf_counter() - started
-                if kept is not None:
-                    mpo.save(result, kept)
+            seconds = time.perf_counter() - started
+            if kept is not None and not kept.exists():
+                mpo.save(result, kept)
             reached = layer_ratio(model, result)
             if reached < ratio:
                 raise SystemExit(f"error: {method} has a ratio of {reached}, not {ratio}")
-            if not table.has(method, ratio, seed, 0):
+            if not measured:
                 record(method, (ratio, reached), 0, seconds)
             if missing_healed:
                 started = time.perf_counter()

@@ -453,6 +453,36 @@ def test_an_interrupted_run_ends_bit_identical(tmp_path, transformer, rate):
     assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
 
 
+def test_a_weight_that_is_not_in_row_major_order_is_resumed_bit_identical(tmp_path):
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 16))
+    model = model.to(memory_format=torch.channels_last).eval()
+    small = mpo.compress(model, bond_dim=2, layout="svd", include=["3"]).model
+    assert not small[0].weight.is_contiguous()
+    images = torch.randn(96, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+    def run(path, stop_at=None):
+        def progress(what, done, total):
+            if done == stop_at:
+                raise KeyboardInterrupt
+
+        options = {"steps": 12, "evaluate_every": 3, "learning_rate": 1e-2, "batch_size": 16}
+        return mpo.distill(
+            copy.deepcopy(small),
+            reference=model,
+            data=[images],
+            checkpoint=path,
+            progress=progress,
+            **options,
+        )
+
+    expected = run(None)
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        run(path, stop_at=5)
+    assert run(path).history == expected.history
+
+
 def test_an_interruption_leaves_the_model_as_it_was(dense, small):
     before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
 

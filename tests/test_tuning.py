@@ -14,9 +14,11 @@ from mpocompress.mpo import Layout
 from mpocompress.mpo.metric import Metric
 from mpocompress.surgery import copy_with_replacements, find_weights
 from mpocompress.tuning import FitOptions, SitePlan, fit_in_sequence, layer_moments, take_statistics
+from mpocompress.tuning.correction import cross_validated_correction, regression
 from mpocompress.tuning.lockstep import OperationRecorder, Runner, stopping_layers
 from mpocompress.tuning.moments import CrossMoment, joined_rows, keep_mask, real_rows
 from mpocompress.tuning.residual import StreamWatcher
+from mpocompress.tuning.upstream import Collector, Moments, Place, merged
 from tests.tolerances import TOL
 
 F32, F64 = TOL[torch.float32], TOL[torch.float64]
@@ -333,6 +335,78 @@ def test_a_fit_in_sequence_is_the_regression_of_what_is_lost_upstream(hidden, ha
         ridge = 1e-3 * float(covariance.diagonal().mean()) * torch.eye(hidden, dtype=torch.float64)
         correction = (residual.mT @ ours / len(x)) @ torch.linalg.inv(covariance + ridge)
     torch.testing.assert_close(narrow.mpo.to_dense(), weight + correction, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("has_stream", [False, True])
+def test_what_is_lost_upstream_is_the_same_however_it_is_collected(has_stream, centered):
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    mask[1:, 3:] = False
+    masks = [None if index == 1 else mask for index in range(5)]
+    places = [
+        Place(
+            inputs(20, 12, seed=index).reshape(4, 5, 12),
+            inputs(20, 12, seed=index + 50).reshape(4, 5, 12),
+            (torch.randn(4, 5, 3), torch.randn(4, 5, 3)) if has_stream else None,
+        )
+        for index in range(5)
+    ]
+    rows = [
+        (real_rows(p.dense, m), real_rows(p.ours, m)) for p, m in zip(places, masks, strict=True)
+    ]
+    dense, ours = (torch.cat(side).double() for side in zip(*rows, strict=True))
+    torch.manual_seed(0)
+    narrow, wide = nn.Linear(12, 3), nn.Linear(12, 20)
+    collector = Collector(masks)
+    for number, layer in enumerate((narrow, wide, narrow)):
+        streams = has_stream and layer is narrow
+        with torch.no_grad():
+            weight = layer.weight.double()
+            lost = (dense - ours) @ weight.mT
+            if streams:
+                wrong = [
+                    real_rows(p.streams[0] - p.streams[1], m)
+                    for p, m in zip(places, masks, strict=True)
+                ]
+                lost += torch.cat(wrong).double()
+        at_layer = places if streams else [Place(p.dense, p.ours, None) for p in places]
+        folds = collector.collect(layer, at_layer)
+        assert [fold.inputs.rows for fold in folds] == [42, 34]
+        assert all((fold.cross is None) == (number == 0) for fold in folds)  # then it is shared
+        found = regression(weight, merged(folds), centered=centered)
+        x, e = (ours - ours.mean(0), lost - lost.mean(0)) if centered else (ours, lost)
+        for value, expected in (
+            (found.inputs_II, x.mT @ x / len(x)),
+            (found.residual_OI, e.mT @ x / len(x)),
+            (found.mean_I, ours.mean(0)),
+            (found.residual_mean_O, lost.mean(0)),
+        ):
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_correction_that_carries_over_only_at_the_smallest_ridge_is_found():
+    """Noise in the large directions, what is lost in the small ones: no slope leads there."""
+    weight = torch.zeros(1, 32, dtype=torch.float64)
+    folds = []
+    for fold, sign in enumerate((1.0, -1.0)):
+        x = torch.randn(400, 32, generator=torch.Generator().manual_seed(fold))
+        x *= torch.cat([torch.full((2,), 3.0), torch.full((30,), 0.03)])
+        lost = 3 * x[:, 2:10].sum(1, keepdim=True) + sign * 0.04 * x[:, :1]
+        of_inputs, of_lost = CrossMoment(), CrossMoment()
+        of_inputs.add(x, x)
+        of_lost.add(lost, x)
+        folds.append(Moments(inputs=of_inputs, cross=of_inputs, residual=of_lost))
+    whole = regression(weight, merged(folds), centered=True)
+    found = cross_validated_correction(weight, folds, whole, centered=True)
+    assert whole.gain(found) > 0
+    torch.testing.assert_close(found, whole.correction(1e-3))
+
+
+def test_batches_of_one_row_are_fitted():
+    model = mlp(6, 8, 4).eval()
+    data = [inputs(1, 6, seed=seed) for seed in range(2)]
+    result = mpo.compress(model, bond_dim=2, layout="svd", if_smaller=False, data=data)
+    assert all(bool(torch.isfinite(p).all()) for p in result.model.parameters())
 
 
 def test_bias_takes_up_the_mean_of_the_error():

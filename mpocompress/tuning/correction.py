@@ -2,7 +2,7 @@
 
 # Shape suffixes: O out features, I in features.
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,6 @@ from mpocompress.tuning.upstream import Moments
 
 # Ridges tried for the correction of upstream errors, relative to the mean diagonal.
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-_FIRST_RIDGE = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,29 +88,15 @@ def cross_validated_correction(
         return whole.correction(_RIDGES[0])
     # A ridge is known well enough from float32; what it is used for is computed in float64.
     parts = [regression(weight_OI, fold, centered=centered).single() for fold in folds]
+    if not all(bool(part.inputs_II.any()) for part in parts):  # as of a single row without its mean
+        return none
 
     def gain(ridge: float) -> float:
         found = parts[1].gain(parts[0].correction(ridge))
         return found + parts[0].gain(parts[1].correction(ridge))
 
-    ridge, most = _climb(gain)
+    most, ridge = max((gain(ridge), ridge) for ridge in _RIDGES)
     return whole.correction(ridge) if most > 0 else none
-
-
-def _climb(gain: Callable[[float], float]) -> tuple[float, float]:
-    """The ridge with the largest gain, and the gain.
-
-    There is one peak: larger ridges shrink what carries over, smaller ones keep more of the noise.
-    """
-    place = _RIDGES.index(_FIRST_RIDGE)
-    most = gain(_RIDGES[place])
-    for step in (-1, 1):
-        climbed = False
-        while 0 <= place + step < len(_RIDGES) and (found := gain(_RIDGES[place + step])) > most:
-            place, most, climbed = place + step, found, True
-        if climbed:
-            break
-    return _RIDGES[place], most
 
 
 def _solve_right(right_OI: Tensor, symmetric_II: Tensor) -> Tensor:

@@ -86,17 +86,21 @@ class Collector:
             list(zip(places[fold::2], self._masks[fold::2], strict=True))
             for fold in range(min(2, len(places)))
         ]
-        if not same:
+        weight_OI = adapter_of(layer).matrix(layer)
+        # With few outputs, W (x - x^) with x^ costs less than x with x^.
+        direct = plain and 2 * weight_OI.shape[0] <= weight_OI.shape[1]
+        if not same or (self._cross is None and not direct):
             # Rows that were sent elsewhere than in the dense model have no counterpart there.
             unchanged = any(place.dense.shape != place.ours.shape for place in places) or all(
                 torch.equal(place.dense, place.ours) for place in places
             )
-            self._inputs = [_input_moments(layer, fold) for fold in folds]
-            self._cross = self._inputs if unchanged else None
+            crossed = not (unchanged or direct)
+            found = [_input_moments(layer, fold, crossed=crossed) for fold in folds]
+            self._inputs = [inputs for inputs, _ in found]
+            self._cross = None
+            if unchanged or crossed:
+                self._cross = [inputs if cross is None else cross for inputs, cross in found]
             self._seen = seen if plain else []
-        weight_OI = adapter_of(layer).matrix(layer)
-        if self._cross is None and 2 * weight_OI.shape[0] > weight_OI.shape[1]:
-            self._cross = [_cross_moments(layer, fold) for fold in folds]
         crosses: Sequence[CrossMoment | None] = self._cross or [None] * len(folds)
         unseen_OI = weight_OI if self._cross is None else None
         has_stream = plain and all(
@@ -107,7 +111,7 @@ class Collector:
             Moments(
                 inputs=inputs,
                 cross=cross,
-                residual=_residual_moments(layer, fold, unseen_OI, has_stream=has_stream),
+                residual=_residual_moments(fold, unseen_OI, has_stream=has_stream),
             )
             for fold, inputs, cross in zip(folds, self._inputs, crosses, strict=True)
         ]
@@ -116,53 +120,49 @@ class Collector:
 _Fold = Sequence[tuple[Place, Tensor | None]]
 
 
-def _input_moments(layer: nn.Module, fold: _Fold) -> CrossMoment:
-    """Of x^ with itself."""
-    moment = CrossMoment()
-    pieces = (piece for place, mask in fold for piece in row_pieces(layer, (place.ours,), mask))
-    for (rows_NI,) in joined_rows(pieces):
-        moment.add(rows_NI, rows_NI)
-    return moment
-
-
-def _cross_moments(layer: nn.Module, fold: _Fold) -> CrossMoment:
-    """Of x with x^."""
-    moment = CrossMoment()
+def _input_moments(
+    layer: nn.Module, fold: _Fold, *, crossed: bool
+) -> tuple[CrossMoment, CrossMoment | None]:
+    """Of x^ with itself and, if asked for, of x with x^; rows are made once."""
     pieces = (
         piece
         for place, mask in fold
-        for piece in row_pieces(layer, (place.dense, place.ours), mask)
+        for piece in row_pieces(
+            layer, (place.ours, place.dense) if crossed else (place.ours,), mask
+        )
     )
-    for dense_NI, rows_NI in joined_rows(pieces):
-        moment.add(dense_NI, rows_NI)
-    return moment
+    inputs, cross = CrossMoment(), CrossMoment() if crossed else None
+    for ours_NI, *dense_NI in joined_rows(pieces):
+        inputs.add(ours_NI, ours_NI)
+        if cross is not None:
+            cross.add(dense_NI[0], ours_NI)
+    return inputs, cross
 
 
 def _residual_moments(
-    layer: nn.Module, fold: _Fold, weight_OI: Tensor | None, *, has_stream: bool
+    fold: _Fold, weight_OI: Tensor | None, *, has_stream: bool
 ) -> CrossMoment | None:
     """Of h - h^ with x^, and with a weight of W (x - x^) + h - h^; None if that is nothing.
 
-    Where outputs are fewer than half of the inputs, that costs less than x with x^ does. The stream
-    counts if every batch has one whose rows are those of the input.
+    For layers that take rows. The stream counts if every batch has one whose rows are those of the
+    input.
     """
     if not has_stream and weight_OI is None:
         return None
-    if weight_OI is not None:
-        weight_OI = weight_OI.detach().to(torch.promote_types(weight_OI.dtype, torch.float32))
 
     def pieces() -> Iterator[tuple[Tensor, Tensor]]:
         for place, mask in fold:
-            wrong = place.streams[0] - place.streams[1] if has_stream and place.streams else None
-            if weight_OI is None:
-                assert wrong is not None
-                yield real_rows(wrong, mask), real_rows(place.ours, mask)
-                continue
-            for dense_NI, ours_NI in row_pieces(layer, (place.dense, place.ours), mask):
-                residual_NO = (dense_NI - ours_NI).to(weight_OI.dtype) @ weight_OI.mT
-                if wrong is not None:  # then this is the only piece
-                    residual_NO += real_rows(wrong, mask)
-                yield residual_NO, ours_NI
+            ours_NI = real_rows(place.ours, mask)
+            lost: list[Tensor] = []
+            if weight_OI is not None:
+                wide_OI = weight_OI.detach().to(torch.promote_types(ours_NI.dtype, torch.float32))
+                dense_NI = real_rows(place.dense, mask)
+                lost.append((dense_NI.to(wide_OI) - ours_NI.to(wide_OI)) @ wide_OI.mT)
+            if has_stream and place.streams is not None:
+                dense_h, our_h = (real_rows(stream, mask) for stream in place.streams)
+                wide = torch.promote_types(dense_h.dtype, torch.float32)
+                lost.append(dense_h.to(wide) - our_h.to(wide))
+            yield sum(lost[1:], lost[0]), ours_NI
 
     moment = CrossMoment()
     for residual_NO, ours_NI in joined_rows(pieces()):
