@@ -44,7 +44,7 @@ from mpocompress.errors import BudgetError
 from mpocompress.loading import as_batches
 from mpocompress.mpo.factorize import random_cores
 from mpocompress.surgery import find_weights
-from mpocompress.tuning import FitOptions, SitePlan, fit_in_sequence, layer_moments, with_fitted
+from mpocompress.tuning import FitOptions, SitePlan, fit_in_sequence, take_statistics, with_fitted
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "digits"))
 from classifier import build_classifier
@@ -183,7 +183,8 @@ def fitted(given: Problem, options: dict[str, Any], seed: int, steps: int) -> nn
         SitePlan(site=sites[layer.name], layout=layer.sites(), bond_dims=tuple(layer.bond_dims))
         for layer in plan.compressed
     ]
-    moments = layer_moments(given.dense, [p.site.modules[0] for p in planned], calls, seed=seed)
+    modules = [entry.site.modules[0] for entry in planned]
+    moments = take_statistics(given.dense, modules, calls, seed=seed).layers
     found = fit_in_sequence(
         given.dense,
         planned,

@@ -49,7 +49,7 @@ from mpocompress.mpo.fit import fit
 from mpocompress.mpo.metric import Metric
 from mpocompress.planning import Plan
 from mpocompress.surgery import copy_with_replacements, find_weights
-from mpocompress.tuning import FitOptions, SitePlan, fit_in_sequence, layer_moments, with_fitted
+from mpocompress.tuning import FitOptions, SitePlan, fit_in_sequence, take_statistics, with_fitted
 
 LAYERS = ["encoder.*"]
 PACKAGES = ("mpocompress", "torch", "transformers", "numpy")
@@ -73,7 +73,8 @@ def whitened_by_plan(model: nn.Module, data: list[Tokens], plan: Plan, seed: int
     sites = {site.name: site for site in find_weights(model).sites}
     chosen = [sites[layer.name] for layer in plan.compressed]
     modules = [site.modules[0] for site in chosen]
-    moments = layer_moments(model, modules, list(as_batches(data)), seed=seed, all_data=True)
+    calls = list(as_batches(data))
+    moments = take_statistics(model, modules, calls, seed=seed, all_data=True).layers
     replacements, biases = {}, {}
     for site, layer in zip(chosen, plan.compressed, strict=True):
         module = site.modules[0]
@@ -115,14 +116,14 @@ def _ours(gauge: str) -> Method:
     return method
 
 
+OURS = "ours, identity gauge"
 METHODS: dict[str, Method] = {
     "truncated SVD": truncated,
     "whitened SVD": whitened,
     "sequential": sequential,
     "ours": _ours("none"),
-    "ours, identity gauge": _ours("identity"),
+    OURS: _ours("identity"),
 }
-OURS = "ours, identity gauge"
 HEALED = ("truncated SVD", OURS)
 # A step of healing is on 4 minibatches of 8 sentences: those of one minibatch have one length.
 HEALING_ROWS, HEALING_ACCUMULATE = 8, 4
@@ -318,12 +319,12 @@ def run_seed(table: Table, seed: int, options: argparse.Namespace) -> None:
             steps = options.steps if method in HEALED else 0
             healed = f"{method}, healed"
             missing_healed = steps > 0 and not table.has(healed, ratio, seed, steps)
-            if table.has(method, ratio, seed, 0) and not missing_healed:
+            measured = table.has(method, ratio, seed, 0)
+            if measured and not missing_healed:
                 continue
             kept = None
             if options.models and method == OURS:
                 kept = options.models / kept_name("identity", ratio, 0, data, healing_data, seed)
-            measured = table.has(method, ratio, seed, 0)
             started = time.perf_counter()
             if measured and kept is not None and kept.exists():  # only healing is missing
                 result = mpo.load(kept, model=model)

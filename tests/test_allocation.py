@@ -21,7 +21,7 @@ from mpocompress.planning.allocation import (
     allocate_uniform,
     least_numbers,
 )
-from mpocompress.tuning import effect_alone, gain_of_bonds, layer_moments, take_statistics
+from mpocompress.tuning import effect_alone, gain_of_bonds, take_statistics
 
 
 def share(rows: int, columns: int, gauge: str = "none", gains: list[float] | None = None) -> Share:
@@ -154,7 +154,7 @@ def test_gains_are_the_loss_that_a_truncation_costs():
     model = network().double()
     calls = mpo.loading.as_batches([x.double() for x in inputs()])
     site = next(s for s in mpo.surgery.find_weights(model).sites if s.name == "4")
-    moments = layer_moments(model, list(site.modules), list(calls), seed=0)
+    moments = take_statistics(model, list(site.modules), list(calls), seed=0).layers
     gains = gain_of_bonds(site, moments, ridge=0.0)
     assert gains is not None
     assert torch.all(gains[:-1] >= gains[1:])

@@ -18,7 +18,7 @@ from mpocompress.loading import Batch, example_inputs, load_source, parse_input_
 from mpocompress.mpo import MPO
 from mpocompress.saving import save_state
 from mpocompress.surgery import find_weights, open_modules, select_sites
-from mpocompress.tuning.gradients import layer_moments
+from mpocompress.tuning.gradients import take_statistics
 from tests.kinds import KINDS
 from tests.planted import gaussian
 from tests.tolerances import TOL
@@ -167,16 +167,17 @@ def test_data_with_offsets_make_it_better_at_equal_parameters(mode, layout):
 def test_lookups_are_counted_without_padding_and_measured_behind_the_reduction():
     dense = open_modules(reads(mode="mean", padding_idx=2))
     ids = torch.tensor([[2, 2, 2, 5], [5, 2, 7, 7]])
-    found = layer_moments(dense, [dense.bag.table], [Batch(args=(ids,))])[dense.bag.table]
+    table = dense.bag.table
+    found = take_statistics(dense, [table], [Batch(args=(ids,))]).layers[table]
     wanted = torch.zeros(40, dtype=torch.float64)
     wanted[5], wanted[7] = 0.5, 0.5
     assert_close(found.counts.frequencies(), wanted)
     assert found.counts.rows == found.gradients.rows == 4
     # An error of a row reaches the output of a mean divided by the number of entries.
     one, three = (
-        layer_moments(dense, [dense.bag.table], [Batch(args=(torch.tensor([bag]),))])[
-            dense.bag.table
-        ].gradients.mean(centered=False)[0]
+        take_statistics(dense, [table], [Batch(args=(torch.tensor([bag]),))])
+        .layers[table]
+        .gradients.mean(centered=False)[0]
         for bag in ([5, 2, 2], [5, 5, 5])
     )
     assert_close(one, 9 * three, **TOL[torch.float32]["dense"])

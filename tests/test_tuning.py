@@ -13,7 +13,7 @@ from mpocompress.loading import Batch
 from mpocompress.mpo import Layout
 from mpocompress.mpo.metric import Metric
 from mpocompress.surgery import copy_with_replacements, find_weights
-from mpocompress.tuning import FitOptions, SitePlan, fit_in_sequence, layer_moments, take_statistics
+from mpocompress.tuning import FitOptions, SitePlan, fit_in_sequence, take_statistics
 from mpocompress.tuning.correction import cross_validated_correction, regression
 from mpocompress.tuning.lockstep import OperationRecorder, Runner, stopping_layers
 from mpocompress.tuning.moments import CrossMoment, joined_rows, keep_mask, real_rows
@@ -206,7 +206,7 @@ def test_output_metric_of_the_last_layer_is_the_identity_and_earlier_ones_are_ja
     linears = [module for module in model if isinstance(module, nn.Linear)]
     x = inputs(4000, 6, dtype=torch.float64)
     calls = [Batch(args=(part,)) for part in x.split(500)]
-    found = layer_moments(model, linears, calls, all_data=True)
+    found = take_statistics(model, linears, calls, all_data=True).layers
     last = found[linears[1]].output_metric
     torch.testing.assert_close(last, torch.eye(4, dtype=torch.float64), rtol=0.2, atol=0.1)
     with torch.no_grad():
@@ -228,8 +228,8 @@ def test_moments_stop_once_every_layer_has_seen_enough_rows(rows, size, seen):
     model = mlp(6, 8, 4, bias=False)
     linears = [module for module in model if isinstance(module, nn.Linear)]
     calls = [Batch(args=(part,)) for part in inputs(rows, 6).split(size)]
-    few = layer_moments(model, linears, calls)
-    every = layer_moments(model, linears, calls, all_data=True)
+    few = take_statistics(model, linears, calls).layers
+    every = take_statistics(model, linears, calls, all_data=True).layers
     assert {m.inputs.rows for m in few.values()} == {seen}
     assert {m.inputs.rows for m in every.values()} == {rows}
 

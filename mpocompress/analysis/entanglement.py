@@ -27,7 +27,7 @@ from mpocompress.mpo.linalg import svd_values, working_dtype
 from mpocompress.mpo.metric import Metric
 from mpocompress.planning import Progress
 from mpocompress.surgery import WeightSite, check_finite, find_weights, select
-from mpocompress.tuning import LayerMoments, layer_moments
+from mpocompress.tuning import LayerMoments, take_statistics
 
 MetricName = Literal["weight", "data"]
 Layouts = LayoutLike | Literal["svd", "balanced"] | Mapping[str, LayoutLike]
@@ -170,7 +170,8 @@ def entanglement(
     if data is not None:
         modules = [module for weight in weights for module in weight.modules]
         calls = list(forward_calls(data, model))
-        moments = layer_moments(model, modules, calls, seed=seed, all_data=True)
+        found = take_statistics(model, modules, calls, seed=seed, all_data=True)
+        moments = found.layers
     layers = []
     for done, weight in enumerate(weights):
         if progress is not None:

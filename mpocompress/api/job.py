@@ -55,7 +55,6 @@ from mpocompress.tuning import (
     effect_alone,
     fit_in_sequence,
     gain_of_bonds,
-    layer_moments,
     take_statistics,
     tied_heads,
     with_fitted,
@@ -383,7 +382,8 @@ class Job:
         if moments is None:
             modules = [module for entry in planned for module in entry.site.modules]
             with self.clock("statistics"):
-                moments = layer_moments(opened, modules, self.calls, seed=self.seed)
+                found = take_statistics(opened, modules, self.calls, seed=self.seed)
+                moments = found.layers
         with self.clock("fitting"):
             fitted = fit_in_sequence(
                 opened,

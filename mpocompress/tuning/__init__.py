@@ -4,7 +4,7 @@ from mpocompress.tuning.distill import DistillOptions, DistillResult, check_step
 from mpocompress.tuning.distill_state import DistillRecord
 from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan
 from mpocompress.tuning.fit_state import FitStore
-from mpocompress.tuning.gradients import LayerMoments, Statistics, layer_moments, take_statistics
+from mpocompress.tuning.gradients import LayerMoments, Statistics, take_statistics
 from mpocompress.tuning.independent import fit_alone
 from mpocompress.tuning.loss_sweeps import sweep_on_loss
 from mpocompress.tuning.objectives import Distillation, Loss
@@ -49,7 +49,6 @@ __all__ = [
     "fit_alone",
     "fit_in_sequence",
     "gain_of_bonds",
-    "layer_moments",
     "output_error_curve",
     "output_errors",
     "effect_alone",

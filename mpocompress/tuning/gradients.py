@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mpocompress.errors import DataError
 from mpocompress.layers.modes import evaluation_mode
 from mpocompress.layers.opened import layers_called
+from mpocompress.mpo import linalg
 from mpocompress.tuning.layer_rows import adapter_of, row_pieces
 from mpocompress.tuning.lockstep import Call, floating_outputs
 from mpocompress.tuning.moments import (
@@ -81,18 +82,6 @@ class Statistics:
 
     layers: dict[nn.Module, LayerMoments]
     output_energy: float
-
-
-def layer_moments(
-    model: nn.Module,
-    layers: Sequence[nn.Module],
-    calls: Sequence[Call],
-    *,
-    seed: int = 0,
-    all_data: bool = False,
-) -> dict[nn.Module, LayerMoments]:
-    """The layers of `take_statistics`, by themselves."""
-    return take_statistics(model, layers, calls, seed=seed, all_data=all_data).layers
 
 
 def take_statistics(
@@ -172,7 +161,7 @@ def take_statistics(
                     break
                 keep[0] = keep_mask(call.kwargs)
                 rows = _output_rows(model(*call.args, **call.kwargs), keep[0])
-                energy += sum(float(found.detach().double().square().sum()) for found in rows)
+                energy += sum(map(linalg.weight_of, rows))
                 loss = _random_projection(rows, generator)
                 if not loss.requires_grad:
                     continue  # no layer of ours was reached

@@ -40,7 +40,7 @@ class CrossMoment:
         for left_nI, right_nJ in zip(left_NI.split(_CHUNK), right_NJ.split(_CHUNK), strict=True):
             if left_nI.shape[0] == 0:
                 continue
-            left_nI, right_nJ = _working(left_nI), _working(right_nJ)
+            left_nI, right_nJ = widened(left_nI), widened(right_nJ)
             if self._sums is None:
                 self._sums = _Sums.around(left_nI.mean(0).double(), right_nJ.mean(0).double())
             sums = self._sums
@@ -94,6 +94,14 @@ class CrossMoment:
         )
         mine.left_I += theirs.left_I + other.rows * left_I
         mine.right_J += theirs.right_J + other.rows * right_J
+
+    @classmethod
+    def sum_of(cls, parts: Iterable["CrossMoment"]) -> "CrossMoment":
+        """One that has seen what the parts have, which stay as they are."""
+        total = cls()
+        for part in parts:
+            total.merge(part)
+        return total
 
     def mean(self, *, centered: bool) -> tuple[Tensor, Tensor, Tensor]:
         """E[x y^T] (I, J), E[x] (I,), E[y] (J,) in float64; the product without the means if asked.
@@ -215,7 +223,8 @@ class RowCounts:
         return self._counts_O / self.rows
 
 
-def _working(rows: Tensor) -> Tensor:
+def widened(rows: Tensor) -> Tensor:
+    """In float64 as they are, else in float32: in what moments are formed."""
     return rows if rows.dtype == torch.float64 else rows.float()
 
 

@@ -8,7 +8,7 @@ what each rank is worth. Times the rows that were seen, they are on one scale fo
 
 # Shape suffixes: O out features, I in features, R bond.
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ def gain_of_bonds(
 
     Args:
         site: the weight; all modules that share it count.
-        moments: of its modules, from `layer_moments`.
+        moments: of its modules, from `take_statistics`.
         ridge: of the input moment, as in the fit.
 
     Returns:
@@ -79,7 +79,7 @@ def _gain_of_table(
     counts = RowCounts()
     for moment in seen:
         counts.merge(moment.counts)
-    output_II = _merged([moment.gradients for moment in seen]).mean(centered=False)[0]
+    output_II = CrossMoment.sum_of([moment.gradients for moment in seen]).mean(centered=False)[0]
     if not bool(output_II.any()):
         return None
     heads = tied_heads(site, moments)
@@ -96,7 +96,7 @@ def output_error_curve(
 
     Args:
         site: the weight; all modules that share it count.
-        moments: of its modules, from `layer_moments`.
+        moments: of its modules, from `take_statistics`.
         ridge: of the input moment, as in the fit.
 
     Returns:
@@ -133,14 +133,7 @@ def _moments_of(
     seen = [moment for moment in seen if moment.inputs.rows and moment.gradients.rows]
     if not seen:
         return None
-    inputs = _merged([moment.inputs for moment in seen])
-    gradients = _merged([moment.gradients for moment in seen])
+    inputs = CrossMoment.sum_of([moment.inputs for moment in seen])
+    gradients = CrossMoment.sum_of([moment.gradients for moment in seen])
     centered = all(adapter_of(module).has_offset(module) for module in site.modules)
     return inputs, gradients, centered
-
-
-def _merged(moments: Sequence[CrossMoment]) -> CrossMoment:
-    total = CrossMoment()
-    for moment in moments:
-        total.merge(moment)
-    return total

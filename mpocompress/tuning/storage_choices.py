@@ -22,9 +22,9 @@ from mpocompress.planning.storage_choice import StorageChoice
 from mpocompress.surgery import WeightSite
 from mpocompress.tuning.gradients import LayerMoments
 from mpocompress.tuning.layer_rows import adapter_of
-from mpocompress.tuning.moments import RowCounts
+from mpocompress.tuning.moments import CrossMoment, RowCounts
 from mpocompress.tuning.rounding import Storage, round_weight, shrunk, stored_tensors
-from mpocompress.tuning.sensitivity import _merged, _moments_of, tied_heads
+from mpocompress.tuning.sensitivity import _moments_of, tied_heads
 from mpocompress.tuning.table_fit import table_weights
 
 # Blocks of columns are worth their scales at 4 bits, now and then at 3; on a sentence encoder, 2
@@ -54,7 +54,7 @@ def storage_choices(
 
     Args:
         site: the weight; all modules that share it count.
-        moments: of its modules, from `layer_moments`; None without data: all errors of entries
+        moments: of its modules, from `take_statistics`; None without data: all errors of entries
             count alike, relative to the size of the weight.
         ridge: of the input moment, as in the fit.
 
@@ -186,7 +186,7 @@ def _of_table(
     weights_O, metric_II = weights_O.double() * rows, None
     counts = _counts(site, moments)
     if counts is not None and moments is not None:
-        merged = _merged([moments[m].gradients for m in site.modules if m in moments])
+        merged = CrossMoment.sum_of([moments[m].gradients for m in site.modules if m in moments])
         frequencies_O = smoothed_frequencies(counts)
         weights_O, metric_II = table_weights(
             frequencies_O,

@@ -20,6 +20,7 @@ from mpocompress.tuning.moments import (
     joined_rows,
     real_indices,
     real_rows,
+    widened,
 )
 
 
@@ -76,7 +77,8 @@ class Collector:
     def collect(self, layer: nn.Module, places: Sequence[Place]) -> list[Moments]:
         """One entry for the even and one for the odd batches; a single entry for one batch."""
         seen = [value for place in places for value in (place.dense, place.ours)]
-        plain = adapter_of(layer).takes_rows
+        adapter = adapter_of(layer)
+        plain = adapter.takes_rows
         same = (
             plain
             and len(seen) == len(self._seen)
@@ -86,7 +88,7 @@ class Collector:
             list(zip(places[fold::2], self._masks[fold::2], strict=True))
             for fold in range(min(2, len(places)))
         ]
-        weight_OI = adapter_of(layer).matrix(layer)
+        weight_OI = adapter.matrix(layer)
         # With few outputs, W (x - x^) with x^ costs less than x with x^.
         direct = plain and 2 * weight_OI.shape[0] <= weight_OI.shape[1]
         if not same or (self._cross is None and not direct):
@@ -155,13 +157,11 @@ def _residual_moments(
             ours_NI = real_rows(place.ours, mask)
             lost: list[Tensor] = []
             if weight_OI is not None:
-                wide_OI = weight_OI.detach().to(torch.promote_types(ours_NI.dtype, torch.float32))
                 dense_NI = real_rows(place.dense, mask)
-                lost.append((dense_NI.to(wide_OI) - ours_NI.to(wide_OI)) @ wide_OI.mT)
+                lost.append((widened(dense_NI) - widened(ours_NI)) @ widened(weight_OI.detach()).mT)
             if has_stream and place.streams is not None:
                 dense_h, our_h = (real_rows(stream, mask) for stream in place.streams)
-                wide = torch.promote_types(dense_h.dtype, torch.float32)
-                lost.append(dense_h.to(wide) - our_h.to(wide))
+                lost.append(widened(dense_h) - widened(our_h))
             yield sum(lost[1:], lost[0]), ours_NI
 
     moment = CrossMoment()
@@ -172,19 +172,12 @@ def _residual_moments(
 
 def merged(folds: Sequence[Moments]) -> Moments:
     """Of all batches; every fold has the same kinds of moments."""
-    inputs = _sum([fold.inputs for fold in folds])
+    inputs = CrossMoment.sum_of([fold.inputs for fold in folds])
     crosses = [fold.cross for fold in folds if fold.cross is not None]
     residuals = [fold.residual for fold in folds if fold.residual is not None]
     unchanged = all(fold.cross is fold.inputs for fold in folds)
     return Moments(
         inputs=inputs,
-        cross=inputs if unchanged else _sum(crosses) if crosses else None,
-        residual=_sum(residuals) if residuals else None,
+        cross=inputs if unchanged else CrossMoment.sum_of(crosses) if crosses else None,
+        residual=CrossMoment.sum_of(residuals) if residuals else None,
     )
-
-
-def _sum(parts: Sequence[CrossMoment]) -> CrossMoment:
-    total = CrossMoment()
-    for part in parts:
-        total.merge(part)
-    return total
