@@ -7,9 +7,10 @@ start, by
     adam     all cores at once on the same objective tr((T-W) C (T-W)'), in float32, for the time
              that the sweeps took; the best of several learning rates, each given that time
 
-and the seconds of a sweep stand beside its counted multiply-adds (mpo/sweep_cost.py) at the speed
-of a float64 matrix product on this machine. *Loss*: a classifier whose two large layers are MPOs
-fitted to data is distilled (Kullback-Leibler divergence of its logits) by
+and the seconds of a sweep stand beside its counted multiply-adds (mpo/sweep_cost.py: those of the
+sweep, and half of those that measure the chain to which a fit extrapolates after two) at the speed
+of a float64 matrix product, measured beside it. *Loss*: a classifier whose two large layers are
+MPOs fitted to data is distilled (Kullback-Leibler divergence of its logits) by
 
     one-site, two-site   mpocompress.sweep
     adam                 all cores at once, as many gradient evaluations, best of several rates
@@ -257,7 +258,7 @@ def measure_layer(case: Case, digits: Path | None, repeats: int, seed: int) -> d
             tolerance=0.0,
         )  # fmt: skip
 
-    seconds, of_a_sweep, errors = [], [], []
+    seconds, of_a_sweep, speeds, errors = [], [], [], []
     runs: dict[float, list[float]] = {rate: [] for rate in LAYER_RATES}
     steps: list[int] = []
     sweeps_done = 0
@@ -271,13 +272,14 @@ def measure_layer(case: Case, digits: Path | None, repeats: int, seed: int) -> d
         # The difference: what is done once for a fit, such as W C, is no part of a sweep.
         more = sweeps_done - (len(fewer.history) - 1)
         of_a_sweep.append((seconds[-1] - (between - started)) / max(1, more))
+        speeds.append(matmul_macs_per_second())
         errors.append(error(found.cores))
         for rate in LAYER_RATES:
             cores, count = adam_on_layer(start, weight_OI, metric, rate, seconds[-1])
             runs[rate].append(error(cores))
             steps.append(count)
     best_rate = min(runs, key=lambda rate: spread(runs[rate])["median"])
-    counted = sweep_macs(layout, found.mpo.bond_dims).total
+    counted = sweep_macs(layout, found.mpo.bond_dims).in_fit
     low_rank = max(1, found.mpo.num_parameters // sum(weight_OI.shape))
     svd = Layout.svd(*weight_OI.shape)
     return {
@@ -297,6 +299,7 @@ def measure_layer(case: Case, digits: Path | None, repeats: int, seed: int) -> d
         "sweeps": sweeps_done,
         "macs_of_a_sweep": counted,
         "seconds_of_a_sweep": spread(of_a_sweep)["median"],
+        "float64_macs_per_second": spread(speeds)["median"],
     }
 
 
@@ -430,7 +433,8 @@ def measure_loss(
 # --- Telling ---
 
 
-def print_layers(rows: Sequence[dict[str, Any]], speed: float) -> None:
+def print_layers(rows: Sequence[dict[str, Any]]) -> None:
+    speeds = [row["float64_macs_per_second"] for row in rows]
     header = (
         "layer", "sites", "bond", "ratio", "start", "sweeps", "adam", "rate", "steps", "low rank",
         "seconds", "s/sweep", "GMACs", "by count", "times", "less error",
@@ -456,7 +460,7 @@ def print_layers(rows: Sequence[dict[str, Any]], speed: float) -> None:
                 f"{row['seconds_of_a_sweep'] * speed / row['macs_of_a_sweep']:.1f}",
                 "sweeps" if row["sweeps_error"] < row["adam_error"] else "adam",
             )
-            for row in rows
+            for row, speed in zip(rows, speeds, strict=True)
         ],
     )
 
@@ -502,7 +506,6 @@ def main() -> int:
 
     torch.set_num_threads(options.threads)
     facts = environment(PACKAGES, seed=options.seed)
-    speed = matmul_macs_per_second()
     layers = []
     for case in cases:
         print(f"measuring {case.name}, bond {case.bond_dim} ...", file=sys.stderr, flush=True)
@@ -518,15 +521,13 @@ def main() -> int:
             quick=options.quick,
         )
     if layers:
-        print(f"float64 matrix product: {speed / 1e9:.1f} GMACs a second")
-        print_layers(layers, speed)
+        print_layers(layers)
     if losses:
         print_loss(losses)
     if options.out:
         content = {
             "claim": __doc__.splitlines()[0],
             "environment": facts,
-            "float64_macs_per_second": speed,
             "layers": layers,
             "loss": losses,
         }

@@ -448,6 +448,10 @@ def test_a_sweep_costs_what_is_counted(text, bond):
         flops = counter.get_total_flops() / 2
         # Moving the center and measuring the gain are left out of the count.
         assert counted <= flops <= 1.5 * counted
+        with FlopCounterMode(display=False) as counter:
+            sweeper.try_cores(cores)
+        counted = sweep_macs(layout, bond, cut=cut).extrapolation
+        assert counted <= counter.get_total_flops() / 2 <= 1.1 * counted
 
 
 def test_the_cut_is_where_the_count_is_lowest():
@@ -456,6 +460,7 @@ def test_the_cut_is_where_the_count_is_lowest():
     counts = [sweep_macs(layout, 8, cut=cut).total for cut in range(3)]
     assert best.total == min(counts) == counts[cheapest_cut(layout, 8)]
     assert best.total == best.contractions + best.factorizations
+    assert best.in_fit == best.total + best.extrapolation // 2
 
 
 def test_an_environment_is_made_once_a_sweep(monkeypatch):

@@ -120,6 +120,40 @@ def test_moment_of_a_wide_activation_with_itself_is_that_of_two_equal_ones():
     )
 
 
+@pytest.mark.parametrize("order", ["ooc", "oco", "coo", "occ"])
+@pytest.mark.parametrize("read_between", [False, True])
+def test_moments_of_x_with_itself_and_with_others_add_up_in_any_order(order, read_between):
+    """Equal means at first, as where a prefix is compressed that leaves the first rows alone."""
+    x = inputs(400, 300, dtype=torch.float64)
+    y = torch.cat([x[:100], inputs(300, 300, seed=1, dtype=torch.float64)])
+    added, merged_up = CrossMoment(), CrossMoment()
+    left, right = [], []
+    for number, kind in enumerate(order):
+        a = x[number * 100 : number * 100 + 100]
+        b = a if kind == "o" else y[number * 100 : number * 100 + 100]
+        left.append(a)
+        right.append(b)
+        added.add(a, b)
+        part = CrossMoment()
+        part.add(a, b)
+        merged_up.merge(part)
+        if read_between:
+            added.mean(centered=True)
+            merged_up.mean(centered=False)
+    a, b = torch.cat(left), torch.cat(right)
+    expected = (a - a.mean(0)).T @ (b - b.mean(0)) / len(a)
+    for moment in (added, merged_up, CrossMoment.sum_of([merged_up])):
+        torch.testing.assert_close(moment.mean(centered=True)[0], expected, **F64["apply"])
+
+
+@pytest.mark.parametrize("features", [4, 300])
+def test_nan_in_one_feature_of_x_with_itself_is_refused(features):
+    x = inputs(40, features)
+    x[7, features - 1] = float("nan")
+    with pytest.raises(DataError, match="NaN or Inf"):
+        CrossMoment().add(x, x)
+
+
 def test_padding_does_not_count():
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     keep = keep_mask({"attention_mask": mask})
@@ -384,9 +418,11 @@ def test_what_is_lost_upstream_is_the_same_however_it_is_collected(has_stream, c
             torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_correction_that_carries_over_only_at_the_smallest_ridge_is_found():
+@pytest.mark.parametrize("outputs", [1, 400])  # of many outputs, few combinations are compared
+def test_a_correction_that_carries_over_only_at_the_smallest_ridge_is_found(outputs):
     """Noise in the large directions, what is lost in the small ones: no slope leads there."""
-    weight = torch.zeros(1, 32, dtype=torch.float64)
+    weight = torch.zeros(outputs, 32, dtype=torch.float64)
+    scales = torch.linspace(-1.0, 2.0, outputs)
     folds = []
     for fold, sign in enumerate((1.0, -1.0)):
         x = torch.randn(400, 32, generator=torch.Generator().manual_seed(fold))
@@ -394,7 +430,7 @@ def test_a_correction_that_carries_over_only_at_the_smallest_ridge_is_found():
         lost = 3 * x[:, 2:10].sum(1, keepdim=True) + sign * 0.04 * x[:, :1]
         of_inputs, of_lost = CrossMoment(), CrossMoment()
         of_inputs.add(x, x)
-        of_lost.add(lost, x)
+        of_lost.add(lost * scales, x)
         folds.append(Moments(inputs=of_inputs, cross=of_inputs, residual=of_lost))
     whole = regression(weight, merged(folds), centered=True)
     found = cross_validated_correction(weight, folds, whole, centered=True)

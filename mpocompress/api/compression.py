@@ -34,7 +34,7 @@ from mpocompress.planning.options import PlannedPrecision
 from mpocompress.report import CompressionReport, Source
 from mpocompress.report.predictions import with_budget, with_comparisons
 from mpocompress.surgery import Inventory
-from mpocompress.tuning import DistillOptions, check_steps
+from mpocompress.tuning import DistillOptions, check_steps, output_errors
 
 
 def plan(
@@ -276,7 +276,7 @@ def compress(
         met = _heal(job, task, result, built, met, distill)
     report = result.report if met is None else with_budget(result.report, met.as_settings())
     sample = None if task.fit is None else few_rows(task.held or task.fit)
-    error = None if sample is None else measured_errors(job, built, sample).model
+    error = None if sample is None else output_errors(job.opened, built.model, (), sample).model
     report = with_comparisons(
         report,
         aim.plan,

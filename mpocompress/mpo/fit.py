@@ -19,6 +19,7 @@ from torch import Tensor, constant_pad_nd
 from mpocompress.errors import ContractionError, DecompositionError, LayoutError
 from mpocompress.mpo import linalg
 from mpocompress.mpo.canonical import move_center, round_cores
+from mpocompress.mpo.cholesky import solve_ridged
 from mpocompress.mpo.cores import Cores, bond_dims_of, check_cores, expand_bond_dims, layout_of
 from mpocompress.mpo.extrapolation import Extrapolation
 from mpocompress.mpo.factorize import sequential_svd
@@ -286,10 +287,7 @@ def _start_cores(
 def _filtered(work_OI: Tensor, metric: Metric) -> Tensor:
     """T C (C + λ c)⁻¹, c the mean diagonal of C."""
     input_II = metric.ridged_input_II
-    shifted_II = input_II.clone()
-    shifted_II.diagonal().add_(_START_FILTER * float(input_II.diagonal().mean()))
-    factor_II = torch.linalg.cholesky(shifted_II)
-    return torch.cholesky_solve((work_OI @ input_II).mT, factor_II).mT
+    return solve_ridged(work_OI @ input_II, input_II, _START_FILTER)
 
 
 def _quadratic(work_OI: Tensor, metric: Metric, layout: Layout) -> Quadratic:

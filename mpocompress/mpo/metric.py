@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mpocompress.errors import ContractionError, DecompositionError
 from mpocompress.mpo import linalg
+from mpocompress.mpo.cholesky import cholesky_
 from mpocompress.mpo.layout import Layout
 
 # Entries of C and its transpose may differ by this share of the largest one: the rounding of an
@@ -68,9 +69,9 @@ def factorize_metric(matrix_NN: Tensor, name: str) -> Factor:
     size = matrix_NN.shape[0]
     diagonal = matrix_NN.diagonal()
     noise = linalg.rank_tolerance((size,), matrix_NN.dtype)
-    factor_NN, failed = torch.linalg.cholesky_ex(matrix_NN)
+    factor_NN = matrix_NN.clone()
     # A singular matrix may pass by the luck of rounding; its small pivots are then noise.
-    if int(failed) == 0 and bool(factor_NN.diagonal().min() ** 2 > noise * diagonal.max()):
+    if cholesky_(factor_NN) and bool(factor_NN.diagonal().min() ** 2 > noise * diagonal.max()):
         return Factor(factor_NN, None)
     values_N, vectors_NN = torch.linalg.eigh(matrix_NN)
     smallest, largest = float(values_N[0]), float(values_N[-1])

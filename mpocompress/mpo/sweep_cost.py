@@ -26,15 +26,23 @@ class SweepMacs:
     Attributes:
         contractions: matrix products of the environments and of the Gram matrices.
         factorizations: Cholesky factors and triangular solves.
+        extrapolation: measuring another chain in full, as a fit does with the one that it
+            extrapolates to, once in two sweeps; no part of the sweep itself.
     """
 
     contractions: int
     factorizations: int
+    extrapolation: int
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Those of the sweep."""
         return self.contractions + self.factorizations
+
+    @property
+    def in_fit(self) -> int:
+        """Those of one sweep of a fit, half of what is extrapolated after two sweeps included."""
+        return self.total + self.extrapolation // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +135,9 @@ def _count(layout: Layout, bonds: Sequence[int], cut: int) -> SweepMacs:
     bond = chain[cut + 1]
     # Over two sweeps each half is left and entered once, and each of its sites solved twice, but
     # for the outermost: there the sweep turns.
-    contractions = (bond * (bond + 1) // 2) * layout.in_features**2
-    contractions += layout.out_features * layout.in_features * bond
-    factorizations = 0
+    entering = (bond * (bond + 1) // 2) * layout.in_features**2
+    entering += layout.out_features * layout.in_features * bond
+    contractions, factorizations = entering, 0
     for half in halves:
         environments = sum(site.inward() for site in half)
         environments += sum(site.outward() for site in half[1:])
@@ -137,4 +145,8 @@ def _count(layout: Layout, bonds: Sequence[int], cut: int) -> SweepMacs:
         environments += sum(site.problem() for site in solves)
         factorizations += sum(site.solve() for site in solves)
         contractions += environments // 2
-    return SweepMacs(contractions, factorizations // 2)
+    # The objective of a chain is that of its first core, all others absorbed.
+    (first, *more), others = halves
+    whole = entering + first.problem() - first.size**2 * first.out
+    whole += sum(site.inward() for site in others) + sum(site.outward() for site in more)
+    return SweepMacs(contractions, factorizations // 2, whole)

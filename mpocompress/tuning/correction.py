@@ -1,17 +1,23 @@
 """What a weight can repair of what is lost upstream of its layer: a cross-validated regression."""
 
-# Shape suffixes: O out features, I in features.
+# Shape suffixes: O out features, I in features, D random combinations of out features.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import sqrt
 
 import torch
 from torch import Tensor
 
+from mpocompress.mpo.cholesky import solve_ridged
 from mpocompress.tuning.upstream import Moments
 
 # Ridges tried for the correction of upstream errors, relative to the mean diagonal.
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+# Random combinations of the outputs on which ridges are compared. Of 66 layers of an encoder 65 get
+# the ridge that all outputs choose, and the other one a ridge that gains a thousandth less; with 64
+# combinations, three get others that gain up to 7 % less.
+_DIRECTIONS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +38,22 @@ class Regression:
     residual_mean_O: Tensor
     rows: int
 
-    def single(self) -> "Regression":
-        """The same with its matrices in float32, in which regressions take half the time."""
-        return replace(self, inputs_II=self.inputs_II.float(), residual_OI=self.residual_OI.float())
+    def sketched(self) -> "Regression":
+        """The same in float32, and of random combinations of the outputs where there are many.
+
+        Whatever is a sum of squares over the outputs has the same expectation.
+        """
+        residual_OI = self.residual_OI.float()
+        outputs = residual_OI.shape[0]
+        if outputs >= 2 * _DIRECTIONS:
+            generator = torch.Generator().manual_seed(0)
+            directions_DO = torch.randn(_DIRECTIONS, outputs, generator=generator)
+            residual_OI = directions_DO.to(residual_OI) @ residual_OI / sqrt(_DIRECTIONS)
+        return replace(self, inputs_II=self.inputs_II.float(), residual_OI=residual_OI)
 
     def correction(self, ridge: float) -> Tensor:
         """K (out, in) that minimizes E|e - K x^|^2 with a ridge relative to the mean diagonal."""
-        shifted_II = self.inputs_II.clone()
-        shifted_II.diagonal().add_(ridge * float(shifted_II.diagonal().mean()))
-        return _solve_right(self.residual_OI, shifted_II)
+        return solve_ridged(self.residual_OI, self.inputs_II, ridge)
 
     def gain(self, correction_OI: Tensor) -> float:
         """How much of E|e|^2 a correction explains here; negative if it does harm."""
@@ -85,8 +98,8 @@ def cross_validated_correction(
         return none
     if len(folds) < 2:
         return whole.correction(_RIDGES[0])
-    # A ridge is known well enough from float32; what it is used for is computed in float64.
-    parts = [regression(weight_OI, fold, centered=centered).single() for fold in folds]
+    # A ridge is known well enough from these; what it is used for is computed in full.
+    parts = [regression(weight_OI, fold, centered=centered).sketched() for fold in folds]
     if not all(bool(part.inputs_II.any()) for part in parts):  # as of a single row without its mean
         return none
 
@@ -96,12 +109,3 @@ def cross_validated_correction(
 
     most, ridge = max((gain(ridge), ridge) for ridge in _RIDGES)
     return whole.correction(ridge) if most > 0 else none
-
-
-def _solve_right(right_OI: Tensor, symmetric_II: Tensor) -> Tensor:
-    """X with X A = B for positive definite A; in float64 if rounding leaves A indefinite."""
-    exact = symmetric_II.dtype == torch.float64
-    factor_II, failed = torch.linalg.cholesky_ex(symmetric_II, check_errors=exact)
-    if failed:
-        return _solve_right(right_OI.double(), symmetric_II.double()).to(right_OI.dtype)
-    return torch.cholesky_solve(right_OI.mT, factor_II).mT

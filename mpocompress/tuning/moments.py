@@ -13,7 +13,7 @@ from mpocompress.errors import DataError
 # Products of so many rows are formed in float32 and summed in float64: the rounding of a sum then
 # does not grow with the amount of data, at the speed of a float32 product.
 _CHUNK = 4096
-# Columns at once of the moment of x with itself, half of which is known from the other half.
+# Columns at once of the moment of x with itself, of which the upper triangle is enough.
 _BLOCK = 128
 # Arguments that mark real tokens (1) or padding (True), as the common libraries name them.
 _KEEP_MASKS = ("attention_mask", "mask")
@@ -45,17 +45,12 @@ class CrossMoment:
                 self._sums = _Sums.around(left_nI.mean(0).double(), right_nJ.mean(0).double())
             sums = self._sums
             left_nI = left_nI - sums.left_shift_I.to(left_nI.dtype)
-            if left_NI is right_NJ and sums.left_shift_I is sums.right_shift_J:
-                right_nJ = left_nI
+            if left_NI is right_NJ and sums.symmetric:
+                sums.add_own(left_nI)
             else:
-                right_nJ = right_nJ - sums.right_shift_J.to(right_nJ.dtype)
-            sums.product_IJ += _product(left_nI, right_nJ)
-            # As exact as the product; summing float32 in float64 takes ten times as long.
-            left_I = left_nI.sum(0).double()
-            sums.left_I += left_I
-            sums.right_J += left_I if right_nJ is left_nI else right_nJ.sum(0).double()
+                sums.add(left_nI, right_nJ - sums.right_shift_J.to(right_nJ.dtype))
             self.rows += left_nI.shape[0]
-        if self._sums is not None and not bool(torch.isfinite(self._sums.product_IJ.sum())):
+        if self._sums is not None and not self._sums.is_finite():
             raise DataError("activations with NaN or Inf; check the data and the model.")
 
     @property
@@ -79,6 +74,12 @@ class CrossMoment:
             return
         mine, theirs = self._sums, other._sums
         self.rows += other.rows
+        if mine.symmetric and theirs.symmetric:
+            mine.upper_only |= theirs.upper_only
+        else:
+            mine.complete()
+            theirs.complete()
+            mine.symmetric = False
         if mine.left_shift_I is theirs.left_shift_I and mine.right_shift_J is theirs.right_shift_J:
             mine.product_IJ += theirs.product_IJ
             mine.left_I += theirs.left_I
@@ -115,58 +116,88 @@ class CrossMoment:
                 "as padding."
             )
         sums = self._sums
+        sums.complete()
         left_I, right_J = sums.left_I / self.rows, sums.right_J / self.rows
-        product_IJ = sums.product_IJ / self.rows - left_I[:, None] * right_J
+        product_IJ = (sums.product_IJ / self.rows).addr_(left_I, right_J, alpha=-1)
         left_I, right_J = left_I + sums.left_shift_I, right_J + sums.right_shift_J
         if not centered:
-            product_IJ = product_IJ + left_I[:, None] * right_J
+            product_IJ.addr_(left_I, right_J)
         return product_IJ, left_I, right_J
 
 
 @dataclass(slots=True)
 class _Sums:
-    """Sums over rows of x - s and y - t and of their product; s and t are the shifts, float64."""
+    """Sums over rows of x - s and y - t and of their product; s and t are the shifts, float64.
+
+    Attributes:
+        symmetric: the product is of x with itself.
+        upper_only: its lower triangle is not up to date, and is made from the upper one when all of
+            it is asked for.
+    """
 
     left_shift_I: Tensor
     right_shift_J: Tensor
     product_IJ: Tensor
     left_I: Tensor
     right_J: Tensor
-
-    def copy(self) -> "_Sums":
-        """One to add to; shifts are never changed, and stay the same objects."""
-        sums = (self.product_IJ.clone(), self.left_I.clone(), self.right_J.clone())
-        return _Sums(self.left_shift_I, self.right_shift_J, *sums)
+    symmetric: bool
+    upper_only: bool = False
 
     @classmethod
     def around(cls, left_shift_I: Tensor, right_shift_J: Tensor) -> "_Sums":
-        if left_shift_I is not right_shift_J and torch.equal(left_shift_I, right_shift_J):
-            right_shift_J = left_shift_I  # of x with itself
+        own = left_shift_I is right_shift_J or torch.equal(left_shift_I, right_shift_J)
+        if own:
+            right_shift_J = left_shift_I
         return cls(
             left_shift_I,
             right_shift_J,
             left_shift_I.new_zeros(len(left_shift_I), len(right_shift_J)),
             torch.zeros_like(left_shift_I),
             torch.zeros_like(right_shift_J),
+            symmetric=own,
         )
 
+    def copy(self) -> "_Sums":
+        """One to add to; shifts are never changed, and stay the same objects."""
+        sums = (self.product_IJ.clone(), self.left_I.clone(), self.right_J.clone())
+        shifts = (self.left_shift_I, self.right_shift_J)
+        return _Sums(*shifts, *sums, self.symmetric, self.upper_only)
 
-def _product(left_nI: Tensor, right_nJ: Tensor) -> Tensor:
-    """Sum of x y^T over rows; of x with itself only the upper blocks are multiplied."""
-    features = left_nI.shape[1]
-    if left_nI is not right_nJ or features < 2 * _BLOCK:
-        product_IJ = left_nI.mT @ right_nJ
-        # Rounding is not symmetric, and a metric has to be.
-        return (product_IJ + product_IJ.mT) / 2 if left_nI is right_nJ else product_IJ
-    product_II = left_nI.new_empty(features, features)
-    for start in range(0, features, _BLOCK):
-        end = min(start + _BLOCK, features)
-        rows_iI = left_nI[:, start:end].mT @ left_nI[:, start:]
-        rows_iI[:, : end - start] += rows_iI[:, : end - start].mT.clone()
-        rows_iI[:, : end - start] /= 2
-        product_II[start:end, start:] = rows_iI
-        product_II[end:, start:end] = rows_iI[:, end - start :].mT
-    return product_II
+    def add(self, left_nI: Tensor, right_nJ: Tensor) -> None:
+        """Rows that are shifted."""
+        self.complete()
+        self.symmetric = False
+        self.product_IJ += left_nI.mT @ right_nJ
+        self.left_I += left_nI.sum(0).double()
+        self.right_J += right_nJ.sum(0).double()
+
+    def add_own(self, rows_nI: Tensor) -> None:
+        """Rows that are shifted, with themselves."""
+        features = rows_nI.shape[1]
+        for start in range(0, features, _BLOCK):
+            block_ni = rows_nI[:, start : start + _BLOCK]
+            self.product_IJ[start : start + _BLOCK, start:] += block_ni.mT @ rows_nI[:, start:]
+        self.upper_only = True
+        # As exact as the product; summing float32 in float64 takes ten times as long.
+        sum_I = rows_nI.sum(0).double()
+        self.left_I += sum_I
+        self.right_J += sum_I
+
+    def complete(self) -> None:
+        """Fill in the lower triangle."""
+        if self.upper_only:
+            features = self.product_IJ.shape[0]
+            for start in range(0, features, _BLOCK):
+                end = min(start + _BLOCK, features)
+                on_diagonal = self.product_IJ[start:end, start:end]
+                on_diagonal.copy_(on_diagonal.triu() + on_diagonal.triu(1).mT)
+                self.product_IJ[end:, start:end] = self.product_IJ[start:end, end:].mT
+            self.upper_only = False
+
+    def is_finite(self) -> bool:
+        """Whether all sums are; of x with itself, what is not shows on the diagonal."""
+        seen = self.product_IJ.diagonal() if self.upper_only else self.product_IJ
+        return bool(torch.isfinite(seen.sum()))
 
 
 def joined_rows(pieces: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:

@@ -91,83 +91,73 @@ class Collector:
         weight_OI = adapter.matrix(layer)
         # With few outputs, W (x - x^) with x^ costs less than x with x^.
         direct = plain and 2 * weight_OI.shape[0] <= weight_OI.shape[1]
-        if not same or (self._cross is None and not direct):
+        crossed, fresh = False, not same or (self._cross is None and not direct)
+        if fresh:
             # Rows that were sent elsewhere than in the dense model have no counterpart there.
             unchanged = any(place.dense.shape != place.ours.shape for place in places) or all(
                 torch.equal(place.dense, place.ours) for place in places
             )
             crossed = not (unchanged or direct)
-            found = [_input_moments(layer, fold, crossed=crossed) for fold in folds]
-            self._inputs = [inputs for inputs, _ in found]
-            self._cross = None
-            if unchanged or crossed:
-                self._cross = [inputs if cross is None else cross for inputs, cross in found]
             self._seen = seen if plain else []
-        crosses: Sequence[CrossMoment | None] = self._cross or [None] * len(folds)
+            self._inputs = [CrossMoment() for _ in folds]
+            self._cross = self._inputs if unchanged else None
+            if crossed:
+                self._cross = [CrossMoment() for _ in folds]
         unseen_OI = weight_OI if self._cross is None else None
         has_stream = plain and all(
             place.streams is not None and place.streams[0].shape[:-1] == place.ours.shape[:-1]
             for place in places
         )
-        return [
+        crosses: Sequence[CrossMoment | None] = self._cross or [None] * len(folds)
+        found = [
             Moments(
                 inputs=inputs,
                 cross=cross,
-                residual=_residual_moments(fold, unseen_OI, has_stream=has_stream),
+                residual=CrossMoment() if has_stream or unseen_OI is not None else None,
             )
-            for fold, inputs, cross in zip(folds, self._inputs, crosses, strict=True)
+            for inputs, cross in zip(self._inputs, crosses, strict=True)
         ]
+        for fold, moments in zip(folds, found, strict=True):
+            pieces = _pieces(layer, fold, unseen_OI, crossed=crossed, has_stream=has_stream)
+            if fresh or moments.residual is not None:
+                for ours_NI, *others in joined_rows(pieces):
+                    if fresh:
+                        moments.inputs.add(ours_NI, ours_NI)
+                    if crossed and moments.cross is not None:
+                        moments.cross.add(others[0], ours_NI)
+                    if moments.residual is not None:
+                        moments.residual.add(others[-1], ours_NI)
+        return found
 
 
-_Fold = Sequence[tuple[Place, Tensor | None]]
+def _pieces(
+    layer: nn.Module,
+    fold: Sequence[tuple[Place, Tensor | None]],
+    unseen_OI: Tensor | None,
+    *,
+    crossed: bool,
+    has_stream: bool,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of x^, of x if it is crossed, and of what is lost if that is asked for.
 
-
-def _input_moments(
-    layer: nn.Module, fold: _Fold, *, crossed: bool
-) -> tuple[CrossMoment, CrossMoment | None]:
-    """Of x^ with itself and, if asked for, of x with x^; rows are made once."""
-    pieces = (
-        piece
-        for place, mask in fold
-        for piece in row_pieces(
-            layer, (place.ours, place.dense) if crossed else (place.ours,), mask
-        )
-    )
-    inputs, cross = CrossMoment(), CrossMoment() if crossed else None
-    for ours_NI, *dense_NI in joined_rows(pieces):
-        inputs.add(ours_NI, ours_NI)
-        if cross is not None:
-            cross.add(dense_NI[0], ours_NI)
-    return inputs, cross
-
-
-def _residual_moments(
-    fold: _Fold, weight_OI: Tensor | None, *, has_stream: bool
-) -> CrossMoment | None:
-    """Of h - h^ with x^, and with a weight of W (x - x^) + h - h^; None if that is nothing.
-
-    For layers that take rows. The stream counts if every batch has one whose rows are those of the
-    input.
+    That is h - h^ where there is a stream, and with a weight of W (x - x^) as well.
     """
-    if not has_stream and weight_OI is None:
-        return None
-
-    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
-        for place, mask in fold:
-            ours_NI = real_rows(place.ours, mask)
+    for place, mask in fold:
+        with_dense = crossed or unseen_OI is not None
+        activations = (place.ours, place.dense) if with_dense else (place.ours,)
+        for ours_NI, *dense_NI in row_pieces(layer, activations, mask):
             lost: list[Tensor] = []
-            if weight_OI is not None:
-                dense_NI = real_rows(place.dense, mask)
-                lost.append((widened(dense_NI) - widened(ours_NI)) @ widened(weight_OI.detach()).mT)
+            if unseen_OI is not None:
+                difference_NI = widened(dense_NI[0]) - widened(ours_NI)
+                lost.append(difference_NI @ widened(unseen_OI.detach()).mT)
             if has_stream and place.streams is not None:
                 dense_h, our_h = (real_rows(stream, mask) for stream in place.streams)
                 lost.append(widened(dense_h) - widened(our_h))
-            yield sum(lost[1:], lost[0]), ours_NI
-
-    moment = CrossMoment()
-    for residual_NO, ours_NI in joined_rows(pieces()):
-        moment.add(residual_NO, ours_NI)
-    return moment
+            yield (
+                ours_NI,
+                *(dense_NI if crossed else ()),
+                *([sum(lost[1:], lost[0])] if lost else ()),
+            )
 
 
 def merged(folds: Sequence[Moments]) -> Moments:

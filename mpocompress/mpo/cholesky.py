@@ -1,0 +1,92 @@
+"""Cholesky factors of positive semidefinite matrices, and solves with them."""
+
+# Shape suffixes: N side of the matrix, M rows, K columns of what is solved for.
+
+import torch
+from torch import Tensor
+
+from mpocompress.errors import DecompositionError
+
+# LAPACK's own blocks do most of the work at a fraction of the speed of a matrix product; halves of
+# halves down to this size do it in products. From 512 on that takes half to nine tenths of the time
+# (float32 2.2 to 1.2 ms at 512, 33 to 18 at 1536; float64 48 to 32 at 1536, 115 to 104 at 2048, one
+# core); below, what is saved goes into the calls.
+_LEAF = 128
+_RECURSIVE_FROM = 512
+
+
+def cholesky_(matrix_NN: Tensor) -> bool:
+    """Replace A by its factor F, A = F F^T, F lower triangular.
+
+    Args:
+        matrix_NN: symmetric; only the lower triangle is read.
+
+    Returns:
+        Whether A is positive definite; if not, its entries are of no use any more.
+    """
+    if matrix_NN.shape[0] >= _RECURSIVE_FROM and matrix_NN.device.type == "cpu":
+        done = _factorize_(matrix_NN)
+        matrix_NN.tril_()
+        return done
+    factor_NN, failed = torch.linalg.cholesky_ex(matrix_NN)
+    matrix_NN.copy_(factor_NN)
+    return not bool(failed)
+
+
+def _factorize_(matrix_NN: Tensor) -> bool:
+    """The lower triangle; what is left above it is arbitrary."""
+    size = matrix_NN.shape[0]
+    if size <= _LEAF:
+        factor_NN, failed = torch.linalg.cholesky_ex(matrix_NN)
+        matrix_NN.copy_(factor_NN)
+        return not bool(failed)
+    half = size // 2
+    upper, below, lower = matrix_NN[:half, :half], matrix_NN[half:, :half], matrix_NN[half:, half:]
+    if not _factorize_(upper):
+        return False
+    below.copy_(torch.linalg.solve_triangular(upper.mT, below, upper=True, left=False))
+    _subtract_square_(lower, below)
+    return _factorize_(lower)
+
+
+def _subtract_square_(matrix_NN: Tensor, rows_NK: Tensor) -> None:
+    """A - X X^T, in the lower triangle only but for blocks on the diagonal."""
+    size = matrix_NN.shape[0]
+    if size <= _LEAF:
+        matrix_NN.addmm_(rows_NK, rows_NK.mT, alpha=-1)
+        return
+    half = size // 2
+    _subtract_square_(matrix_NN[:half, :half], rows_NK[:half])
+    _subtract_square_(matrix_NN[half:, half:], rows_NK[half:])
+    matrix_NN[half:, :half].addmm_(rows_NK[half:], rows_NK[:half].mT, alpha=-1)
+
+
+def solve_factored(rhs_NK: Tensor, factor_NN: Tensor) -> Tensor:
+    """X with F F^T X = B: what `torch.cholesky_solve` gives, to the bit.
+
+    That copies the factor for every solve: with 2048 unknowns and 8 columns six times the time.
+    """
+    halfway_NK = torch.linalg.solve_triangular(factor_NN, rhs_NK, upper=False)
+    return torch.linalg.solve_triangular(factor_NN.mT, halfway_NK, upper=True)
+
+
+def solve_ridged(right_MN: Tensor, symmetric_NN: Tensor, ridge: float) -> Tensor:
+    """X (M, N) with X (A + r c) = B, c the mean diagonal of A; A is positive semidefinite.
+
+    In float64 where rounding in float32 leaves the shifted matrix indefinite.
+
+    Raises:
+        DecompositionError: it is indefinite in float64, too.
+    """
+    scale = float(symmetric_NN.diagonal().mean())
+    factor_NN = symmetric_NN.clone()
+    factor_NN.diagonal().add_(ridge * scale)
+    if cholesky_(factor_NN):
+        return solve_factored(right_MN.mT, factor_NN).mT
+    if symmetric_NN.dtype == torch.float64:
+        raise DecompositionError(
+            f"a matrix, {symmetric_NN.shape[0]} squared with mean diagonal {scale:.3g}, is not "
+            f"positive semidefinite: it is indefinite with {ridge:g} times that added to its "
+            "diagonal. Check that it is a sum of x xᵀ over samples without NaN."
+        )
+    return solve_ridged(right_MN.double(), symmetric_NN.double(), ridge).to(right_MN.dtype)
