@@ -52,9 +52,11 @@ from mpocompress.tuning import (
     FittedWeight,
     LayerMoments,
     SitePlan,
+    correction_plans,
     effect_alone,
     fit_in_sequence,
     gain_of_bonds,
+    is_corrected,
     take_statistics,
     tied_heads,
     with_fitted,
@@ -75,7 +77,7 @@ class Built:
         plan: that was executed.
         model: with MPO layers.
         weights: of each compressed site, as stored.
-        fitted: what the fit found; empty without data.
+        fitted: what the fit found, of layers that stay dense, too; empty without data.
         bounds: on the relative weight errors, of weights that were not fitted.
         rounded: weights that are not stored in float32.
     """
@@ -299,7 +301,15 @@ class Job:
             check_finite(entry.site)
             check_precision(entry.site, layer)
         gauges: dict[str, Gauge] = {layer.name: layer.gauge for layer in plan.compressed}
-        fitted = self._fit(opened, planned, moments)
+        corrections: list[SitePlan] = []
+        if self.calls is not None:
+            kept = [
+                by_name[layer.name]
+                for layer in plan.layers
+                if layer.action == "keep" and layer.corrects and layer.name in by_name
+            ]
+            corrections = correction_plans(opened, kept)
+        fitted = self._fit(opened, [*planned, *corrections], moments)
         weights: dict[WeightSite, MPO | IdentityGauge] = {}
         bounds: dict[WeightSite, float] = {}
         rounded = {
@@ -368,6 +378,11 @@ class Job:
             source=source or Source(name=type(self.model).__name__),
             seconds=self.clock.total(),
             settings=settings,
+            corrected=[
+                site.name
+                for site, found in built.fitted.items()
+                if site not in built.weights and is_corrected(site, found)
+            ],
         )
         return CompressionResult(model=built.model, report=report, plan=built.plan)
 
@@ -380,7 +395,8 @@ class Job:
         if self.calls is None:
             return {}
         if moments is None:
-            modules = [module for entry in planned for module in entry.site.modules]
+            fitted_anew = [entry.site for entry in planned if not entry.stays_dense]
+            modules = [module for site in fitted_anew for module in site.modules]
             with self.clock("statistics"):
                 found = take_statistics(opened, modules, self.calls, seed=self.seed)
                 moments = found.layers

@@ -59,7 +59,7 @@ class ByteSharing:
                 progress(site.name, done, len(inventory.sites))
             # Rounded, tables lose little even where it is not known which rows matter.
             if (kept := why_kept(site, selected, include, True)) is not None:
-                self._kept[site] = keep_entry(site, kept)
+                self._kept[site] = keep_entry(site, kept, selected=site.name in selected)
                 continue
             check_finite(site)
             hull = lower_hull(choices(site))

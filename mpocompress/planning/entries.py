@@ -28,8 +28,8 @@ def compress_entry(
     )
 
 
-def keep_entry(site: WeightSite, reason: str) -> LayerPlan:
-    """A weight that stays dense, and why: one clause."""
+def keep_entry(site: WeightSite, reason: str, *, selected: bool = True) -> LayerPlan:
+    """A weight that stays dense, and why: one clause. What is not selected stays as it is."""
     return LayerPlan(
         name=site.name,
         also_known_as=tuple(site.names[1:]),
@@ -37,6 +37,7 @@ def keep_entry(site: WeightSite, reason: str) -> LayerPlan:
         shape=site.shape,
         action="keep",
         reason=reason,
+        corrects=selected and site.kind == "linear" and len(site.modules) == 1,
     )
 
 

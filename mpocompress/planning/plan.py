@@ -108,6 +108,8 @@ class LayerPlan(_Frozen):
         block: columns that share a scale, for integers; None for all of a row.
         tiers: of a dense table: how many of its most frequent rows are stored in which precision,
             most frequent first, such as [[500, "int8"]]; the others are in `precision`.
+        corrects: of a kept linear layer: where there is data, its weight and bias take up what is
+            lost before it, at no cost in size. Not for ONNX input.
         candidates: what other layouts, bond dimensions or precisions would have given: with data
             for a budget, the layer's curve of predicted loss over size.
         predicted: what was expected when the plan was made.
@@ -125,6 +127,7 @@ class LayerPlan(_Frozen):
     precision: Precision = "float32"
     block: PositiveInt | None = None
     tiers: Tiers = ()
+    corrects: bool = False
     candidates: tuple[CandidateFigures, ...] = ()
     predicted: LayerPrediction | None = None
 

@@ -78,7 +78,7 @@ def plan_bond_dim(
         if progress is not None:
             progress(site.name, done, len(inventory.sites))
         if (kept := why_kept(site, selected, include, tables)) is not None:
-            layers.append(keep_entry(site, kept))
+            layers.append(keep_entry(site, kept, selected=site.name in selected))
             continue
         check_finite(site)
         try:

@@ -164,7 +164,7 @@ class Sharing:
             if progress is not None:
                 progress(site.name, done, len(inventory.sites))
             if (kept := why_kept(site, selected, include, tables)) is not None:
-                self.kept[site] = keep_entry(site, kept)
+                self.kept[site] = keep_entry(site, kept, selected=site.name in selected)
                 continue
             check_finite(site)
             forced = rules.forced(site)

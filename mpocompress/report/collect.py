@@ -1,6 +1,6 @@
 """From what a run did to its report: every figure is measured on the compressed weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -26,6 +26,7 @@ from mpocompress.report.schema import (
     Total,
     Totals,
 )
+from mpocompress.report.wording import CORRECTED
 from mpocompress.surgery import Inventory, KeptEntry, WeightSite
 
 _TRAINED_ALONG = "its values were trained along when the model was healed"
@@ -111,6 +112,7 @@ def collect_report(
     seconds: Mapping[str, float],
     settings: Mapping[str, Any],
     kind: str | None = None,
+    corrected: Collection[str] = (),
 ) -> CompressionReport:
     """Account for every parameter and buffer of the model.
 
@@ -122,6 +124,7 @@ def collect_report(
         seconds: wall time by stage.
         settings: what was asked for.
         kind: of the convertible weights if their modules are not known, such as "matrix".
+        corrected: names of weights that stay dense but have other values than before.
     """
     plans = {layer.name: layer for layer in plan.layers}
     layers: list[LayerReport] = []
@@ -131,7 +134,10 @@ def collect_report(
             outcome = outcomes.get(entry.name)
             # Without its module a matrix is only a matrix; a table is known by its name.
             shown = kind if kind and entry.kind == "linear" else entry.kind
-            layers.append(_weight(entry, plans[entry.name], outcome, shown))
+            layer = _weight(entry, plans[entry.name], outcome, shown)
+            if outcome is None and entry.name in corrected:
+                layer = layer.model_copy(update={"reason": _because(layer.reason, CORRECTED)})
+            layers.append(layer)
             after = entry.bytes if outcome is None else outcome.bytes
             sizes.append((outcome is not None, Size(dense=entry.bytes, compressed=after)))
         else:
@@ -190,10 +196,14 @@ def remeasure(
             for name in names
         )
         if layer.status == "kept" and moved and not layer.reason.endswith(_TRAINED_ALONG):
-            reason = f"{layer.reason.rstrip('.')}; {_TRAINED_ALONG}"
+            reason = _because(layer.reason, _TRAINED_ALONG)
             layer = layer.model_copy(update={"reason": reason})
         layers.append(layer)
     return report.model_copy(update={"layers": layers})
+
+
+def _because(reason: str, more: str) -> str:
+    return f"{reason.rstrip('.')}; {more}"
 
 
 def _scope(sizes: Sequence[Size], changed: Sequence[bool]) -> Scope:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from mpocompress.report.schema import CompressionReport, LayerReport, Total
 from mpocompress.report.wording import (
+    CORRECTED,
     Code,
     Sentence,
     as_sentence,
@@ -152,6 +153,9 @@ def what_was_done(report: CompressionReport) -> tuple[Sentence, ...]:
         state = "kept its shape and was trained along in the healing"
     elif any(layer.relative_output_error is not None for layer in compressed):
         state = "is as it was, but that biases of rewritten weights took up the mean of the errors"
+        corrected = sum(CORRECTED in layer.reason for layer in kept)
+        if corrected:
+            state += f", and {plural(corrected, 'dense layer')} what is lost before"
     else:
         state = "is exactly as it was"
     rest = (

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from mpocompress.report.schema import Candidate, LayerReport
 
+# The end of the reason of a layer that stays dense.
+CORRECTED = "its values took up what is lost before it"
+
 # Ratios this close to 1 are called unchanged: a bias more or less is not a difference.
 _UNCHANGED = 0.005
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -1,5 +1,6 @@
 """Fitting to data: activation statistics, sequential fitting, sweeps on the loss, distillation."""
 
+from mpocompress.tuning.dense_layers import correction_plans, is_corrected
 from mpocompress.tuning.distill import DistillOptions, DistillResult, check_steps, distill_
 from mpocompress.tuning.distill_state import DistillRecord
 from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan
@@ -45,10 +46,12 @@ __all__ = [
     "TrainResult",
     "TaskScore",
     "check_steps",
+    "correction_plans",
     "distill_",
     "fit_alone",
     "fit_in_sequence",
     "gain_of_bonds",
+    "is_corrected",
     "output_error_curve",
     "output_errors",
     "effect_alone",

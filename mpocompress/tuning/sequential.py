@@ -24,7 +24,11 @@ from mpocompress.mpo.contract import apply_cores
 from mpocompress.mpo.fit import fit
 from mpocompress.mpo.metric import Metric
 from mpocompress.surgery import WeightSite
-from mpocompress.tuning.correction import cross_validated_correction, regression
+from mpocompress.tuning.correction import (
+    Regression,
+    cross_validated_correction,
+    regression,
+)
 from mpocompress.tuning.fit_plan import (
     FitOptions,
     FittedWeight,
@@ -80,7 +84,11 @@ def fit_in_sequence(
         raise DataError("there are no batches to fit on.")
     options = options or FitOptions()
     if options.output_metric == "auto":
-        swept = [plan.site.shape for plan in plans if not _is_svd(plan.layout)]
+        swept = [
+            plan.site.shape
+            for plan in plans
+            if plan.layout.num_sites > 1 and not _is_svd(plan.layout)
+        ]
         metric: OutputMetric = "sites" if exact_takes_long(swept) else "exact"
         options = replace(options, output_metric=metric)
     by_module = {module: plan for plan in plans for module in plan.site.modules}
@@ -188,6 +196,16 @@ def _fit_layer(
     whole = regression(weight_OI, merged(folds), centered=centered)
     weight_OI = weight_OI.to(whole.inputs_II)
     target_OI = weight_OI + cross_validated_correction(weight_OI, folds, whole, centered=centered)
+    if plan.stays_dense:
+        target_OI = target_OI.to(site.dtype)
+        mpo = MPO([plan.layout.split(target_OI).reshape(1, *site.shape, 1)], shape=site.shape)
+        lost_OI = weight_OI - target_OI
+        return FittedWeight(
+            mpo=mpo,
+            bias=_new_bias(bias, lost_OI, whole) if centered else None,
+            relative_output_error=0.0,
+            rows=whole.rows,
+        )
     metric = None
     if bool(whole.inputs_II.any()):  # else nothing but zeros came in: fit the weights themselves
         useful = output_metric_OO is not None and bool(output_metric_OO.any())
@@ -208,18 +226,22 @@ def _fit_layer(
         mpo = rounded.mpo
         if metric is not None:
             error = metric.relative_error(target_OI, mpo.to_dense().to(target_OI))
-    new_bias: Tensor | None = None
-    if bias is not None and centered:
-        lost_OI = weight_OI - mpo.to(dtype=torch.float64).to_dense().to(weight_OI)
-        shift_O = lost_OI @ whole.mean_I + whole.residual_mean_O
-        new_bias = (bias.detach().double() + shift_O).to(bias.dtype)
+    lost_OI = weight_OI - mpo.to(dtype=torch.float64).to_dense().to(weight_OI)
     return FittedWeight(
         mpo=mpo,
-        bias=new_bias,
+        bias=_new_bias(bias, lost_OI, whole) if centered else None,
         relative_output_error=error,
         rows=whole.rows,
         rounded=rounded,
     )
+
+
+def _new_bias(bias_O: Tensor | None, lost_OI: Tensor, whole: Regression) -> Tensor | None:
+    """The bias with the mean of the error taken out; None without one."""
+    if bias_O is None:
+        return None
+    shift_O = lost_OI @ whole.mean_I + whole.residual_mean_O
+    return (bias_O.detach().double() + shift_O).to(bias_O.dtype)
 
 
 def _rounded(mpo: MPO, storage: Storage, metric: Metric | None, rows: int) -> Rounded:
@@ -299,7 +321,11 @@ def _compressed_forward(layer: nn.Module, fitted: FittedWeight) -> Callable[[Ten
         return built
     bias = getattr(layer, "bias", None) if fitted.bias is None else fitted.bias
 
+    weight_OI = mpo.to_dense() if len(mpo.cores) == 1 else None
+
     def forward(value: Tensor) -> Tensor:
+        if weight_OI is not None:  # an unchanged layer gives what it gave, to the bit
+            return nn.functional.linear(value, weight_OI, bias)
         output = apply_cores(mpo.cores, value, shape=mpo.shape)
         return output if bias is None else output + bias
 

@@ -67,10 +67,17 @@ def with_fitted(
     weights: Mapping[WeightSite, MPO | IdentityGauge],
     fitted: Mapping[WeightSite, FittedWeight],
 ) -> nn.Module:
-    """A copy of the model with these weights, and biases that took up the mean of their errors."""
+    """A copy of the model with these weights, and biases that took up the mean of their errors.
+
+    What was fitted and is not among the weights stays dense, and gets the values of its fit.
+    """
     compressed = copy_with_replacements(model, weights)
     for site, weight in fitted.items():
+        layer = compressed.get_submodule(site.name)
+        if site not in weights:
+            matrix_OI = weight.mpo.to_dense()
+            stored = matrix_OI.mT if site.adapter.transposed else matrix_OI
+            layer.get_parameter("weight").data.copy_(stored)
         if weight.bias is not None:
-            bias = compressed.get_submodule(site.name).get_parameter("bias")
-            bias.data.copy_(weight.bias)
+            layer.get_parameter("bias").data.copy_(weight.bias)
     return compressed
