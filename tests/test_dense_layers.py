@@ -5,10 +5,13 @@ import torch
 from torch import nn
 
 import mpocompress as mpo
+from mpocompress.loading import as_batches
+from mpocompress.mpo import Layout
 from mpocompress.planning import Plan
 from mpocompress.surgery import find_weights
-from mpocompress.tuning import correction_plans
+from mpocompress.tuning import FitStore, SitePlan, correction_plans
 from tests.planted import gaussian
+from tests.tolerances import TOL
 
 
 def network(*, bias: bool = True) -> nn.Module:
@@ -111,27 +114,141 @@ def test_plans_say_what_is_corrected_and_reports_what_was(tmp_path):
     assert torch.equal(loaded[4].weight, result.model[4].weight)
 
 
-def test_an_interrupted_run_ends_with_the_same_corrections(tmp_path):
+def test_an_interrupted_run_goes_on_with_the_same_corrections(tmp_path, monkeypatch):
     model = network()
-    once = mpo.compress(model, plan_of(model), data=DATA, state=tmp_path)
-    again = mpo.compress(model, plan_of(model), data=DATA, state=tmp_path)
+    once = mpo.compress(model, plan_of(model), data=DATA, state=tmp_path / "once")
+
+    def interrupt(what, done, total):
+        if what == "4":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mpo.compress(model, plan_of(model), data=DATA, state=tmp_path / "again", progress=interrupt)
+    put = []
+    keep = FitStore.put
+    monkeypatch.setattr(FitStore, "put", lambda *args: put.append(args[1]) or keep(*args))
+    again = mpo.compress(model, plan_of(model), data=DATA, state=tmp_path / "again")
+    assert [plan.site.name for plan in put] == ["4"]
     for name, value in once.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name])
 
 
-def test_weights_that_others_use_are_not_corrected():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up, self.again, self.own = (nn.Linear(8, 8) for _ in range(3))
-            self.again.weight = self.up.weight
-            self.table = nn.Embedding(9000, 8)
-            self.wide = nn.Linear(8, 9000)
+class Parts(nn.Module):
+    """Layers by name, and a forward that is given."""
 
-        def forward(self, x):
-            return self.wide(self.own(self.again(self.up(x))))
+    def __init__(self, forward, **layers):
+        super().__init__()
+        torch.manual_seed(1)
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self._forward = [forward]
 
-    model = Tied()
-    plans = correction_plans(model, find_weights(model).sites)
-    assert [plan.site.name for plan in plans] == ["own"]
+    def forward(self, x):
+        return self._forward[0](self, x)
+
+
+def linear(*sizes):
+    return nn.Linear(*sizes)
+
+
+def planned_names(model, calls=DATA):
+    """Of corrections, where the layer `big` is compressed."""
+    sites = {site.name: site for site in find_weights(model).sites}
+    big = SitePlan(site=sites["big"], layout=Layout.svd(*sites["big"].shape), bond_dims=(4,))
+    others = [site for name, site in sites.items() if name != "big"]
+    plans = correction_plans(model.eval(), others, [big], list(as_batches(calls)))
     assert all(plan.stays_dense for plan in plans)
+    return {plan.site.name for plan in plans}
+
+
+def test_only_layers_that_every_batch_calls_once_behind_a_compressed_one_are_corrected():
+    tied = linear(48, 48)
+    again = linear(48, 48)
+    again.weight = tied.weight
+    model = Parts(
+        lambda m, x: (
+            m.wide(m.own(m.again(m.tied(m.twice(m.twice(m.big(m.before(x))))))))
+            + m.empty(x[:0]).sum()
+            + (m.seldom(x).sum() if float(x[0, 0]) > 0 else 0)
+        ),
+        before=linear(48, 48),
+        big=linear(48, 48),
+        twice=linear(48, 48),
+        tied=tied,
+        again=again,
+        own=linear(48, 48),
+        wide=linear(48, 9000),
+        empty=linear(48, 2),
+        seldom=linear(48, 2),
+        unused=linear(48, 2),
+    )
+    assert planned_names(model) == {"own"}
+
+
+def test_small_experts_that_some_batches_do_not_call_do_not_end_a_run():
+    def forward(m, x):
+        h, y = m.big(x), torch.zeros(len(x), 2)
+        for which, expert in enumerate((m.first, m.second)):
+            chosen = ((x[:, 0] > 1.5).long() == which).nonzero()[:, 0]
+            if len(chosen):
+                y[chosen] = expert(h[chosen])
+        return y
+
+    model = Parts(forward, big=linear(48, 64), first=linear(64, 2), second=linear(64, 2))
+    data = [DATA[0][DATA[0][:, 0] < 1], DATA[1]]
+    result = mpo.compress(model.eval(), bond_dim=4, layout="svd", data=data)
+    assert torch.equal(result.model.second.weight, model.second.weight)
+    assert isinstance(result.model.big, mpo.MPOLinear)
+
+
+def test_where_compression_changes_which_layers_are_called_nothing_is_corrected():
+    def forward(m, x):
+        h = m.big(x)
+        return m.tail(h) if bool(h[0, 0] > 0.0) else h[:, :1]
+
+    model = Parts(forward, big=linear(48, 48), tail=linear(48, 1)).eval()
+    with torch.no_grad():
+        least = min(float(model.big(x)[0, 0]) for x in DATA)
+        model.big.bias[0] -= least - 1e-6  # all just above the threshold
+    result = mpo.compress(model, bond_dim=1, layout="svd", data=DATA)
+    assert isinstance(result.model.big, mpo.MPOLinear)
+    assert torch.equal(result.model.tail.weight, model.tail.weight)
+
+
+@pytest.mark.parametrize("rows_of_a_batch", [1, 200])
+def test_a_single_batch_is_its_own_check(rows_of_a_batch):
+    model = network()
+    data = [rows(rows_of_a_batch, seed=5)]
+    plain, corrected = (
+        mpo.compress(model, plan_of(model, corrects), data=data) for corrects in (False, True)
+    )
+    assert error(model, corrected) <= 1.001 * error(model, plain)
+
+
+def test_what_the_fit_moved_is_not_called_trained():
+    model = network()
+    model[4].requires_grad_(False)
+    result = mpo.compress(model, plan_of(model), data=DATA)
+    mpo.distill(result, reference=model, data=DATA, steps=3, learning_rate=1e-3)
+    reasons = {layer.name: layer.reason for layer in result.report.layers}
+    assert reasons["4"].endswith("took up what is lost before it")
+    assert "trained" not in reasons["4.bias"]
+    assert reasons["0"].endswith("trained along when the model was healed")
+
+
+def test_a_compressed_layer_may_have_a_single_padded_site():
+    model = nn.Sequential(nn.Linear(64, 63), nn.Tanh(), nn.Linear(63, 3)).eval()
+    found = mpo.plan(model, bond_dim=4, exclude=["2"])
+    layers = [
+        layer.model_copy(update={"action": "compress", "layout": ((64, 64),), "bond_dims": ()})
+        if layer.name == "0"
+        else layer
+        for layer in found.layers
+    ]
+    plan = found.model_copy(update={"layers": tuple(layers)})
+    data = [gaussian(50, 64, seed=seed, dtype=torch.float32) for seed in range(3)]
+    result = mpo.compress(model, plan, data=data)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            result.model(data[0]), model(data[0]), **TOL[torch.float32]["apply"]
+        )

@@ -74,3 +74,8 @@ def test_solves_in_float64_what_rounding_left_singular():
 def test_refuses_what_no_ridge_of_that_size_lifts():
     with pytest.raises(DecompositionError, match=r"2 squared .* indefinite with 0\.1 times"):
         solve_ridged(torch.ones(1, 2), torch.diag(torch.tensor([3.0, -1.0])), 0.1)
+
+
+def test_of_nothing_nothing_follows():
+    zeros = torch.zeros(3, 3)
+    assert_close(solve_ridged(torch.ones(2, 3), zeros, 0.1), torch.zeros(2, 3), rtol=0.0, atol=0.0)

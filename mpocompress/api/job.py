@@ -18,7 +18,7 @@ from mpocompress.api.storage import (
     storage_of,
     stored_bytes,
 )
-from mpocompress.errors import MPOCompressError
+from mpocompress.errors import DataError, MPOCompressError
 from mpocompress.loading import Batch
 from mpocompress.mpo import MPO, Layout, sequential_svd
 from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge, fix_identity_gauge
@@ -308,8 +308,15 @@ class Job:
                 for layer in plan.layers
                 if layer.action == "keep" and layer.corrects and layer.name in by_name
             ]
-            corrections = correction_plans(opened, kept)
-        fitted = self._fit(opened, [*planned, *corrections], moments)
+            with self.clock("fitting"):
+                corrections = correction_plans(opened, kept, planned, self.calls)
+        try:
+            fitted = self._fit(opened, [*planned, *corrections], moments)
+        except DataError:
+            if not corrections:
+                raise
+            # Behind a compressed router rows may go elsewhere than in the dense model.
+            fitted = self._fit(opened, planned, moments)
         weights: dict[WeightSite, MPO | IdentityGauge] = {}
         bounds: dict[WeightSite, float] = {}
         rounded = {

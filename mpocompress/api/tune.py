@@ -132,6 +132,7 @@ def heal(
     """Distill a result's model and bring its report up to date."""
     clock = Clock()
     clock.add(result.report.seconds)
+    before = {name: value.clone() for name, value in result.model.state_dict().items()}
     with clock("distillation"):
         found = distill_(
             result.model,
@@ -143,7 +144,7 @@ def heal(
             progress=progress,
         )
     report = remeasure(
-        result.report, reference, inventory or find_weights(open_modules(reference)), result.model
+        result.report, before, inventory or find_weights(open_modules(reference)), result.model
     )
     healing = {
         "steps": steps,

@@ -73,12 +73,14 @@ def solve_factored(rhs_NK: Tensor, factor_NN: Tensor) -> Tensor:
 def solve_ridged(right_MN: Tensor, symmetric_NN: Tensor, ridge: float) -> Tensor:
     """X (M, N) with X (A + r c) = B, c the mean diagonal of A; A is positive semidefinite.
 
-    In float64 where rounding in float32 leaves the shifted matrix indefinite.
+    In float64 where rounding in float32 leaves the shifted matrix indefinite; 0 where A is 0.
 
     Raises:
         DecompositionError: it is indefinite in float64, too.
     """
     scale = float(symmetric_NN.diagonal().mean())
+    if scale == 0.0:
+        return torch.zeros_like(right_MN)
     factor_NN = symmetric_NN.clone()
     factor_NN.diagonal().add_(ridge * scale)
     if cholesky_(factor_NN):

@@ -6,7 +6,7 @@ from math import sqrt
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mpocompress._version import __version__
 from mpocompress.layers import MPOLayer
@@ -159,7 +159,10 @@ def collect_report(
 
 
 def remeasure(
-    report: CompressionReport, reference: nn.Module, inventory: Inventory, model: nn.Module
+    report: CompressionReport,
+    before: Mapping[str, Tensor],
+    inventory: Inventory,
+    model: nn.Module,
 ) -> CompressionReport:
     """The report of a model whose weights have moved since: every figure anew, on its cores.
 
@@ -168,13 +171,13 @@ def remeasure(
 
     Args:
         report: from before; what is not about weights stays.
-        reference: the dense model.
+        before: the state of the compressed model that the report is about.
         inventory: of the dense model.
         model: the compressed model as it is now.
     """
     sites = {site.name or "(model)": site for site in inventory.sites}
     modules = dict(model.named_modules(remove_duplicate=False))
-    before, after = reference.state_dict(), model.state_dict()
+    after = model.state_dict()
     layers = []
     for layer in report.layers:
         site = sites.get(layer.name)

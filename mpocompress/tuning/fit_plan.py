@@ -81,15 +81,13 @@ class FittedWeight:
 class SitePlan:
     """A weight, its sites, the bond dimensions to fit it with, and how it is stored.
 
-    A single site stands for a weight that stays dense: it is corrected for what is lost before it.
+    Attributes:
+        stays_dense: nothing is asked for but a correction for what is lost before it; the layout is
+            the single site (out, in).
     """
 
     site: WeightSite
     layout: Layout
     bond_dims: tuple[int, ...]
     storage: Storage = field(default_factory=Storage)
-
-    @property
-    def stays_dense(self) -> bool:
-        """Whether nothing is asked for but a correction."""
-        return self.layout.num_sites == 1 and not self.storage.rounds
+    stays_dense: bool = False

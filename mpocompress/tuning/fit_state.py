@@ -82,7 +82,8 @@ class FitStore:
         Raises:
             LoadError: a truncated or foreign file.
         """
-        own = [plan.site.name, list(plan.layout.pairs), list(plan.bond_dims), asdict(plan.storage)]
+        layout = [list(plan.layout.pairs), list(plan.bond_dims), plan.stays_dense]
+        own = [plan.site.name, *layout, asdict(plan.storage)]
         self._prefix.update(json.dumps(own).encode())
         path = self._path()
         if plan.storage.rounds or not path.exists():

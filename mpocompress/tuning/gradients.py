@@ -37,7 +37,7 @@ from mpocompress.tuning.table_fit import HeadUse
 _ROWS_PER_FEATURE = 8
 _SHARE = 0.25
 # A moment of so many outputs takes half a GB; larger ones (a vocabulary) are not collected.
-MAX_OUTPUTS = 8192
+_MAX_OUTPUTS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ def take_statistics(
             output = output.detach().requires_grad_()
         watched = values[0] if adapter.watches_input else output
         outputs = adapter.output_rows(layer, watched.detach())
-        if outputs is None or outputs.shape[-1] > MAX_OUTPUTS:
+        if outputs is None or outputs.shape[-1] > _MAX_OUTPUTS:
             return output
 
         def collect(gradient: Tensor) -> None:

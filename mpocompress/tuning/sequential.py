@@ -29,6 +29,7 @@ from mpocompress.tuning.correction import (
     cross_validated_correction,
     regression,
 )
+from mpocompress.tuning.dense_layers import is_corrected
 from mpocompress.tuning.fit_plan import (
     FitOptions,
     FittedWeight,
@@ -85,9 +86,7 @@ def fit_in_sequence(
     options = options or FitOptions()
     if options.output_metric == "auto":
         swept = [
-            plan.site.shape
-            for plan in plans
-            if plan.layout.num_sites > 1 and not _is_svd(plan.layout)
+            plan.site.shape for plan in plans if not (plan.stays_dense or _is_svd(plan.layout))
         ]
         metric: OutputMetric = "sites" if exact_takes_long(swept) else "exact"
         options = replace(options, output_metric=metric)
@@ -102,7 +101,11 @@ def fit_in_sequence(
 
     def compressed_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
         if layer not in forwards:
-            forwards[layer] = _compressed_forward(layer, fitted[by_module[layer].site])
+            plan = by_module[layer]
+            done = fitted[plan.site]
+            same = plan.stays_dense and not is_corrected(plan.site, done)
+            # What is as it was gives what it gave, to the bit.
+            forwards[layer] = _dense_forward(layer) if same else _compressed_forward(layer, done)
         return forwards[layer]
 
     def compute(layer: nn.Module, runner: Runner, value: Tensor) -> Tensor:
@@ -194,11 +197,14 @@ def _fit_layer(
     )
     weight_OI = site.matrix()
     whole = regression(weight_OI, merged(folds), centered=centered)
+    if plan.stays_dense and len(folds) < 2:  # no other rows to check a correction on
+        unchanged = MPO([weight_OI.reshape(1, *site.shape, 1)], shape=site.shape)
+        return FittedWeight(mpo=unchanged, bias=None, relative_output_error=0.0, rows=whole.rows)
     weight_OI = weight_OI.to(whole.inputs_II)
     target_OI = weight_OI + cross_validated_correction(weight_OI, folds, whole, centered=centered)
     if plan.stays_dense:
         target_OI = target_OI.to(site.dtype)
-        mpo = MPO([plan.layout.split(target_OI).reshape(1, *site.shape, 1)], shape=site.shape)
+        mpo = MPO([target_OI.reshape(1, *site.shape, 1)], shape=site.shape)
         lost_OI = weight_OI - target_OI
         return FittedWeight(
             mpo=mpo,
@@ -324,7 +330,7 @@ def _compressed_forward(layer: nn.Module, fitted: FittedWeight) -> Callable[[Ten
     weight_OI = mpo.to_dense() if len(mpo.cores) == 1 else None
 
     def forward(value: Tensor) -> Tensor:
-        if weight_OI is not None:  # an unchanged layer gives what it gave, to the bit
+        if weight_OI is not None:
             return nn.functional.linear(value, weight_OI, bias)
         output = apply_cores(mpo.cores, value, shape=mpo.shape)
         return output if bias is None else output + bias

@@ -75,7 +75,10 @@ class Collector:
         return counts
 
     def collect(self, layer: nn.Module, places: Sequence[Place]) -> list[Moments]:
-        """One entry for the even and one for the odd batches; a single entry for one batch."""
+        """One entry for the even and one for the odd batches, or entries of a single batch.
+
+        A single one for a batch of one.
+        """
         seen = [value for place in places for value in (place.dense, place.ours)]
         adapter = adapter_of(layer)
         plain = adapter.takes_rows
@@ -84,10 +87,8 @@ class Collector:
             and len(seen) == len(self._seen)
             and all(a is b for a, b in zip(seen, self._seen, strict=True))
         )
-        folds = [
-            list(zip(places[fold::2], self._masks[fold::2], strict=True))
-            for fold in range(min(2, len(places)))
-        ]
+        batches = list(zip(places, self._masks, strict=True))
+        folds = _two_folds(batches) if plain or len(batches) > 1 else [batches]
         weight_OI = adapter.matrix(layer)
         # With few outputs, W (x - x^) with x^ costs less than x with x^.
         direct = plain and 2 * weight_OI.shape[0] <= weight_OI.shape[1]
@@ -130,9 +131,41 @@ class Collector:
         return found
 
 
+_Fold = Sequence[tuple[Place, Tensor | None]]
+
+
+def _two_folds(batches: _Fold) -> list[_Fold]:
+    """The even and the odd batches; of a single one its even and its odd entries, if it has two.
+
+    For layers that take rows.
+    """
+    if len(batches) > 1:
+        return [batches[0::2], batches[1::2]]
+    place, mask = batches[0]
+    sides = [place.dense, place.ours, *(place.streams or ())]
+    if any(side.ndim < 2 or side.shape[0] != sides[0].shape[0] for side in sides):
+        return [batches]
+    if sides[0].shape[0] < 2:
+        return [batches]
+    fits = mask is not None and sides[0].ndim >= 3 and sides[0].shape[:2] == mask.shape
+    return [
+        [
+            (
+                Place(
+                    place.dense[fold::2],
+                    place.ours[fold::2],
+                    place.streams and (place.streams[0][fold::2], place.streams[1][fold::2]),
+                ),
+                mask[fold::2] if fits and mask is not None else None,
+            )
+        ]
+        for fold in range(2)
+    ]
+
+
 def _pieces(
     layer: nn.Module,
-    fold: Sequence[tuple[Place, Tensor | None]],
+    fold: _Fold,
     unseen_OI: Tensor | None,
     *,
     crossed: bool,
