@@ -11,7 +11,10 @@ import torch
 from onnx import numpy_helper
 from safetensors.numpy import load_file
 
+from mpocompress.api.graphs import plan_graph
 from mpocompress.cli import main
+from mpocompress.export.graphs import OnnxModel
+from mpocompress.planning import PlanOptions
 from tests.onnx_graphs import (
     conv_net,
     keras_dense,
@@ -169,6 +172,12 @@ def test_options_reach_the_graph(here, capsys):
     assert code == 2
     assert "include pattern 'fc7' matches no layer. Nearest names: 'fc0', 'fc1'" in err
     assert {file.name for file in here.iterdir()} == {"net.onnx", "out"}
+
+
+def test_what_stays_dense_in_a_graph_is_not_planned_to_be_corrected():
+    made, _ = plan_graph(OnnxModel(mlp(), Path()), PlanOptions(bond_dim=100000))
+    assert {layer.action for layer in made} == {"keep"}
+    assert not any(layer.corrects for layer in made)
 
 
 def test_inspect_lists_every_tensor(here, capsys):

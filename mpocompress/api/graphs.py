@@ -99,7 +99,9 @@ def plan_graph(
             >= (stored := sites[layer.name].bytes)
         }
         if not larger:
-            return made, inventory
+            # Each weight is fitted by itself: what is lost before a dense one is not known.
+            layers = [layer.model_copy(update={"corrects": False}) for layer in made.layers]
+            return made.model_copy(update={"layers": tuple(layers)}), inventory
         # Planned again, so that a ratio is met by the others.
         inventory = replace(
             inventory,

@@ -111,7 +111,7 @@ class LayerPlan(_Frozen):
         corrects: of a kept linear layer: where there is data, its weight and bias take up what is
             lost before it, at no cost in size. It stays as it is where it has more than 8192
             features or outputs, shares its weight, or is not called exactly once by every batch,
-            after a layer that is compressed; and in ONNX input.
+            after a layer that is compressed.
         candidates: what other layouts, bond dimensions or precisions would have given: with data
             for a budget, the layer's curve of predicted loss over size.
         predicted: what was expected when the plan was made.
