@@ -252,3 +252,13 @@ def test_a_compressed_layer_may_have_a_single_padded_site():
         torch.testing.assert_close(
             result.model(data[0]), model(data[0]), **TOL[torch.float32]["apply"]
         )
+
+
+def test_reports_say_that_predictions_know_nothing_of_corrections():
+    result = mpo.compress(network(), ratio=4, of="layers", layout="svd", data=DATA)
+    kept = next(layer for layer in result.report.layers if layer.name == "4")
+    assert kept.status == "kept"
+    notes = {row.quantity: row.note for row in result.report.predictions}
+    assert notes["relative change of the model's outputs"].endswith(
+        "; the prediction is without what dense layers took up"
+    )

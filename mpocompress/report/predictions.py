@@ -5,6 +5,7 @@ from typing import Any
 
 from mpocompress.planning import Plan, predicted_totals
 from mpocompress.report.schema import Budget, Comparison, CompressionReport
+from mpocompress.report.wording import CORRECTED
 
 
 def with_budget(report: CompressionReport, met: Mapping[str, Any]) -> CompressionReport:
@@ -76,12 +77,14 @@ def with_comparisons(
             else f"dense: {seconds[0]:.3g} seconds; measured layer by layer at the exact bond "
             "dimensions",
         )
+    corrected = any(CORRECTED in layer.reason for layer in report.kept_layers)
+    taken_up = "; the prediction is without what dense layers took up" if corrected else ""
     compare(
         "relative change of the model's outputs",
         "",
         expected.relative_output_error,
         relative_output_error,
-        "" if relative_output_error is None else f"measured on {measured_on}",
+        "" if relative_output_error is None else f"measured on {measured_on}{taken_up}",
     )
     return report.model_copy(update={"predictions": found})
 
