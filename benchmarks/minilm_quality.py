@@ -49,7 +49,7 @@ from mpocompress.mpo import linalg
 from mpocompress.mpo.fit import fit
 from mpocompress.mpo.metric import Metric
 from mpocompress.planning import Plan
-from mpocompress.surgery import copy_with_replacements, find_weights
+from mpocompress.surgery import WeightSite, copy_with_replacements, find_weights
 from mpocompress.tuning import FitOptions, SitePlan, fit_in_sequence, take_statistics, with_fitted
 
 LAYERS = ["encoder.*"]
@@ -190,6 +190,11 @@ def kept_name(
     return f"minilm-{gauge}-{ratio:g}-{steps}-{len(data)}-{len(more)}-{seed}"
 
 
+def encoder_sites(model: nn.Module) -> list[WeightSite]:
+    """Return the weights that are compressed."""
+    return [site for site in find_weights(model).sites if site.name.startswith("encoder.")]
+
+
 def quantized(model: nn.Module, bits: int, block: int | None) -> tuple[nn.Module, float]:
     """Return the model with rounded weights, and how many times fewer bytes these layers take."""
 
@@ -204,7 +209,7 @@ def quantized(model: nn.Module, bits: int, block: int | None) -> tuple[nn.Module
         new.bias.data = module.bias.detach().clone()
         return new
 
-    sites = [site for site in find_weights(model).sites if site.name.startswith("encoder.")]
+    sites = encoder_sites(model)
     dense = sum(site.parameters for site in sites) * 4
     scales = sum(s.shape[0] if block is None else s.parameters // block for s in sites)
     stored = sum(site.parameters for site in sites) * bits / 8 + scales * (4 if not block else 2)
@@ -214,7 +219,7 @@ def quantized(model: nn.Module, bits: int, block: int | None) -> tuple[nn.Module
 
 def svd_seconds(model: nn.Module) -> float:
     """Return what one SVD of each of the encoder's weights takes."""
-    sites = [site for site in find_weights(model).sites if site.name.startswith("encoder.")]
+    sites = encoder_sites(model)
     started = time.perf_counter()
     for site in sites:
         linalg.svd(site.matrix())
@@ -223,7 +228,7 @@ def svd_seconds(model: nn.Module) -> float:
 
 def layer_ratio(model: nn.Module, result: nn.Module) -> float:
     """Return the ratio of stored parameters of the encoder's weights, counted on the modules."""
-    dense = sum(s.parameters for s in find_weights(model).sites if s.name.startswith("encoder."))
+    dense = sum(site.parameters for site in encoder_sites(model))
     layers = [module for module in result.modules() if isinstance(module, mpo.MPOLinear)]
     return dense / sum(sum(p.numel() for p in layer.cores.parameters()) for layer in layers)
 

@@ -13,9 +13,7 @@ from mpocompress.mpo import Layout
 from mpocompress.surgery import WeightSite
 from mpocompress.tuning.fit_plan import FittedWeight, SitePlan
 from mpocompress.tuning.lockstep import Call
-
-# Features and outputs of which a moment is formed: of so many it takes half a GB.
-_MAX_FEATURES = 8192
+from mpocompress.tuning.moments import MAX_FEATURES
 
 
 def correction_plans(
@@ -42,7 +40,7 @@ def correction_plans(
         for site in sites
         if site.kind == "linear"
         and len(site.modules) == 1
-        and max(site.shape) <= _MAX_FEATURES
+        and max(site.shape) <= MAX_FEATURES
         and uses[id(site.modules[0].get_parameter("weight"))] == 1
     }
     compressed = {module for plan in planned for module in plan.site.modules}

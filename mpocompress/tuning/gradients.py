@@ -22,6 +22,7 @@ from mpocompress.mpo import linalg
 from mpocompress.tuning.layer_rows import adapter_of, row_pieces
 from mpocompress.tuning.lockstep import Call, floating_outputs
 from mpocompress.tuning.moments import (
+    MAX_FEATURES,
     CrossMoment,
     RowCounts,
     keep_mask,
@@ -36,8 +37,6 @@ from mpocompress.tuning.table_fit import HeadUse
 # .0014 of the cosine over 8, and 4 cost .0028.
 _ROWS_PER_FEATURE = 8
 _SHARE = 0.25
-# A moment of so many outputs takes half a GB; larger ones (a vocabulary) are not collected.
-_MAX_OUTPUTS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +138,7 @@ def take_statistics(
             output = output.detach().requires_grad_()
         watched = values[0] if adapter.watches_input else output
         outputs = adapter.output_rows(layer, watched.detach())
-        if outputs is None or outputs.shape[-1] > _MAX_OUTPUTS:
+        if outputs is None or outputs.shape[-1] > MAX_FEATURES:
             return output
 
         def collect(gradient: Tensor) -> None:

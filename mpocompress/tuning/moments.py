@@ -15,6 +15,8 @@ from mpocompress.errors import DataError
 _CHUNK = 4096
 # Columns at once of the moment of x with itself, of which the upper triangle is enough.
 _BLOCK = 128
+# A moment of so many features takes half a GB; larger ones (of a vocabulary) are not collected.
+MAX_FEATURES = 8192
 # Arguments that mark real tokens (1) or padding (True), as the common libraries name them.
 _KEEP_MASKS = ("attention_mask", "mask")
 _DROP_MASKS = ("key_padding_mask", "src_key_padding_mask", "padding_mask")

@@ -203,12 +203,10 @@ def _fit_layer(
     weight_OI = weight_OI.to(whole.inputs_II)
     target_OI = weight_OI + cross_validated_correction(weight_OI, folds, whole, centered=centered)
     if plan.stays_dense:
-        target_OI = target_OI.to(site.dtype)
-        mpo = MPO([target_OI.reshape(1, *site.shape, 1)], shape=site.shape)
-        lost_OI = weight_OI - target_OI
+        mpo = MPO([target_OI.to(site.dtype).reshape(1, *site.shape, 1)], shape=site.shape)
         return FittedWeight(
             mpo=mpo,
-            bias=_new_bias(bias, lost_OI, whole) if centered else None,
+            bias=_new_bias(bias if centered else None, weight_OI, mpo, whole),
             relative_output_error=0.0,
             rows=whole.rows,
         )
@@ -232,20 +230,22 @@ def _fit_layer(
         mpo = rounded.mpo
         if metric is not None:
             error = metric.relative_error(target_OI, mpo.to_dense().to(target_OI))
-    lost_OI = weight_OI - mpo.to(dtype=torch.float64).to_dense().to(weight_OI)
     return FittedWeight(
         mpo=mpo,
-        bias=_new_bias(bias, lost_OI, whole) if centered else None,
+        bias=_new_bias(bias if centered else None, weight_OI, mpo, whole),
         relative_output_error=error,
         rows=whole.rows,
         rounded=rounded,
     )
 
 
-def _new_bias(bias_O: Tensor | None, lost_OI: Tensor, whole: Regression) -> Tensor | None:
+def _new_bias(
+    bias_O: Tensor | None, weight_OI: Tensor, mpo: MPO, whole: Regression
+) -> Tensor | None:
     """The bias with the mean of the error taken out; None without one."""
     if bias_O is None:
         return None
+    lost_OI = weight_OI - mpo.to(dtype=torch.float64).to_dense().to(weight_OI)
     shift_O = lost_OI @ whole.mean_I + whole.residual_mean_O
     return (bias_O.detach().double() + shift_O).to(bias_O.dtype)
 
@@ -327,11 +327,7 @@ def _compressed_forward(layer: nn.Module, fitted: FittedWeight) -> Callable[[Ten
         return built
     bias = getattr(layer, "bias", None) if fitted.bias is None else fitted.bias
 
-    weight_OI = mpo.to_dense() if len(mpo.cores) == 1 else None
-
     def forward(value: Tensor) -> Tensor:
-        if weight_OI is not None:
-            return nn.functional.linear(value, weight_OI, bias)
         output = apply_cores(mpo.cores, value, shape=mpo.shape)
         return output if bias is None else output + bias
 

@@ -143,11 +143,11 @@ def _two_folds(batches: _Fold) -> list[_Fold]:
         return [batches[0::2], batches[1::2]]
     place, mask = batches[0]
     sides = [place.dense, place.ours, *(place.streams or ())]
-    if any(side.ndim < 2 or side.shape[0] != sides[0].shape[0] for side in sides):
+    entries = {side.shape[0] if side.ndim >= 2 else 1 for side in sides}
+    if len(entries) > 1 or min(entries) < 2:
         return [batches]
-    if sides[0].shape[0] < 2:
-        return [batches]
-    fits = mask is not None and sides[0].ndim >= 3 and sides[0].shape[:2] == mask.shape
+    if mask is not None and place.dense.shape[:2] != mask.shape:
+        mask = None  # of other rows, which its halves might fit by chance
     return [
         [
             (
@@ -156,7 +156,7 @@ def _two_folds(batches: _Fold) -> list[_Fold]:
                     place.ours[fold::2],
                     place.streams and (place.streams[0][fold::2], place.streams[1][fold::2]),
                 ),
-                mask[fold::2] if fits and mask is not None else None,
+                None if mask is None else mask[fold::2],
             )
         ]
         for fold in range(2)
