@@ -14,10 +14,11 @@ Layouts: SVD, and balanced MPOs of 2 to 5 sites, each from three starts:
 `auto` is compress(ratio=R, data=..., distill=STEPS) with no layout given. Controls: dense networks
 784-h-10 and 784-h-h-10 of as many parameters in all, drawn at random, trained likewise.
 
-Every method heals for the same steps with the same loop (Adam, cosine decay, batches of 100; 40
-steps are an epoch), at the most accurate of four rates for its layout, start, ratio and length (1,
-3 and 30 epochs; 10 take the rate of 30), found on three teachers and splits that are not reported.
-One-shot figures stand at 0 epochs.
+Every method heals for the same steps with the same loop (cross-entropy to the dense model's
+softmax, both at a --temperature; Adam, cosine decay, batches of 100; 40 steps are an epoch), at the
+most accurate of four rates for its layout, start, ratio and length (1, 3 and 30 epochs; 10 take the
+rate of 30), found on three teachers and splits that are not reported. One-shot figures stand at 0
+epochs.
 
 Runs are written to --out as they end, and those found there are not run again: a run that was
 stopped, or a second one with more seeds, goes on from there. A plot is drawn beside it.
@@ -25,19 +26,30 @@ stopped, or a second one with more seeds, goes on from there. A plot is drawn be
 
 import argparse
 import copy
-import json
-import statistics
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from common import environment, print_table, write_json
+from common import environment
+from digits_runs import (
+    CONTROLS,
+    RATES,
+    TUNING_EPOCHS,
+    TUNING_SEEDS,
+    Method,
+    Run,
+    Runs,
+    chosen,
+    draw,
+    print_claims,
+    print_results,
+    print_starts,
+)
 from torch import Tensor, nn
 
 import mpocompress as mpo
@@ -61,33 +73,9 @@ from train import BATCH, load_digits, split_by_digit, train
 PACKAGES = ("mpocompress", "torch", "numpy", "mlxtend")
 RATIOS = (10.0, 30.0, 60.0, 130.0, 250.0, 500.0, 860.0)
 EPOCHS = (1, 3, 10, 30)
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-TUNING_SEEDS, TUNING_EPOCHS = (1000, 1001, 1002), (1, 3, 30)  # never reported
 TEACHER_EPOCHS = 12
 SWEEPS = 12
 HEAD = "4"  # small, and dense in all; left out of ratios of the layers
-LAYOUTS = ("svd", "2 sites", "3 sites", "4 sites", "5 sites")
-STARTS = ("weights", "fitted", "random")
-CONTROLS = ("784-h-10", "784-h-h-10")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A layout and a start, or a control."""
-
-    layout: str
-    start: str
-
-    def __str__(self) -> str:
-        return f"{self.layout}, {self.start}"
-
-
-AUTO = Method(layout="auto", start="fitted")
-METHODS = (
-    AUTO,
-    *(Method(layout=layout, start=start) for layout in LAYOUTS for start in STARTS),
-    *(Method(layout=layout, start="random") for layout in CONTROLS),
-)
 
 
 @dataclass(frozen=True)
@@ -226,10 +214,12 @@ def small_dense(layout: str, parameters: int, seed: int) -> nn.Module:
         return nn.Sequential(*layers[:-1])
 
 
-def heal(model: nn.Module, given: Problem, epochs: int, rate: float, seed: int) -> None:
+def heal(
+    model: nn.Module, given: Problem, epochs: int, rate: float, seed: int, temperature: float
+) -> None:
     """Train in place to give the dense model's logits."""
     with torch.no_grad():
-        target_BK = given.dense(given.images_BI).softmax(dim=1)
+        target_BK = (given.dense(given.images_BI) / temperature).softmax(dim=1)
     steps = epochs * -(-len(given.images_BI) // BATCH)
     shuffler = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=(0.9, 0.99))
@@ -237,7 +227,9 @@ def heal(model: nn.Module, given: Problem, epochs: int, rate: float, seed: int) 
     for _ in range(epochs):
         for batch in torch.randperm(len(given.images_BI), generator=shuffler).split(BATCH):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(given.images_BI[batch]), target_BK[batch]).backward()
+            logits_BK = model(given.images_BI[batch]) / temperature
+            loss = nn.functional.cross_entropy(logits_BK, target_BK[batch])
+            (temperature**2 * loss).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -250,85 +242,6 @@ def judge(model: nn.Module, given: Problem) -> tuple[float, float]:
         dense_B = given.dense(given.held_out_BI).argmax(1)
     right = (found_B == given.digits_B).double().mean()
     return float(right), float((found_B == dense_B).double().mean())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One healed model."""
-
-    layout: str
-    start: str
-    ratio: float
-    seed: int
-    epochs: int
-    rate: float
-    accuracy: float
-    agreement: float
-    layers_ratio: float
-    model_ratio: float
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        return (self.layout, self.start, self.ratio, self.seed, self.epochs, self.rate)
-
-
-class Runs:
-    """The runs that have ended, in a file."""
-
-    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
-        self._path = path
-        self._facts = facts
-        self.found: dict[tuple[object, ...], Run] = {}
-        if path.exists():
-            for row in json.loads(path.read_text(encoding="utf-8"))["runs"]:
-                run = Run(**row)
-                self.found[run.key] = run
-
-    def add(self, run: Run) -> None:
-        self.found[run.key] = run
-        self.write()
-
-    def write(self, **more: Any) -> None:
-        runs = [asdict(run) for run in self.found.values()]
-        write_json(
-            self._path,
-            {"claim": __doc__.splitlines()[0], "environment": self._facts, **more, "runs": runs},
-        )
-
-    def best_rate(self, method: Method, ratio: float, epochs: int) -> float:
-        """Return the most accurate rate on the tuning teachers; 0 for no epochs."""
-        if epochs == 0:
-            return 0.0
-        tuned = next((n for n in TUNING_EPOCHS if n >= epochs), TUNING_EPOCHS[-1])
-        totals = dict.fromkeys(RATES, (0.0, 0.0))
-        for seed in TUNING_SEEDS:
-            for rate, (accuracy, agreement) in totals.items():
-                run = self.found[(method.layout, method.start, ratio, seed, tuned, rate)]
-                totals[rate] = (accuracy + run.accuracy, agreement + run.agreement)
-        return max(totals, key=lambda rate: totals[rate])
-
-    @property
-    def reported(self) -> list[Run]:
-        """Those of other teachers, at the best rates: a file may have others, too."""
-        found = [run for run in self.found.values() if run.seed not in TUNING_SEEDS]
-        best: dict[tuple[str, str, float, int], float] = {}
-        for key in {(run.layout, run.start, run.ratio, run.epochs) for run in found}:
-            method = Method(layout=key[0], start=key[1])
-            if self._tuned(method, key[2]):
-                best[key] = self.best_rate(method, *key[2:])
-        return [
-            run
-            for run in found
-            if best.get((run.layout, run.start, run.ratio, run.epochs)) == run.rate
-        ]
-
-    def _tuned(self, method: Method, ratio: float) -> bool:
-        return all(
-            (method.layout, method.start, ratio, seed, epochs, rate) in self.found
-            for seed in TUNING_SEEDS
-            for epochs in TUNING_EPOCHS
-            for rate in RATES
-        )
 
 
 def measure(
@@ -361,7 +274,7 @@ def measure(
         )
     for n in wanted:
         start.load_state_dict(state)
-        heal(start, given, n, rates[n], seed)
+        heal(start, given, n, rates[n], seed, runs.temperature)
         accuracy, agreement = judge(start, given)
         runs.add(
             Run(
@@ -380,12 +293,6 @@ def measure(
     return True
 
 
-def chosen(names: Sequence[str] | None) -> Iterator[Method]:
-    for method in METHODS:
-        if not names or any(name in str(method) for name in names):
-            yield method
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -394,11 +301,16 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, nargs="+", default=list(EPOCHS))
     parser.add_argument("--methods", nargs="+", help="parts of names, such as 'svd' or 'fitted'")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="of the softmaxes in healing"
+    )
     parser.add_argument("--out", type=Path, default=Path("digits_extreme.json"))
     parser.add_argument("--table-only", action="store_true", help="of what --out has; run nothing")
     options = parser.parse_args()
 
-    runs = Runs(options.out, environment(PACKAGES, seed=options.seeds[0]))
+    facts = environment(PACKAGES, seed=options.seeds[0])
+    claim = __doc__.splitlines()[0]
+    runs = Runs(options.out, {"claim": claim, "environment": facts}, options.temperature)
     methods = list(chosen(options.methods))
     for seed in () if options.table_only else options.seeds:
         for ratio in options.ratios:
@@ -410,95 +322,14 @@ def main() -> int:
                 )
                 if tuned and measure(runs, method, ratio, seed, [0, *options.epochs], None):
                     print(f"seed {seed}, {ratio:g}: {method}", file=sys.stderr, flush=True)
-    dense = {
-        seed: judge(problem(seed).dense, problem(seed))[0]
-        for seed in {run.seed for run in runs.reported}
-    }
-    runs.write(dense_accuracy=dense)
-    print_results(runs, dense)
-    draw(runs, dense, options.out.with_suffix(".png"))
+    for seed in {run.seed for run in runs.reported} - runs.dense.keys():
+        runs.dense[seed] = judge(problem(seed).dense, problem(seed))[0]
+    runs.write()
+    print_results(runs)
+    print_claims(runs)
+    print_starts(runs)
+    draw(runs, options.out.with_suffix(".png"))
     return 0
-
-
-def _means(
-    runs: Runs, epochs: int
-) -> dict[tuple[str, str, float], tuple[float, float, float, int]]:
-    """Mean and spread of the accuracy, mean agreement and seeds by layout, start and ratio."""
-    groups: dict[tuple[str, str, float], list[Run]] = {}
-    for run in runs.reported:
-        if run.epochs == epochs:
-            groups.setdefault((run.layout, run.start, run.ratio), []).append(run)
-    return {
-        key: (
-            statistics.mean(run.accuracy for run in group),
-            statistics.pstdev([run.accuracy for run in group]),
-            statistics.mean(run.agreement for run in group),
-            len(group),
-        )
-        for key, group in groups.items()
-    }
-
-
-def print_results(runs: Runs, dense: dict[int, float]) -> None:
-    """Print accuracy in percent, mean ± spread over the seeds, and agreement in brackets."""
-    reported = runs.reported
-    columns = sorted({run.epochs for run in reported})
-    by_epochs = {epochs: _means(runs, epochs) for epochs in columns}
-    rows = []
-    for ratio in sorted({run.ratio for run in reported}):
-        for method in METHODS:
-            key = (method.layout, method.start, ratio)
-            of_key = [run for run in reported if (run.layout, run.start, run.ratio) == key]
-            if not of_key:
-                continue
-            cells = []
-            for epochs in columns:
-                if key in by_epochs[epochs]:
-                    mean, deviation, agreement, _ = by_epochs[epochs][key]
-                    cells.append(f"{mean:.1%} ±{100 * deviation:.1f} ({agreement:.1%})")
-                else:
-                    cells.append("")
-            rows.append(
-                [
-                    f"{ratio:g}: {method}",
-                    f"{statistics.mean(run.layers_ratio for run in of_key):.0f}",
-                    f"{statistics.mean(run.model_ratio for run in of_key):.0f}",
-                    str(len({run.seed for run in of_key})),
-                    *cells,
-                ]
-            )
-    header = ["layers' ratio: method", "layers", "model", "seeds"]
-    print_table([*header, *(f"{epochs} epochs" for epochs in columns)], rows)
-    print(f"dense: {statistics.mean(dense.values()):.1%} of the held-out images right")
-
-
-def draw(runs: Runs, dense: dict[int, float], path: Path) -> None:
-    """Draw accuracy against the ratio, one panel for each number of epochs."""
-    from matplotlib.figure import Figure
-
-    epochs = sorted({run.epochs for run in runs.reported})
-    figure = Figure(figsize=(4.2 * len(epochs), 4), layout="constrained")
-    for panel, n in enumerate(epochs):
-        axes = figure.add_subplot(1, len(epochs), panel + 1)
-        means = _means(runs, n)
-        for method in METHODS:
-            if method.start == "weights" or (method.start == "random" and "h" not in method.layout):
-                continue
-            points = sorted(
-                (ratio, means[key][0])
-                for key in means
-                for ratio in [key[2]]
-                if key[:2] == (method.layout, method.start)
-            )
-            if points:
-                style = "--" if "h" in method.layout else "-"
-                axes.plot(*np.array(points).T, style, marker=".", label=method.layout)
-        axes.axhline(statistics.mean(dense.values()), color="grey", linewidth=1, label="dense")
-        axes.set(xscale="log", xlabel="ratio of the two layers", title=f"{n} epochs")
-    first = figure.axes[0]
-    first.set_ylabel("accuracy on held-out images")
-    first.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
