@@ -10,6 +10,7 @@ import mpocompress as mpo
 from mpocompress import saving
 from mpocompress.errors import LoadError, OutputExistsError, SaveError
 from mpocompress.layers import MPOLinear
+from mpocompress.saving.tensor_file import read_tensors
 from tests.tolerances import TOL
 
 
@@ -99,7 +100,7 @@ def test_saved_dtype_wins(dtype, tmp_path):
 def test_each_tensor_is_stored_once_and_nothing_is_pickled(tied, tmp_path):
     result = mpo.compress(tied, bond_dim=6)
     mpo.save(result, tmp_path / "out")
-    stored = saving._read_tensors(tmp_path / "out" / saving.CORES_FILE)
+    stored = read_tensors(tmp_path / "out" / saving.CORES_FILE)
     unique = {id(p): p.numel() for p in result.model.parameters()}
     buffers = sum(b.numel() for b in result.model.buffers())
     assert sum(t.numel() for t in stored.values()) == sum(unique.values()) + buffers

@@ -1,0 +1,91 @@
+"""The dense checkpoint that a saved result stands for."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mpocompress.errors import SaveError
+from mpocompress.saving.manifest import OpenedRecord
+from mpocompress.saving.staging import replacing, umask
+from mpocompress.saving.tensor_file import (
+    cores_path,
+    prefix_of,
+    read_all_names,
+    read_manifest,
+    weight_of,
+)
+
+
+def densify_state(path: str | Path) -> dict[str, Tensor]:
+    """The state of the ordinary dense model that a saved result stands for.
+
+    Compressed layers get their dense `weight` back; shared entries appear under all their names.
+
+    Raises:
+        LoadError: no or a foreign file.
+    """
+    path = cores_path(path)
+    manifest = read_manifest(path)
+    tensors = read_all_names(path, manifest)
+    weights: dict[str, Tensor] = {}
+    for record in manifest.layers:
+        first = prefix_of(record.names[0])
+        # Tied layers stay tied: the matrix is built once for all that share the last core, which
+        # has the same name in every gauge.
+        last = f"{first}cores.{len(record.layout) - 1}"
+        shared = manifest.aliases.get(last, last)
+        if shared not in weights:
+            weight = weight_of(record, tensors)
+            weights[shared] = weight.to_dense().contiguous()
+        for name in record.names:
+            tensors[f"{prefix_of(name)}weight"] = record.dense(weights[shared])
+    for record in manifest.layers:
+        for name in record.names:
+            prefix = f"{prefix_of(name)}cores."
+            for stored in [stored for stored in tensors if stored.startswith(prefix)]:
+                del tensors[stored]
+    for opened in manifest.opened:
+        for name in opened.names:
+            _close(prefix_of(name), opened, tensors)
+    return tensors
+
+
+def _close(prefix: str, opened: OpenedRecord, tensors: dict[str, Tensor]) -> None:
+    """Give the entries of an opened module the names and shapes that they had before."""
+    for name, origin in opened.origins.items():
+        parts = [tensors.pop(f"{prefix}{part}") for part in origin.parts]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        # What is tied stays the same object: a view would be a second tensor in the same memory.
+        same = whole.shape == origin.shape
+        tensors[f"{prefix}{name}"] = whole if same else whole.reshape(origin.shape)
+
+
+def save_state(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write a state dict atomically: `.safetensors`, `.pt` or `.pth`.
+
+    Raises:
+        SaveError: another suffix, or the file cannot be written.
+    """
+    if path.suffix not in (".safetensors", ".pt", ".pth"):
+        raise SaveError(
+            f"output {str(path)!r}: a dense checkpoint ends in .safetensors, .pt or .pth."
+        )
+    with replacing(path) as scratch:
+        if path.suffix == ".safetensors":
+            # The format knows no shared tensors, and a plain checkpoint has all names.
+            own = {name: tensor.clone() for name, tensor in _later_twins(state)}
+            save_file({**state, **own}, scratch)
+            scratch.chmod(0o666 & ~umask())
+        else:
+            torch.save(dict(state), scratch)
+
+
+def _later_twins(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        if id(tensor) in seen:
+            yield name, tensor
+        seen.add(id(tensor))

@@ -1,0 +1,104 @@
+"""Output directories and files that appear whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from mpocompress.errors import OutputExistsError, SaveError
+
+CORES_FILE = "model.mpo.safetensors"
+ONNX_FILE = "model.onnx"
+ONNX_DATA_FILE = "model.onnx.data"
+REPORT_FILES = ("report.json", "report.md", "report.html")
+# All that a run may write; nothing else in an output directory is ever touched. The report comes
+# last: where it stands, the files that it describes do, too.
+_OUR_FILES = (CORES_FILE, ONNX_DATA_FILE, ONNX_FILE, *reversed(REPORT_FILES))
+
+
+@contextmanager
+def staged_output(directory: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """A scratch directory whose files appear in `directory` only if the block succeeds.
+
+    The scratch directory stands beside the target, so that every file moves by a rename: a killed
+    run leaves each file either old or new. In an existing directory only files that we write are
+    replaced or, if stale, removed; a failed run leaves it as it was.
+
+    Raises:
+        OutputExistsError: the directory exists, and is not empty, without `force`.
+        SaveError: the target cannot be written.
+    """
+    target = Path(directory)
+    if target.is_dir() and any(target.iterdir()) and not force:
+        raise OutputExistsError(
+            f"the output directory {str(target)!r} exists. Use --force (force=True) to replace the "
+            "files in it that mpocompress writes, or choose another with -o."
+        )
+    if target.exists() and not target.is_dir():
+        raise SaveError(f"the output {str(target)!r} is a file; give a directory with -o.")
+    made = [parent for parent in target.absolute().parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise SaveError(
+            f"cannot write to {str(target.parent)!r}: {error.strerror}. Choose another directory "
+            "with -o."
+        ) from None
+    try:
+        yield scratch
+        _publish(scratch, target)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        for parent in made:  # innermost first; what others have filled meanwhile stays
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _publish(scratch: Path, target: Path) -> None:
+    try:
+        # mkdtemp makes private directories, safetensors private files; a result is neither.
+        mask = umask()
+        scratch.chmod(0o777 & ~mask)
+        for file in scratch.iterdir():
+            file.chmod(0o666 & ~mask)
+        if not target.exists():
+            scratch.rename(target)
+            return
+        for name in _OUR_FILES:
+            if (scratch / name).exists():
+                os.replace(scratch / name, target / name)
+            else:
+                (target / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise SaveError(f"cannot write to {str(target)!r}: {error.strerror}.") from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A scratch file beside `path` that takes its place if the block succeeds.
+
+    Raises:
+        SaveError: the file cannot be written.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise SaveError(f"cannot write {str(path)!r}: {error}.") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def umask() -> int:
+    """The permissions that new files of this process do not get."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
