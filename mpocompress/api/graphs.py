@@ -11,8 +11,8 @@ from torch import Tensor
 from mpocompress import saving
 from mpocompress._version import __version__
 from mpocompress.api.compression import check_ratio
-from mpocompress.api.job import factorize_site
 from mpocompress.api.result import Clock
+from mpocompress.api.stored_weights import factorize_site
 from mpocompress.errors import MPOCompressError, NoLayerMatched
 from mpocompress.export.graphs import (
     Feed,

@@ -1,27 +1,25 @@
 """One compression: its model, options and data, and the steps from a plan to a result."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from mpocompress.api.result import Clock, CompressionResult
 from mpocompress.api.storage import (
     check_precision,
     record_stored_,
-    round_without_data,
     storage_of,
     stored_bytes,
 )
-from mpocompress.errors import DataError, MPOCompressError
+from mpocompress.api.stored_weights import stored_weights
+from mpocompress.errors import DataError
 from mpocompress.loading import Batch
-from mpocompress.mpo import MPO, Layout, sequential_svd
-from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge, fix_identity_gauge
+from mpocompress.mpo import MPO, Layout
+from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge
 from mpocompress.planning import (
     Gains,
     Latency,
@@ -317,40 +315,20 @@ class Job:
                 raise
             # Behind a compressed router rows may go elsewhere than in the dense model.
             fitted = self._fit(opened, planned, moments)
-        weights: dict[WeightSite, MPO | IdentityGauge] = {}
-        bounds: dict[WeightSite, float] = {}
-        rounded = {
-            site: found.rounded for site, found in fitted.items() if found.rounded is not None
-        }
         with self.clock("factorization"):
-            for done, entry in enumerate(planned):
-                if self.progress is not None:
-                    self.progress(entry.site.name, done, len(planned))
-                site = entry.site
-                with _naming(site):
-                    if site in rounded:
-                        weights[site] = rounded[site].weight
-                        continue
-                    if site in fitted:
-                        weights[site] = in_gauge(fitted[site].mpo, gauges[site.name])
-                        continue
-                    mpo, bound = _truncated(entry, self.seed)
-                    if entry.storage.rounds:
-                        rounded[site] = round_without_data(site, mpo, entry.storage)
-                        weights[site] = rounded[site].weight
-                        continue
-                    bounds[site] = bound
-                    weights[site] = in_gauge(mpo, gauges[site.name]).to(dtype=site.dtype)
+            stored = stored_weights(
+                planned, fitted, gauges=gauges, seed=self.seed, progress=self.progress
+            )
         with self.clock("surgery"):
-            compressed = with_fitted(opened, weights, fitted)
-            record_stored_(compressed, rounded)
+            compressed = with_fitted(opened, stored.weights, fitted)
+            record_stored_(compressed, stored.rounded)
         return Built(
             plan=plan,
             model=compressed,
-            weights=weights,
+            weights=stored.weights,
             fitted=fitted,
-            bounds=bounds,
-            rounded=rounded,
+            bounds=stored.bounds,
+            rounded=stored.rounded,
         )
 
     def finish(self, built: Built, *, source: Source | None) -> CompressionResult:
@@ -431,33 +409,6 @@ def _output_metrics(moments: Mapping[nn.Module, LayerMoments]) -> dict[nn.Module
     }
 
 
-def factorize_site(
-    entry: SitePlan, fitted: Mapping[WeightSite, FittedWeight], seed: int
-) -> tuple[MPO, Outcome]:
-    """The fitted MPO or, without data or where data did not come by, the sequential SVD."""
-    site = entry.site
-    with _naming(site):
-        if site in fitted:
-            found = fitted[site]
-            error = found.relative_output_error
-            return found.mpo, measure(site, found.mpo, relative_output_error=error)
-        mpo, bound = _truncated(entry, seed)
-        mpo = mpo.to(dtype=site.dtype)
-        return mpo, measure(site, mpo, discarded_weight_bound=bound)
-
-
-def _truncated(entry: SitePlan, seed: int) -> tuple[MPO, float]:
-    """The sequential SVD of a weight, and a bound of its relative error."""
-    site = entry.site
-    found = sequential_svd(
-        site.matrix(),
-        entry.layout,
-        bond_dim=entry.bond_dims,
-        generator=torch.Generator(device=site.device).manual_seed(seed),
-    )
-    return MPO(found.cores, shape=site.shape), found.relative_error
-
-
 def _opened_as_planned(
     model: nn.Module,
     opened: nn.Module,
@@ -490,17 +441,3 @@ def _opened_as_planned(
         for name, module in opened.named_modules()
         if module in moments and name in theirs
     }
-
-
-def in_gauge(mpo: MPO, gauge: Gauge) -> MPO | IdentityGauge:
-    """The MPO as it is stored."""
-    return mpo if gauge == "none" else fix_identity_gauge(mpo.cores, shape=mpo.shape)
-
-
-@contextmanager
-def _naming(site: WeightSite) -> Iterator[None]:
-    """Put the layer's name before what goes wrong inside."""
-    try:
-        yield
-    except MPOCompressError as error:
-        raise type(error)(f"layer {site.label}: {error}") from error

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from mpocompress.api.budgets import Met
-from mpocompress.api.job import Job, in_gauge
+from mpocompress.api.job import Job
 from mpocompress.api.storage import blank, record_stored_, storage_of
 from mpocompress.errors import BudgetError, NoLayerMatched
+from mpocompress.layers.base import in_gauge
 from mpocompress.mpo import MPO
 from mpocompress.mpo.identity_gauge import IdentityGauge
 from mpocompress.planning import Plan

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,8 @@ from mpocompress.layers.gauges import plain_gauge
 from mpocompress.layers.modes import evaluation_mode
 from mpocompress.layers.rounded_scales import trainable_scales
 from mpocompress.tuning.blocks import can_replay, find_blocks, record_calls
-from mpocompress.tuning.distill_loss import (
-    Distance,
-    OutputLoss,
-    check_output_loss,
-    normalized_error,
-)
+from mpocompress.tuning.distill_loss import Distance, normalized_error
+from mpocompress.tuning.distill_options import DistillOptions, check_steps
 from mpocompress.tuning.distill_state import (
     DistillRecord,
     DistillState,
@@ -46,64 +42,6 @@ _BETAS = (0.9, 0.99)
 _EVALUATIONS = 25
 
 Loss = Callable[[Call], Tensor]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DistillOptions:
-    """How a model is healed.
-
-    Attributes:
-        blockwise_steps: optimizer steps block by block, before those of the whole model; nothing
-            happens where the model has no repeated blocks that can be called by themselves.
-        output_loss: "auto", "kl", "mse" or "cosine", see `distill_loss.output_loss`.
-        hidden_weight: weight of the blocks' normalized errors beside the output's loss.
-        learning_rate: peak of the schedule (warm-up over 20 steps, or a third of fewer than 60,
-            then a cosine), or "auto": 1e-4, 1e-3 and 3e-3 are each tried in a small copy of the
-            schedule, 5 % of the steps (20 to 100) that do not count as such, and the one with the
-            least held-out loss is taken.
-        batch_size: rows of a minibatch, see `minibatches.TrainingData`.
-        accumulate: minibatches in a step, whose mean gradient, by rows, it follows. Where batches
-            are sorted by length, as sentences often are, four of 8 rows cost what one of 32 does,
-            and their gradient is less that of one length.
-        held_out: share of the data that is not trained on.
-        evaluate_every: steps between evaluations; None for 25 evaluations in all.
-        patience: a phase ends after so many evaluations without a better one; None: never. The
-            loss may rise at first and fall below its start when the rate decays, so that giving up
-            early is no default.
-        clip_norm: largest norm of the gradient of all parameters.
-        seed: of the held-out part and the order of the data.
-    """
-
-    blockwise_steps: int = 0
-    output_loss: OutputLoss = "auto"
-    hidden_weight: float = 1.0
-    learning_rate: float | Literal["auto"] = "auto"
-    batch_size: int | None = None
-    accumulate: int = 1
-    held_out: float = 0.1
-    evaluate_every: int | None = None
-    patience: int | None = None
-    clip_norm: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_steps(self.blockwise_steps, "blockwise_steps")
-        check_output_loss(self.output_loss)
-        rate = self.learning_rate
-        if rate != "auto" and (isinstance(rate, str) or not 0 < rate < math.inf):
-            raise DataError(
-                f"learning_rate {rate!r}: give a positive number or 'auto'. Try 1e-3, or 1e-4 for "
-                "a large pretrained model."
-            )
-        if not 0 <= self.hidden_weight < math.inf:
-            raise DataError(f"hidden_weight {self.hidden_weight!r}: a weight is 0 or more.")
-        if not self.clip_norm > 0:
-            raise DataError(f"clip_norm {self.clip_norm!r}: a norm to clip at is above 0.")
-        check_steps(self.accumulate, "accumulate", least=1)
-        for name in ("evaluate_every", "patience"):
-            value = getattr(self, name)
-            if value is not None:
-                check_steps(value, name, least=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -416,16 +354,6 @@ def _values(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 def _assign(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
-
-
-def check_steps(steps: int, name: str, *, least: int = 0) -> None:
-    """Refuse what is no number of steps.
-
-    Raises:
-        DataError: not an integer, or below `least`.
-    """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < least:
-        raise DataError(f"{name} {steps!r}: needed is a whole number, {least} or more.")
 
 
 def _trainable(model: nn.Module, reference: nn.Module) -> list[nn.Parameter]:
