@@ -309,3 +309,33 @@ def test_scores_from_labels():
     assert score.value == pytest.approx(float(1 - 0.25 * output.numel() / spread), rel=1e-5)
     with pytest.raises(DataError, match=r"labels of shape \(30, 2\)"):
         task_score(model, calls_of([{"input": x, "labels": output[:, :2]}], model))
+
+
+def test_labels_that_cannot_be_classes_of_the_output_are_refused():
+    x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    classes = torch.arange(30) % 3
+    from_one = [{"input": x, "labels": classes + 1}]
+    with pytest.raises(DataError, match="label 3 is none of the classes 0 to 2"):
+        task_score(nn.Linear(4, 3), calls_of(from_one, nn.Linear(4, 3)))
+    with pytest.raises(DataError, match="one column"):
+        task_score(
+            nn.Linear(4, 1), calls_of([{"input": x, "labels": classes % 2}], nn.Linear(4, 1))
+        )
+
+
+def test_a_dense_model_without_skill_has_no_drop(tmp_path: Path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 1))
+    x = torch.randn(200, 16)
+    data = [
+        {"input": x[k : k + 50], "labels": -100 + torch.randn(50, 1)} for k in (0, 50, 100, 150)
+    ]
+    with pytest.raises(DataError, match="the dense model itself scores -"):
+        mpo.compress(model, max_drop=0.01, data=data)
+
+
+@pytest.mark.parametrize("given", [None, "good"])
+def test_what_eval_fn_gives_has_to_be_a_number(given: object):
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+    with pytest.raises(DataError, match=r"eval_fn gave .*; it has to give a number"):
+        mpo.compress(model, max_drop=0.01, data=[torch.randn(50, 16)], eval_fn=lambda _: given)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from mpocompress.loading import Batch
 from mpocompress.tuning import DistillOptions, distill_
 from mpocompress.tuning.blocks import can_replay, find_blocks
 from mpocompress.tuning.distill import LEARNING_RATES
-from mpocompress.tuning.distill_loss import Distance, output_loss
+from mpocompress.tuning.distill_loss import Distance, normalized_error, output_loss
 from mpocompress.tuning.minibatches import Minibatch, TrainingData
 from mpocompress.tuning.schedule import warm_cosine
 from tests.tolerances import TOL
@@ -289,6 +290,20 @@ def test_an_output_with_logits_is_compared_on_them():
     torch.testing.assert_close(
         output_loss(Output(ours), Output(dense), None), expected, **F32["apply"]
     )
+
+
+def test_what_stands_beside_logits_is_compared_too():
+    class Output(NamedTuple):
+        logits: Tensor
+        value: Tensor
+        hidden_states: tuple[Tensor, ...] = ()
+
+    logits, value = rows(12, 7), rows(12, 1, seed=1)
+    dense = Output(logits, value, (rows(12, 5, seed=2),))
+    ours = Output(logits, 1.2 * value, (rows(12, 5, seed=3),))
+    expected = (normalized_error(logits, logits, None) + 0.2**2) / 2
+    torch.testing.assert_close(output_loss(ours, dense, None), expected, **F32["apply"])
+    assert float(output_loss(ours, dense, None, "kl")) == 0.0
 
 
 def test_several_outputs_count_alike_whatever_their_scale():

@@ -45,7 +45,11 @@ class Metric:
         """
         if self.eval_fn is None:
             return task_score(model, self.final if final else self.search).value
-        found = float(self.eval_fn(model))
+        given = self.eval_fn(model)
+        try:
+            found = float(given)
+        except (TypeError, ValueError):
+            raise DataError(f"eval_fn gave {given!r}; it has to give a number.") from None
         if not isfinite(found):
             raise DataError(f"eval_fn gave {found}; it has to give a finite number.")
         return found
@@ -78,6 +82,12 @@ def meet_drop(job: Job, max_drop: float, metric: Metric) -> tuple[Built, Met]:
         sharing.of_model(whole, why)  # says why there is nothing
     elsewhere = whole - sharing.dense
     dense = {final: metric.value(job.model, final=final) for final in (False, True)}
+    if metric.eval_fn is None and min(dense.values()) <= 0:
+        raise DataError(
+            f"the dense model itself scores {min(dense.values()):.4g} by these labels, no better "
+            "than chance, so that nothing can be said of a drop. Check that the labels belong to "
+            "its first output, and are in the order of the rows."
+        )
     builds: dict[float, Built] = {}
 
     def measure(size: float) -> Measured:

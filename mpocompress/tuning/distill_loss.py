@@ -53,6 +53,8 @@ def output_loss(
         kind: "kl": KL(dense || ours) of the softmax at temperature 2, times its square, in nats;
             "mse": E|y - y^|^2 / E|y|^2, the mean over all floating outputs; "cosine": mean of
             1 - cos of the rows (an output with more axes has a row for each token), for embeddings.
+            Of an output with a `.logits` its own tensors count, and not the lists of hidden states
+            and attentions or the loss that may be in it.
             "auto": "mse", plus "kl" where the output may be logits: it has a `.logits`, or is a
             single tensor (batch, 2 to 1000 columns), or one with more axes and as many columns as
             there are words. That is right for regression and embeddings, too, of which KL alone
@@ -77,19 +79,28 @@ def output_loss(
         terms.append(_kl(our_logits, dense_logits, keep))
     if kind == "kl":
         return terms[0]
-    if getattr(dense, "logits", None) is not None:
-        pairs = [(ours.logits, dense.logits)]
-    else:
-        our_leaves, leaves = floating_outputs(ours), floating_outputs(dense)
-        if len(our_leaves) != len(leaves) or not leaves:
-            raise DataError(
-                f"the compressed model has {len(our_leaves)} floating outputs and the reference "
-                f"{len(leaves)}; give the dense model that was compressed."
-            )
-        pairs = list(zip(our_leaves, leaves, strict=True))
+    our_leaves, leaves = _compared(ours), _compared(dense)
+    if len(our_leaves) != len(leaves) or not leaves:
+        raise DataError(
+            f"the compressed model has {len(our_leaves)} floating outputs and the reference "
+            f"{len(leaves)}; give the dense model that was compressed."
+        )
+    pairs = list(zip(our_leaves, leaves, strict=True))
     measure = _one_minus_cosine if kind == "cosine" else normalized_error
     terms.append(torch.stack([measure(a, b, keep) for a, b in pairs]).mean())
     return torch.stack(terms).sum()
+
+
+def _compared(output: Any) -> list[Tensor]:
+    """The floating tensors of an output that are answers, in its order."""
+    if getattr(output, "logits", None) is None:
+        return floating_outputs(output)
+    if isinstance(output, Mapping):
+        own = list(output.values())
+    else:
+        own = list(output) if isinstance(output, tuple) else list(vars(output).values())
+    tensors = [value for value in own if isinstance(value, Tensor) and value.ndim]
+    return floating_outputs(tensors)
 
 
 def normalized_error(ours: Tensor, dense: Tensor, keep: Tensor | None) -> Tensor:

@@ -46,7 +46,8 @@ def task_score(model: nn.Module, calls: Iterable[LabelledCall]) -> TaskScore:
             below 0 are skipped), floating ones are targets of the output's size.
 
     Raises:
-        DataError: no labels, or labels whose shape does not fit the outputs.
+        DataError: no labels, or labels that do not fit the outputs: by their shape, or classes
+            that the output has no column for.
     """
     right = rows = 0
     error = total = squares = 0.0
@@ -76,6 +77,7 @@ def task_score(model: nn.Module, calls: Iterable[LabelledCall]) -> TaskScore:
                     f"{tuple(output.shape)}: class labels have the shape of the output without its "
                     "last dimension."
                 )
+            _check_classes(labels, output.shape[-1])
             judged = labels >= 0
             right += int((output.argmax(-1) == labels)[judged].sum())
             rows += int(judged.sum())
@@ -87,6 +89,21 @@ def task_score(model: nn.Module, calls: Iterable[LabelledCall]) -> TaskScore:
         return TaskScore("accuracy", right / rows, rows)
     spread = squares - total**2 / rows
     return TaskScore("R²", 1 - error / spread if spread > 0 else 0.0, rows)
+
+
+def _check_classes(labels: Tensor, columns: int) -> None:
+    if columns < 2:
+        raise DataError(
+            "the labels are whole numbers, which are classes, but the output has one column and no "
+            "largest one. Give floating labels if it is a number to be predicted; for a single "
+            "logit give eval_fn in Python."
+        )
+    largest = int(labels.max()) if labels.numel() else 0
+    if largest >= columns:
+        raise DataError(
+            f"label {largest} is none of the classes 0 to {columns - 1} that the output has "
+            "columns for. Count classes from 0; labels below 0 are left out."
+        )
 
 
 def _like(output: Tensor, labels: Tensor) -> Tensor:
