@@ -39,12 +39,28 @@ def test_distance_is_the_mean_output_error():
     )
 
 
-def test_ridge_is_relative_to_the_mean_diagonal():
+def test_ridge_is_a_share_of_the_diagonal():
     c, g = moment(6, seed=0), moment(4, seed=1)
     metric = Metric(c, g, ridge=1e-2, output_ridge=1e-1)
-    assert_close(metric.ridged_input_II, c + 1e-2 * c.diagonal().mean() * torch.eye(6))
-    assert_close(metric.ridged_output_OO, g + 1e-1 * g.diagonal().mean() * torch.eye(4))
+    assert_close(metric.ridged_input_II, c + 1e-2 * c.diagonal().diag())
+    assert_close(metric.ridged_output_OO, g + 1e-1 * g.diagonal().diag())
     assert_close(metric.input_II, c, rtol=0, atol=0)
+
+
+def test_ridge_of_a_dead_input_is_that_of_the_median_one():
+    c = torch.diag(torch.tensor([0.0, 2.0, 0.0, 400.0, 8.0]).double())
+    added = Metric(c, ridge=0.1).ridged_input_II.diagonal() - c.diagonal()
+    assert_close(added, 0.1 * torch.tensor([8.0, 2.0, 8.0, 400.0, 8.0]).double())
+
+
+def test_distance_does_not_depend_on_the_units_of_inputs_and_outputs():
+    target, matrix = gaussian(5, 7, seed=1), gaussian(5, 7, seed=2)
+    c, g = moment(7, seed=3), moment(5, seed=4)
+    units = 10.0 ** torch.linspace(-4, 4, 7).double()
+    others = 10.0 ** torch.linspace(3, -3, 5).double()
+    same = Metric(units[:, None] * c * units, others[:, None] * g * others)
+    scaled = [found / others[:, None] / units for found in (target, matrix)]
+    assert_close(same.distance(*scaled), Metric(c, g).distance(target, matrix), **F64["dense"])
 
 
 def test_identity_metric_is_the_frobenius_norm():

@@ -139,7 +139,7 @@ def entanglement(
         metric: "weight", or "data" for the whitened weight; see this module.
         data: batches of forward arguments for the data metric.
         output_metric: in the data metric, also weigh the outputs by what the model's output feels.
-        ridge: of both second moments, relative to their mean diagonals.
+        ridge: of both second moments, as shares of their diagonals.
         include: patterns of layers; default: all.
         exclude: likewise; they win.
         renyi_orders: orders of the Rényi entropies; `inf` is allowed.

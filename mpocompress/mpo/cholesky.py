@@ -70,25 +70,37 @@ def solve_factored(rhs_NK: Tensor, factor_NN: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor_NN.mT, halfway_NK, upper=True)
 
 
+def ridge_on(diagonal_N: Tensor, ridge: float) -> Tensor:
+    """What a ridge adds to the diagonal (N,) of a second moment: its share of every entry.
+
+    So a fit does not depend on the units of the features: of the mean instead, one feature in fine
+    units would swamp all others. A feature that is 0 in the data has no unit there; it gets the
+    share of the median of those that are not.
+    """
+    seen_N = diagonal_N[diagonal_N > 0]
+    if seen_N.numel() in (0, diagonal_N.numel()):
+        return ridge * diagonal_N
+    return ridge * torch.where(diagonal_N > 0, diagonal_N, seen_N.median())
+
+
 def solve_ridged(right_MN: Tensor, symmetric_NN: Tensor, ridge: float) -> Tensor:
-    """X (M, N) with X (A + r c) = B, c the mean diagonal of A; A is positive semidefinite.
+    """X (M, N) with X (A + r diag A) = B, see `ridge_on`; A is positive semidefinite.
 
     In float64 where rounding in float32 leaves the shifted matrix indefinite; 0 where A is 0.
 
     Raises:
         DecompositionError: it is indefinite in float64, too.
     """
-    scale = float(symmetric_NN.diagonal().mean())
-    if scale == 0.0:
+    if not bool(symmetric_NN.diagonal().any()):
         return torch.zeros_like(right_MN)
     factor_NN = symmetric_NN.clone()
-    factor_NN.diagonal().add_(ridge * scale)
+    factor_NN.diagonal().add_(ridge_on(symmetric_NN.diagonal(), ridge))
     if cholesky_(factor_NN):
         return solve_factored(right_MN.mT, factor_NN).mT
     if symmetric_NN.dtype == torch.float64:
         raise DecompositionError(
-            f"a matrix, {symmetric_NN.shape[0]} squared with mean diagonal {scale:.3g}, is not "
-            f"positive semidefinite: it is indefinite with {ridge:g} times that added to its "
-            "diagonal. Check that it is a sum of x xᵀ over samples without NaN."
+            f"a matrix, {symmetric_NN.shape[0]} squared, is not positive semidefinite: it is "
+            f"indefinite with a share of {ridge:g} more on its diagonal. Check that it is a sum of "
+            "x xᵀ over samples without NaN."
         )
     return solve_ridged(right_MN.double(), symmetric_NN.double(), ridge).to(right_MN.dtype)

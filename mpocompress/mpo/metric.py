@@ -5,10 +5,10 @@ With C = E[x xᵀ], the second moment of a layer's inputs, and optionally G, a m
 
     distance(T, W)² = tr(G (T − W) C (T − W)ᵀ).
 
-C is estimated from samples, often fewer than there are inputs. A *ridge*, a multiple of the
-identity relative to the mean diagonal, is added to it: it stands for inputs that the sample did not
-show, and makes the metric definite. With `ridge=0` the metric may be singular: what the data never
-excites then costs nothing, and nothing determines it.
+C is estimated from samples, often fewer than there are inputs. A *ridge*, a share of its diagonal,
+is added to it: it stands for inputs that the sample did not show, and makes the metric definite. As
+each entry gets its own share, the units of the inputs do not matter. With `ridge=0` the metric may
+be singular: what the data never excites then costs nothing, and nothing determines it.
 """
 
 # Shape suffixes: O rows (outputs), I columns (inputs), N side of a square metric, R its rank.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mpocompress.errors import ContractionError, DecompositionError
 from mpocompress.mpo import linalg
-from mpocompress.mpo.cholesky import cholesky_
+from mpocompress.mpo.cholesky import cholesky_, ridge_on
 from mpocompress.mpo.layout import Layout
 
 # Entries of C and its transpose may differ by this share of the largest one: the rounding of an
@@ -95,7 +95,7 @@ class Metric:
         input_II: C, (in, in), symmetric positive semidefinite, of any rank; any scale. float32 or
             float64 (half types are converted to float32). Not copied.
         output_OO: G, (out, out), likewise; None is the identity.
-        ridge: added to the diagonal of C, relative to the mean of the diagonal.
+        ridge: share of the diagonal of C that is added to it, see `cholesky.ridge_on`.
         output_ridge: the same for G.
 
     Raises:
@@ -117,8 +117,7 @@ class Metric:
             value = getattr(self, name)
             if not (isfinite(value) and value >= 0):
                 raise DecompositionError(
-                    f"{name} {value!r}: it is relative to the mean diagonal and not negative. "
-                    "Try 1e-3."
+                    f"{name} {value!r}: it is a share of the diagonal and not negative. Try 1e-3."
                 )
         object.__setattr__(self, "input_II", _checked(self.input_II, "the input second moment"))
         if self.output_OO is not None:
@@ -330,7 +329,7 @@ def _checked(matrix_NN: Tensor, name: str) -> Tensor:
 
 def _ridged(matrix_NN: Tensor, ridge: float) -> Tensor:
     symmetric_NN = (matrix_NN + matrix_NN.mT) / 2
-    symmetric_NN.diagonal().add_(ridge * float(matrix_NN.diagonal().mean()))
+    symmetric_NN.diagonal().add_(ridge_on(matrix_NN.diagonal(), ridge))
     return symmetric_NN
 
 

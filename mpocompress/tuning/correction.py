@@ -12,7 +12,7 @@ from torch import Tensor
 from mpocompress.mpo.cholesky import solve_ridged
 from mpocompress.tuning.upstream import Moments
 
-# Ridges tried for the correction of upstream errors, relative to the mean diagonal.
+# Ridges tried for the correction of upstream errors, shares of the diagonal.
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 # Random combinations of the outputs on which ridges are compared. Of 66 layers of an encoder 65 get
 # the ridge that all outputs choose, and the other one a ridge that gains a thousandth less; with 64
@@ -52,7 +52,7 @@ class Regression:
         return replace(self, inputs_II=self.inputs_II.float(), residual_OI=residual_OI)
 
     def correction(self, ridge: float) -> Tensor:
-        """K (out, in) that minimizes E|e - K x^|^2 with a ridge relative to the mean diagonal."""
+        """K (out, in) that minimizes E|e - K x^|^2 with a ridge, a share of the diagonal."""
         return solve_ridged(self.residual_OI, self.inputs_II, ridge)
 
     def gain(self, correction_OI: Tensor) -> float:

@@ -22,7 +22,7 @@ class FitOptions:
     """How layers are fitted.
 
     Attributes:
-        ridge: shrinks the input moment, relative to its mean diagonal. Without it directions that
+        ridge: shrinks the input moment, as a share of its diagonal. Without it directions that
             the data hardly shows would be free, and other data would show them.
         sweeps: at most so many passes over the sites of a layer, for layouts without a closed
             form; 0 keeps the start of the fit.
