@@ -205,7 +205,7 @@ def plan_model(
         plan, inventory = plan_graph(graph.source.model, options, progress=progress)
         return plan, graph, inventory
     opened = open_model(path, factory=request.factory, trust_pickle=request.trust_pickle)
-    batches = None if request.data is None else load_batches(request.data)
+    batches = _batches(opened, request)
     examples = _examples(opened, request, batches) if request.max_size is not None else None
     plan = api.plan(
         opened.module,
@@ -253,7 +253,7 @@ def convert(
     ):
         with clock("loading"):
             opened = open_model(path, factory=request.factory, trust_pickle=request.trust_pickle)
-            batches = None if request.data is None else load_batches(request.data)
+            batches = _batches(opened, request)
             examples = _examples(opened, request, batches)
         result = api.compress(
             opened.module,
@@ -371,6 +371,22 @@ def _convert_graph(
         )
         api.write_report(report, scratch)
     return Conversion(directory=Path(directory), report=report, notes=tuple(opened.notes))
+
+
+def _batches(opened: Opened, request: Request) -> Batches | None:
+    """The user's data.
+
+    Raises:
+        DataError: it cannot be given to anything.
+    """
+    if request.data is None:
+        return None
+    if opened.source.kind == "state_dict":
+        raise DataError(
+            f"--data {request.data} is for a model that can be run, and {opened.source.name} is a "
+            "bare state dict. Give its architecture with --model MODULE:FACTORY, or drop --data."
+        )
+    return load_batches(request.data)
 
 
 def _examples(opened: Opened, request: Request, batches: Batches | None) -> ExampleInputs | None:

@@ -584,7 +584,8 @@ def test_the_dense_model_sees_each_batch_once_while_there_is_room(dense, fitted,
         mpo.distill(model, reference=dense, data=batches, steps=15, learning_rate=1e-3)
         counts.append(len(calls_made))
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert counts[0] == len(batches) < 15 < counts[1]
+    probing = 3  # whether it can be called, and whether rows stand for themselves
+    assert counts[0] == len(batches) + probing < 15 < counts[1]
     assert torch.equal(*ends)
 
 

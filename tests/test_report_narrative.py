@@ -11,7 +11,7 @@ from mpocompress.report.narrative import (
     settings_rows,
     what_was_done,
 )
-from mpocompress.report.wording import Code
+from mpocompress.report.wording import OUTPUT_CHANGE, Code
 from tests.report_samples import PARITY, compressed_layer, encoder, kept_layer, report_of
 
 
@@ -117,6 +117,31 @@ def test_quality_is_only_claimed_where_it_was_measured():
     assert measured is not None
     assert "7.21 % (median)" in _plain(measured.text)
     assert quality_verdict(report_of(kept_layer("norm", 3))) is None
+
+
+def test_after_healing_the_answers_are_spoken_of():
+    layer = compressed_layer("fc") | {"relative_weight_error": 0.82}
+    healing = {"steps": 60, "held_out_loss": {"before": 0.49, "after": 0.3601}}
+    change = {"quantity": OUTPUT_CHANGE, "unit": "", "predicted": 0.2, "measured": 0.167}
+    report = report_of(
+        layer,
+        settings={"rows_of_data": 100, "distill": healing},
+        predictions=[change | {"note": "measured on rows that were fitted on; and so on"}],
+    )
+    found = quality_verdict(report)
+    assert found is not None
+    text = _plain(found.text)
+    assert text.startswith("The outputs of the whole model differ by 16.7 %, measured on rows that")
+    assert "healing, 60 steps) brought the loss on rows held out from it from 0.49 to 0.36." in text
+    (caution,) = _cautions(report)
+    assert caution.endswith("more steps of healing on more data win back more of what was lost.")
+
+
+def test_layers_that_the_data_did_not_reach_are_named():
+    reached = compressed_layer("fc") | {"relative_output_error": 0.07}
+    report = report_of(reached, compressed_layer("unused"), settings={"rows_of_data": 100})
+    (caution,) = _cautions(report)
+    assert caution.startswith("The data did not reach 1 of 2 compressed layers, the first being")
 
 
 def test_onnx_verdicts():

@@ -190,7 +190,7 @@ def test_errors_of_the_model_surface_in_the_caller_and_threads_end():
     model = mlp(6, 8, 4)
     before = threading.active_count()
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        mpo.compress(model, bond_dim=2, data=[torch.randn(3, 7)])
+        mpo.compress(model, bond_dim=2, data=[torch.randn(3, 6), torch.randn(3, 7)])
     assert threading.active_count() == before
     assert all("forward" not in vars(module) for module in model.modules())
 
@@ -367,7 +367,7 @@ def test_a_fit_in_sequence_is_the_regression_of_what_is_lost_upstream(hidden, ha
         lost = (dense - ours) @ weight.mT + (h - ours_h if has_stream else 0.0)
         ours, residual = ours - ours.mean(0), lost - lost.mean(0)
         covariance = ours.mT @ ours / len(x)
-        ridge = 1e-3 * float(covariance.diagonal().mean()) * torch.eye(hidden, dtype=torch.float64)
+        ridge = 1e-3 * covariance.diagonal().diag()
         correction = (residual.mT @ ours / len(x)) @ torch.linalg.inv(covariance + ridge)
     torch.testing.assert_close(narrow.mpo.to_dense(), weight + correction, rtol=1e-7, atol=1e-9)
 
@@ -424,11 +424,14 @@ def test_a_correction_that_carries_over_only_at_the_smallest_ridge_is_found(outp
     """Noise in the large directions, what is lost in the small ones: no slope leads there."""
     weight = torch.zeros(outputs, 32, dtype=torch.float64)
     scales = torch.linspace(-1.0, 2.0, outputs)
+    # Turned, or a share of each feature's own square would tell large from small.
+    turn, _ = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(2)))
     folds = []
     for fold, sign in enumerate((1.0, -1.0)):
         x = torch.randn(400, 32, generator=torch.Generator().manual_seed(fold))
         x *= torch.cat([torch.full((2,), 3.0), torch.full((30,), 0.03)])
         lost = 3 * x[:, 2:10].sum(1, keepdim=True) + sign * 0.04 * x[:, :1]
+        x = x @ turn
         of_inputs, of_lost = CrossMoment(), CrossMoment()
         of_inputs.add(x, x)
         of_lost.add(lost * scales, x)

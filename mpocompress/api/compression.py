@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from mpocompress.api import drop_budget, error_budget
 from mpocompress.api.budgets import Met
+from mpocompress.api.calling import with_whole_batches
 from mpocompress.api.data import calls_of, few_rows, forward_arguments, split_calls
 from mpocompress.api.drop_budget import EvalFn, meet_drop
 from mpocompress.api.error_budget import measured_errors, meet_output_error, meet_weight_error
@@ -37,6 +39,7 @@ from mpocompress.surgery import Inventory
 from mpocompress.tuning import DistillOptions, check_steps, output_errors
 
 
+@torch.inference_mode(False)
 def plan(
     model: nn.Module,
     *,
@@ -141,11 +144,12 @@ def plan(
         quantize=quantize,
     ).checked()
     calls = None if data is None else calls_of(data, model)
-    task = _Task.of(options, calls, eval_fn, onnx_bytes, seed)
+    task = _Task.of(model, options, calls, eval_fn, onnx_bytes, seed)
     job = _job(model, options, task.fit, sweeps, seed, progress)
     return _meet(job, task).plan
 
 
+@torch.inference_mode(False)
 def compress(
     model: nn.Module,
     plan: Plan | None = None,
@@ -258,7 +262,7 @@ def compress(
         )
     options = options if plan is not None else options.checked()
     calls = None if data is None else calls_of(data, model)
-    task = _Task.of(options, calls, eval_fn, onnx_bytes, seed)
+    task = _Task.of(model, options, calls, eval_fn, onnx_bytes, seed)
     folder = None if state is None else Path(state)
     job = _job(model, options, task.fit, sweeps, seed, progress, state=folder)
     if plan is not None:
@@ -306,6 +310,7 @@ class _Task:
     @classmethod
     def of(
         cls,
+        model: nn.Module,
         options: PlanOptions,
         calls: Sequence[Batch] | None,
         eval_fn: EvalFn | None,
@@ -313,6 +318,7 @@ class _Task:
         seed: int,
     ) -> "_Task":
         if options.max_error is not None and calls is not None:
+            calls = with_whole_batches(model, calls)
             fit, held = split_calls(calls, error_budget.HELD_OUT, seed=seed)
             return cls(fit=fit, held=held)
         if options.max_drop is not None and eval_fn is None:
@@ -321,6 +327,7 @@ class _Task:
                     f"max_drop {options.max_drop:g} needs a metric: data with labels, or in Python "
                     "eval_fn, a function of a model."
                 )
+            calls = with_whole_batches(model, calls)
             fit, search, final = split_calls(calls, drop_budget.HELD_OUT, seed=seed)
             return cls(fit=fit, held=final, metric=drop_budget.Metric(None, search, final))
         if options.max_size is not None and onnx_bytes is None:

@@ -8,17 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpocompress.api.calling import check_call, rows_come_first, take_rows
 from mpocompress.errors import DataError
 from mpocompress.loading import Batch, as_batches
 
 
 def calls_of(data: Any, model: nn.Module) -> list[Batch]:
-    """The batches of the user's data in the model's dtype and on its device."""
+    """The batches of the user's data in the model's dtype and on its device.
+
+    Raises:
+        DataError: no batches, or the model cannot be called with the first one.
+    """
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     batches = as_batches(data)
     if parameter is None:
-        return list(batches)
-    return [batch.to(parameter.device) for batch in batches.cast(parameter.dtype)]
+        calls = list(batches)
+    else:
+        calls = [batch.to(parameter.device) for batch in batches.cast(parameter.dtype)]
+    calls = [_of_autograd(call) for call in calls]
+    check_call(model, calls[0])
+    return calls
+
+
+def _of_autograd(batch: Batch) -> Batch:
+    """The batch without tensors of inference mode, which gradients cannot be taken through."""
+    if not any(tensor.is_inference() for _, tensor in batch.named_inputs()):
+        return batch
+    return replace(
+        batch,
+        args=tuple(tensor.clone() for tensor in batch.args),
+        kwargs={name: tensor.clone() for name, tensor in batch.kwargs.items()},
+    )
 
 
 def forward_arguments(model: nn.Module, batch: Batch) -> tuple[Tensor, ...] | dict[str, Tensor]:
@@ -58,17 +78,27 @@ def split_calls(
     """
     generator = torch.Generator().manual_seed(seed)
     parts: tuple[list[Batch], ...] = tuple([] for _ in range(len(shares) + 1))
-    if calls and all(_divisible(call) and call.num_rows * min(shares) >= 1 for call in calls):
+    if calls and all(
+        call.divisible and rows_come_first(call) and call.num_rows * min(shares) >= 1
+        for call in calls
+    ):
         for call in calls:
             for part, chosen in zip(parts, _cut(call.num_rows, shares, generator), strict=True):
-                part.append(_take(call, chosen))
+                part.append(take_rows(call, chosen))
         return parts
     if len(calls) * min(shares) < 1:
+        needed = int(1 / min(shares)) + 1
+        if not all(call.divisible for call in calls):
+            raise DataError(
+                f"{len(calls)} batches are too few to hold out "
+                f"{' and '.join(f'{share:.0%}' for share in shares)} of them, and what stands in "
+                f"one batch cannot be taken apart. Give {needed} batches or more."
+            )
         rows = sum(call.num_rows for call in calls)
         raise DataError(
             f"{len(calls)} batches with {rows} rows in all are too few to hold out "
             f"{' and '.join(f'{share:.0%}' for share in shares)} of them. Give more data, in "
-            f"batches of {int(1 / min(shares)) + 1} rows or more."
+            f"batches of {needed} rows or more."
         )
     for part, chosen in zip(parts, _cut(len(calls), shares, generator), strict=True):
         part += [calls[index] for index in chosen.tolist()]
@@ -87,25 +117,8 @@ def few_rows(calls: Sequence[Batch], rows: int = 256) -> list[Batch]:
     return found
 
 
-def _divisible(call: Batch) -> bool:
-    tensors = [tensor for _, tensor in call.named_inputs()]
-    return all(tensor.ndim and tensor.shape[0] == call.num_rows for tensor in tensors)
-
-
 def _cut(count: int, shares: Sequence[float], generator: torch.Generator) -> list[Tensor]:
     order = torch.randperm(count, generator=generator)
     sizes = [int(share * count) for share in shares]
     cut = order.split([count - sum(sizes), *sizes])
     return [part.sort().values for part in cut]
-
-
-def _take(call: Batch, rows: Tensor) -> Batch:
-    def of(tensor: Tensor) -> Tensor:
-        return tensor[rows.to(tensor.device)]
-
-    return replace(
-        call,
-        args=tuple(of(tensor) for tensor in call.args),
-        kwargs={name: of(tensor) for name, tensor in call.kwargs.items()},
-        labels=None if call.labels is None else of(call.labels),
-    )

@@ -29,6 +29,7 @@ from mpocompress.tuning.train_options import Method, Sites
 _BAR = 30
 
 
+@torch.inference_mode(False)
 def train(
     model: nn.Module,
     data: Any,

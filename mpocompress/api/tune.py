@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
+from mpocompress.api.calling import with_whole_batches
 from mpocompress.api.data import calls_of
 from mpocompress.api.result import Clock, CompressionResult
 from mpocompress.errors import (
@@ -35,6 +37,7 @@ from mpocompress.tuning.distill_loss import OutputLoss
 from mpocompress.tuning.sweep_options import GradientPath, Optimizer
 
 
+@torch.inference_mode(False)
 def distill(
     result: CompressionResult | nn.Module,
     *,
@@ -111,7 +114,7 @@ def distill(
     return distill_(
         result,
         reference,
-        calls,
+        with_whole_batches(reference, calls),
         steps=steps,
         options=options,
         checkpoint=checkpoint,
@@ -137,7 +140,7 @@ def heal(
         found = distill_(
             result.model,
             reference,
-            calls,
+            with_whole_batches(reference, calls),
             steps=steps,
             options=options,
             checkpoint=checkpoint,
@@ -161,6 +164,7 @@ def heal(
     return found
 
 
+@torch.inference_mode(False)
 def sweep(
     model: nn.Module | CompressionResult,
     *,

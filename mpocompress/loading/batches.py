@@ -29,11 +29,13 @@ class Batch:
         args: positional forward arguments.
         kwargs: forward arguments by name.
         labels: targets, one entry a row; never given to the model.
+        divisible: whether rows may be taken out of it, as examples of their own.
     """
 
     args: tuple[Tensor, ...] = ()
     kwargs: dict[str, Tensor] = field(default_factory=dict)
     labels: Tensor | None = None
+    divisible: bool = True
 
     @property
     def num_rows(self) -> int:

@@ -11,6 +11,7 @@ from typing import Literal
 from mpocompress.report.schema import CompressionReport, LayerReport, Total
 from mpocompress.report.wording import (
     CORRECTED,
+    OUTPUT_CHANGE,
     Code,
     Sentence,
     as_sentence,
@@ -257,6 +258,16 @@ def quality_verdict(report: CompressionReport) -> Verdict | None:
         for layer in compressed
         if layer.relative_output_error is not None
     }
+    about_model = _of_the_answers(report)
+    if about_model and not output_errors:
+        return Verdict(
+            title="Outputs were compared on data, the model's task was not.",
+            text=(
+                f"{about_model}How much that matters for what the model is for, only a measurement "
+                "on held-out data can say.",
+            ),
+            tone="same",
+        )
     if output_errors:
         worst = max(output_errors, key=lambda name: output_errors[name])
         return Verdict(
@@ -266,8 +277,8 @@ def quality_verdict(report: CompressionReport) -> Verdict | None:
                 f"by {relative_error(statistics.median(output_errors.values()))} (median) to "
                 f"{relative_error(output_errors[worst])} (layer ",
                 Code(worst),
-                "). How much that matters for what the model is for, only a measurement on "
-                "held-out data can say.",
+                f"). {about_model}How much that matters for what the model is for, only a "
+                "measurement on held-out data can say.",
             ),
             tone="same",
         )
@@ -293,10 +304,31 @@ def quality_verdict(report: CompressionReport) -> Verdict | None:
     )
 
 
+def _of_the_answers(report: CompressionReport) -> str:
+    """Sentences on the outputs of the whole model, and on what healing gained; "" without data."""
+    found = ""
+    for comparison in report.predictions:
+        if comparison.quantity == OUTPUT_CHANGE and comparison.measured is not None:
+            where = comparison.note.partition(";")[0]
+            found = (
+                f"The outputs of the whole model differ by {relative_error(comparison.measured)}, "
+                f"{where}. "
+            )
+    healing = report.settings.get("distill")
+    loss = healing.get("held_out_loss") if isinstance(healing, dict) else None
+    if isinstance(healing, dict) and isinstance(loss, dict):
+        found += (
+            f"Training against the original (healing, {plural(healing['steps'], 'step')}) brought "
+            f"the loss on rows held out from it from {loss['before']:.3g} to {loss['after']:.3g}. "
+        )
+    return found
+
+
 def cautions(report: CompressionReport) -> tuple[Sentence, ...]:
     """What is not better, or not known, and what can be done about it."""
     found: list[Sentence | None] = [
         _caution_weight_error(report),
+        _caution_not_reached(report),
         _caution_macs(report),
         _caution_larger_layers(report),
         _caution_large_kept(report),
@@ -324,13 +356,41 @@ def _caution_weight_error(report: CompressionReport) -> Sentence | None:
         Code("--max-size" if _rounded_layers(report) else "--bond-dim"),
         " keeps more and ",
         Code("--exclude"),
-        " leaves a layer as it was; much of what was lost is won back by "
-        + (
-            ""
-            if all(layer.relative_output_error is not None for layer in report.compressed_layers)
-            else "fitting the cores to real data instead of to the weights, and by "
-        )
-        + "training the compressed model for some more epochs (healing).",
+        f" leaves a layer as it was{_remedies(report)}.",
+    )
+
+
+def _remedies(report: CompressionReport) -> str:
+    """What can still be done with data."""
+    if report.settings.get("distill"):
+        return "; more steps of healing on more data win back more of what was lost"
+    fitting = (
+        ""
+        if "rows_of_data" in report.settings
+        else "fitting the cores to real data instead of to the weights, and by "
+    )
+    return (
+        f"; much of what was lost is won back by {fitting}training the compressed model for some "
+        "more epochs (healing)"
+    )
+
+
+def _caution_not_reached(report: CompressionReport) -> Sentence | None:
+    """Layers that were compressed by their weights, although there were data."""
+    if "rows_of_data" not in report.settings or report.settings.get("distill"):
+        return None  # healing leaves no errors of layers to tell by
+    missed = [
+        layer.name for layer in report.compressed_layers if layer.relative_output_error is None
+    ]
+    if not missed:
+        return None
+    return (
+        f"The data did not reach {len(missed):,} of "
+        f"{plural(len(report.compressed_layers), 'compressed layer')}, the first being ",
+        Code(missed[0]),
+        ": they keep their weights, not their outputs. Give data that passes through them, or ",
+        Code("--exclude"),
+        " them.",
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from mpocompress.planning import Plan, predicted_totals
 from mpocompress.report.schema import Budget, Comparison, CompressionReport
-from mpocompress.report.wording import CORRECTED
+from mpocompress.report.wording import CORRECTED, OUTPUT_CHANGE
 
 
 def with_budget(report: CompressionReport, met: Mapping[str, Any]) -> CompressionReport:
@@ -80,7 +80,7 @@ def with_comparisons(
     corrected = any(CORRECTED in layer.reason for layer in report.kept_layers)
     taken_up = "; the prediction is without what dense layers took up" if corrected else ""
     compare(
-        "relative change of the model's outputs",
+        OUTPUT_CHANGE,
         "",
         expected.relative_output_error,
         relative_output_error,

@@ -8,6 +8,8 @@ from mpocompress.report.schema import Candidate, LayerReport
 
 # The end of the reason of a layer that stays dense.
 CORRECTED = "its values took up what is lost before it"
+# What the plan predicts and the run measures of the answers.
+OUTPUT_CHANGE = "relative change of the model's outputs"
 
 # Ratios this close to 1 are called unchanged: a bias more or less is not a difference.
 _UNCHANGED = 0.005

@@ -267,6 +267,11 @@ class _Trainer:
             if loss.requires_grad:
                 loss.backward()
             total += float(loss.detach())
+        if all(parameter.grad is None for parameter in self._parameters):
+            raise DataError(
+                "no gradient reaches the parameters of the model: its forward may run under "
+                "torch.no_grad() or inference_mode(). Take that off for the healing."
+            )
         nn.utils.clip_grad_norm_(self._parameters, self._options.clip_norm)
         for group in optimizer.param_groups:
             group["lr"] = rate

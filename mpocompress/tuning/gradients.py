@@ -7,6 +7,7 @@ the metric in which errors at this layer hurt the model (the Gauss-Newton metric
 f). A distillation loss would not do: its gradient at the dense model is zero.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -109,7 +110,7 @@ def take_statistics(
     """
     moments = {layer: LayerMoments() for layer in layers}
     generator = torch.Generator().manual_seed(seed)
-    energy = 0.0
+    energy, no_gradients = 0.0, False
     keep: list[Tensor | None] = [None]
     latest: list[tuple[Tensor, CrossMoment]] = []
 
@@ -126,6 +127,8 @@ def take_statistics(
         return moment
 
     def watch(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        nonlocal no_gradients
+        no_gradients |= not torch.is_grad_enabled()
         values = (*args, *kwargs.values())
         adapter = adapter_of(layer)
         if len(values) == 1 and isinstance(values[0], Tensor):
@@ -163,7 +166,7 @@ def take_statistics(
                 energy += sum(map(linalg.weight_of, rows))
                 loss = _random_projection(rows, generator)
                 if not loss.requires_grad:
-                    continue  # no layer of ours was reached
+                    continue  # no layer of ours was reached, or forward runs without gradients
                 loss.backward()
     finally:
         for handle in handles:
@@ -174,6 +177,13 @@ def take_statistics(
         for layer, moment in moments.items()
         if moment.inputs.rows or moment.counts.rows
     }
+    if no_gradients:
+        warnings.warn(
+            f"forward of {type(model).__name__} runs under torch.no_grad() or inference_mode(): "
+            "without gradients it is not known which outputs of a layer matter, and all count the "
+            "same.",
+            stacklevel=2,
+        )
     return Statistics(reached, energy)
 
 

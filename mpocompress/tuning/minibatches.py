@@ -23,11 +23,13 @@ class Minibatch:
         args: positional forward arguments.
         kwargs: forward arguments by name.
         labels: targets, one entry a row, where there are any.
+        divisible: whether rows may be taken out of it, as examples of their own.
     """
 
     args: tuple[Tensor, ...] = ()
     kwargs: Mapping[str, Tensor] = field(default_factory=dict)
     labels: Tensor | None = None
+    divisible: bool = True
 
     @property
     def rows(self) -> int:
@@ -49,7 +51,8 @@ class TrainingData:
     Args:
         calls: batches of forward arguments.
         batch_size: rows of a minibatch: batches whose arguments have equal shapes but for the
-            first dimension are pooled, and their rows are shuffled anew in every epoch. None takes
+            first dimension are pooled, and their rows are shuffled anew in every epoch; those that
+            are not divisible are taken as they are. None takes
             batches of up to 128 rows as they are, in shuffled order, and cuts larger ones, or a
             single one, into minibatches of 64.
         held_out: share of the rows (of batches that are not cut: of the batches) that is never
@@ -86,6 +89,7 @@ class TrainingData:
                 tuple(call.args),
                 dict(call.kwargs),
                 getattr(call, "labels", None) if labelled else None,
+                getattr(call, "divisible", True),
             )
             for call in calls
         ]
@@ -156,7 +160,7 @@ def _sorted_out(
     parts: list[Minibatch] = []
     for batch in given:
         tensors = (*batch.args, *batch.kwargs.values(), *_labels(batch))
-        divisible = all(t.ndim and t.shape[0] == batch.rows for t in tensors)
+        divisible = batch.divisible and all(t.ndim and t.shape[0] == batch.rows for t in tensors)
         wanted = batch_size is not None or batch.rows > LARGE_BATCH or len(given) == 1
         (parts if divisible and wanted else whole).append(batch)
     return whole, parts

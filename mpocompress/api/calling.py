@@ -1,0 +1,111 @@
+"""Whether a model takes the user's batches, and whether their rows can be taken apart."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpocompress.errors import DataError, MPOCompressError
+from mpocompress.layers.modes import evaluation_mode
+from mpocompress.loading import Batch
+from mpocompress.tuning.lockstep import floating_outputs
+
+# Two passes over the same rows differ by rounding that depends on how many there are.
+_SAME = 1e-3
+# Rows of a pass that is made only to see whether it can be made.
+_FEW = 4
+
+
+def take_rows(batch: Batch, rows: Tensor) -> Batch:
+    """Some rows of a batch of which every tensor has its rows first."""
+
+    def of(tensor: Tensor) -> Tensor:
+        return tensor[rows.to(tensor.device)]
+
+    return replace(
+        batch,
+        args=tuple(of(tensor) for tensor in batch.args),
+        kwargs={name: of(tensor) for name, tensor in batch.kwargs.items()},
+        labels=None if batch.labels is None else of(batch.labels),
+    )
+
+
+def rows_come_first(batch: Batch) -> bool:
+    """Whether all inputs have the same first dimension."""
+    tensors = [tensor for _, tensor in batch.named_inputs()]
+    return all(tensor.ndim and tensor.shape[0] == batch.num_rows for tensor in tensors)
+
+
+def check_call(model: nn.Module, batch: Batch) -> None:
+    """Call the model with a few rows of a batch or, where those alone are not taken, with all.
+
+    Raises:
+        DataError: it raises an error; the message has it, and the shapes of the inputs.
+    """
+    if rows_come_first(batch) and batch.num_rows > _FEW:
+        try:
+            _call(model, take_rows(batch, torch.arange(_FEW)))
+            return
+        except Exception:  # whatever foreign code raises
+            pass  # all rows may belong together, as the nodes of a graph
+    try:
+        _call(model, batch)
+    except (MPOCompressError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        inputs = ", ".join(
+            f"{name} of shape {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}"
+            for name, tensor in batch.named_inputs()
+        )
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise DataError(
+            f"forward of {type(model).__name__} does not take the first batch ({inputs}): "
+            f"{lines[0]}. A batch has the arguments of forward, in order or by name; labels go by "
+            "the name 'labels'."
+        ) from error
+
+
+def with_whole_batches(model: nn.Module, calls: Sequence[Batch]) -> list[Batch]:
+    """The same batches, marked where their rows must stay together.
+
+    They can be taken apart where the last rows of the first batch alone give what they give among
+    the others: not the nodes of a graph, nor sequences whose time comes first. Where two passes of
+    the same rows differ, too, as those of a model that draws at random, nothing is marked.
+
+    Args:
+        model: dense; it is called up to three times.
+        calls: batches.
+    """
+    first = next((call for call in calls if rows_come_first(call) and call.num_rows > 1), None)
+    if first is None:
+        return list(calls)
+    count = first.num_rows
+    last = torch.arange(count - count // 2, count)
+    whole = _call(model, first)
+    try:
+        apart = _call(model, take_rows(first, last))
+    except Exception:  # whatever foreign code raises
+        apart = []
+    if _same(whole, apart, last, count) or not _same(whole, _call(model, first), None, count):
+        return list(calls)
+    return [replace(call, divisible=False) for call in calls]
+
+
+def _call(model: nn.Module, batch: Batch) -> list[Tensor]:
+    with evaluation_mode(model), torch.no_grad():
+        output: Any = model(*batch.args, **batch.kwargs)
+    return floating_outputs(output)
+
+
+def _same(whole: list[Tensor], found: list[Tensor], rows: Tensor | None, count: int) -> bool:
+    """Whether outputs agree: those that have a row for each of the inputs, one at least."""
+    if len(whole) != len(found):
+        return False
+    pairs = [(a, b) for a, b in zip(whole, found, strict=True) if a.ndim and a.shape[0] == count]
+    if rows is not None:
+        pairs = [(a[rows.to(a.device)], b) for a, b in pairs]
+    return bool(pairs or rows is None) and all(
+        a.shape == b.shape and float((a - b).norm()) <= _SAME * float(a.norm()) for a, b in pairs
+    )

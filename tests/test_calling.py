@@ -1,0 +1,171 @@
+"""Models as users have them: what they take, whether rows stand for themselves, what they keep."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mpocompress as mpo
+from mpocompress.api.calling import with_whole_batches
+from mpocompress.api.data import calls_of, split_calls
+from mpocompress.cli import main
+from mpocompress.errors import DataError
+from mpocompress.loading import Batch
+
+
+def net(outputs: int = 5) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, outputs))
+
+
+def rows(count: int = 100, features: int = 32, seed: int = 1) -> Tensor:
+    return torch.randn(count, features, generator=torch.Generator().manual_seed(seed))
+
+
+class Graph(nn.Module):
+    """Nodes, of which each sees its neighbours: a row of a batch is no example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 64), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        return self.second(torch.relu(adjacency @ self.first(x)))
+
+
+class TimeFirst(nn.Module):
+    def __init__(self, *, last: bool) -> None:
+        super().__init__()
+        self.recurrent, self.head = nn.GRU(8, 32), nn.Linear(32, 4)
+        self.last = last
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, _ = self.recurrent(x)
+        return self.head(states[-1] if self.last else states)
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x + torch.randn_like(x))
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        ([(rows(), torch.zeros(100).long())], r"argument 1 of shape \(100,\), int64"),
+        ([{"foo": rows()}], "foo of shape"),
+        ([rows(features=31)], r"shape \(100, 31\), float32"),
+        ([rows().long()], "int64"),
+    ],
+    ids=["labels without a name", "a wrong name", "features", "dtype"],
+)
+def test_batches_that_forward_does_not_take_are_refused(data, why):
+    model = net()
+    small = mpo.compress(model, bond_dim=4)
+    for refuses in (
+        lambda: mpo.plan(model, ratio=3, data=data),
+        lambda: mpo.compress(model, ratio=3, data=data),
+        lambda: mpo.compress(model, bond_dim=4, data=data),
+        lambda: mpo.distill(small, reference=model, data=data, steps=3),
+    ):
+        with pytest.raises(DataError, match=f"does not take the first batch .*{why}"):
+            refuses()
+
+
+def test_data_for_a_state_dict_is_refused(tmp_path, capsys):
+    torch.save(net().state_dict(), tmp_path / "state.pt")
+    (tmp_path / "data.npz").touch()
+    given = [str(tmp_path / "state.pt"), "--bond-dim", "4", "--data", str(tmp_path / "data.npz")]
+    for option in (["-o", str(tmp_path / "out")], ["--dry-run"]):
+        with pytest.raises(SystemExit) as stopped:
+            main([*given, *option])
+        assert stopped.value.code == 2
+        assert "--model MODULE:FACTORY" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "divisible"),
+    [
+        (net(), Batch((rows(),)), True),
+        (Noisy(), Batch((rows(),)), True),
+        (Graph(), Batch((rows(), torch.softmax(rows(100, 100), 1))), False),
+        (TimeFirst(last=False), Batch((torch.randn(140, 6, 8),)), False),
+        (TimeFirst(last=True), Batch((torch.randn(140, 6, 8),)), False),
+    ],
+    ids=["rows", "random", "graph", "time first", "last time"],
+)
+def test_rows_are_taken_apart_where_they_stand_for_themselves(model, batch, divisible):
+    (found,) = with_whole_batches(model.eval(), [batch])
+    assert found.divisible == divisible
+
+
+def test_a_graph_is_healed_as_a_whole():
+    torch.manual_seed(0)
+    model = Graph()
+    batch = (rows(300), torch.softmax(3 * rows(300, 300), 1))
+    result = mpo.compress(model, bond_dim=6, include=["first"], data=[batch])
+    found = mpo.distill(result, reference=model, data=[batch], steps=30)
+    assert found.end_loss < found.start_loss
+    with pytest.raises(DataError, match="cannot be taken apart"):
+        mpo.compress(model, max_error=0.5, data=[batch])
+
+
+def test_whole_batches_are_not_split():
+    calls = [Batch((rows(40, seed=k),), divisible=False) for k in range(10)]
+    parts = split_calls(calls, (0.2, 0.1), seed=0)
+    assert [len(part) for part in parts] == [7, 2, 1]
+    assert {id(call) for part in parts for call in part} == {id(call) for call in calls}
+
+
+def test_inference_mode_changes_nothing():
+    model = net()
+    with torch.inference_mode():
+        data = [rows(seed=k) for k in range(4)]
+        found = mpo.compress(model, ratio=2, data=data, distill=10)
+    plain = mpo.compress(model, ratio=2, data=[rows(seed=k) for k in range(4)], distill=10)
+    assert torch.equal(found.model(rows()), plain.model(rows()))
+    assert calls_of(data, model)[0].args[0].is_inference() is False
+
+
+def test_a_forward_without_gradients_is_told_of():
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    model = Frozen()
+    with pytest.warns(UserWarning, match="all count the same"):
+        result = mpo.compress(model, ratio=2, data=[rows()])
+    with pytest.raises(DataError, match="no gradient reaches"):
+        mpo.distill(result, reference=model, data=[rows()], steps=5)
+
+
+def test_buffers_that_forward_writes_stay_what_they_were():
+    class Counting(nn.Module):
+        calls: Tensor
+        seen: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+            self.register_buffer("calls", torch.tensor(7))
+            self.register_buffer("seen", torch.zeros(32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.seen = self.seen + x.detach().sum(0)
+            return self.net(x)
+
+    model = Counting()
+    result = mpo.compress(model, ratio=2, data=[rows()], distill=5)
+    mpo.distill(result, reference=model, data=[rows()], steps=5)
+    for found in (model, result.model):
+        assert int(found.calls) == 7
+        assert not found.seen.any()
