@@ -247,8 +247,10 @@ def convert(
             )
         return _convert_graph(path, directory, request, force=force, progress=progress)
     clock = api.Clock()
+    # A run that began with `force` goes on with `resume` alone; a finished one is not replaced.
+    force = force or (resume and _state_folder(directory).is_dir())
     with (
-        saving.staged_output(directory, force=force or resume) as scratch,
+        saving.staged_output(directory, force=force) as scratch,
         _state_of(directory, resume) as state,
     ):
         with clock("loading"):
@@ -304,14 +306,18 @@ def convert(
     return Conversion(directory=Path(directory), report=report, notes=tuple(notes))
 
 
+def _state_folder(directory: str | Path) -> Path:
+    target = Path(directory)
+    return target.with_name(f"{target.name}.state")
+
+
 @contextmanager
 def _state_of(directory: str | Path, resume: bool) -> Iterator[Path | None]:
     """The folder for the state of a run; it goes once the run is done."""
     if not resume:
         yield None
         return
-    target = Path(directory)
-    state = target.with_name(f"{target.name}.state")
+    state = _state_folder(directory)
     yield state
     shutil.rmtree(state, ignore_errors=True)
 

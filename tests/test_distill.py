@@ -622,7 +622,7 @@ def test_models_that_cannot_be_trained_are_refused(dense, small, transformer):
     with pytest.raises(DataError, match="shares parameters"):
         mpo.distill(dense, reference=dense, data=data)
     with pytest.raises(DataError, match=r"bfloat16.*\.float\(\)"):
-        mpo.distill(small.bfloat16(), reference=dense, data=data)
+        distill_(small.bfloat16(), dense, [Batch((rows(50, 16),))])
     with pytest.raises(DataError, match="nothing to train"):
         mpo.distill(small.float().requires_grad_(False), reference=dense, data=data)
     with pytest.raises(DataError, match="has no module 'layers.0'"):
@@ -631,6 +631,25 @@ def test_models_that_cannot_be_trained_are_refused(dense, small, transformer):
         output_loss(rows(4, 1), rows(4, 1), None, "kl")
     with pytest.raises(DataError, match="dense model that was compressed"):
         output_loss(rows(4, 3), rows(4, 2), None, "mse")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gauge", ["none", "identity"])
+def test_half_types_are_healed_in_float32(dense, dtype, gauge):
+    half = copy.deepcopy(dense).to(dtype)
+    x = rows(400, 16)
+    result = mpo.compress(half, bond_dim=6, gauge=gauge)
+
+    def error() -> float:
+        with torch.no_grad():
+            expected = half(x.to(dtype)).float()
+            return float((result.model(x.to(dtype)).float() - expected).norm() / expected.norm())
+
+    before = error()
+    found = mpo.distill(result, reference=half, data=[x], steps=60, learning_rate=3e-3)
+    assert found.end_loss < found.start_loss
+    assert error() < 0.9 * before
+    assert {p.dtype for p in (*result.model.parameters(), *half.parameters())} == {dtype}
 
 
 # -- compress, report, command line

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mpocompress as mpo
-from mpocompress.errors import DataError, LoadError
+from mpocompress.errors import DataError, LoadError, OutputExistsError
 from mpocompress.pipeline import Request, convert
 from mpocompress.saving import CORES_FILE
 
@@ -152,6 +152,18 @@ class TestCommand:
         convert(model, whole, self.request(data))
         ours, theirs = (load_file(folder / CORES_FILE) for folder in (out, whole))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        with pytest.raises(OutputExistsError, match="--force"):  # of another run, for all we know
+            convert(model, out, self.request(data), resume=True)
+
+    def test_what_began_with_force_goes_on_without(self, files, tmp_path):
+        model, data = files
+        out = tmp_path / "out"
+        convert(model, out, Request(bond_dim=4, sites=2, trust_pickle=True))
+        stop = stop_at("distillation (model)", 30)
+        with pytest.raises(InterruptedRunError):
+            convert(model, out, self.request(data), force=True, resume=True, progress=stop)
+        report = convert(model, out, self.request(data), resume=True).report
+        assert report.settings["distill"]["steps"] == 50
 
     def test_without_it_nothing_stays(self, files, tmp_path):
         model, data = files

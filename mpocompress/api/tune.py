@@ -1,5 +1,6 @@
 """Train a compressed model further: healing, and sweeps on the loss."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +11,7 @@ from torch import nn
 from mpocompress.api.calling import with_whole_batches
 from mpocompress.api.data import calls_of
 from mpocompress.api.result import Clock, CompressionResult
-from mpocompress.errors import (
-    DataError,
-)
+from mpocompress.errors import DataError
 from mpocompress.layers.gauges import plain_gauge
 from mpocompress.loading import Batch
 from mpocompress.planning import Progress
@@ -60,10 +59,11 @@ def distill(
     """Heal a compressed model: train it, in place, to do what the dense model does.
 
     All floating parameters that require gradients are trained, in evaluation mode, in float32 or
-    float64, with Adam, warm-up, a cosine and clipped gradients; layers in the identity gauge as
-    plain cores, which are brought back into it at the end. The best weights on the held-out part
-    of the data are kept: there the model is never worse than before. A result's report is brought
-    up to date, so that what `save` writes is what is true of the healed weights.
+    float64 (half types in float32, and rounded at the end), with Adam, warm-up, a cosine and
+    clipped gradients; layers in the identity gauge as plain cores, which are brought back into it
+    at the end. The best weights on the held-out part of the data are kept: there the model is never
+    worse than before. A result's report is brought up to date, so that what `save` writes is what
+    is true of the healed weights.
 
     Args:
         result: from `compress`, or its model.
@@ -111,15 +111,35 @@ def distill(
     calls = calls_of(data, reference)
     if isinstance(result, CompressionResult):
         return heal(result, reference, calls, steps, options, checkpoint, progress, None)
-    return distill_(
-        result,
-        reference,
-        with_whole_batches(reference, calls),
+    return _distill(result, reference, calls, steps, options, checkpoint, progress)
+
+
+def _distill(
+    model: nn.Module,
+    reference: nn.Module,
+    calls: Sequence[Batch],
+    steps: int,
+    options: DistillOptions,
+    checkpoint: str | Path | None,
+    progress: Progress | None,
+) -> DistillResult:
+    """`tuning.distill_`; of half-precision parameters in float32, rounded to theirs at the end."""
+    calls = with_whole_batches(reference, calls)
+    both = (*model.parameters(), *reference.parameters())
+    halves = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in both)
+    ours = copy.deepcopy(model).float() if halves else model
+    found = distill_(
+        ours,
+        copy.deepcopy(reference).float() if halves else reference,
+        [call.cast(torch.float32) for call in calls] if halves else calls,
         steps=steps,
         options=options,
         checkpoint=checkpoint,
         progress=progress,
     )
+    if halves:
+        model.load_state_dict(ours.state_dict())
+    return found
 
 
 def heal(
@@ -137,15 +157,7 @@ def heal(
     clock.add(result.report.seconds)
     before = {name: value.clone() for name, value in result.model.state_dict().items()}
     with clock("distillation"):
-        found = distill_(
-            result.model,
-            reference,
-            with_whole_batches(reference, calls),
-            steps=steps,
-            options=options,
-            checkpoint=checkpoint,
-            progress=progress,
-        )
+        found = _distill(result.model, reference, calls, steps, options, checkpoint, progress)
     report = remeasure(
         result.report, before, inventory or find_weights(open_modules(reference)), result.model
     )
