@@ -13,6 +13,7 @@ from torch import nn
 
 from mpocompress import api, saving
 from mpocompress._version import __version__
+from mpocompress.api.calling import rows_come_first, take_rows
 from mpocompress.api.data import forward_arguments
 from mpocompress.errors import BudgetError, DataError, LoadError
 from mpocompress.export import (
@@ -41,6 +42,7 @@ from mpocompress.report import CompressionReport, Parity
 from mpocompress.report import Source as ReportSource
 from mpocompress.report.narrative import onnx_bytes as onnx_bytes_of
 from mpocompress.surgery import Inventory, find_weights, open_modules
+from mpocompress.tuning.moments import keep_mask
 
 if TYPE_CHECKING:
     from mpocompress.loading.onnx_source import OnnxSource
@@ -526,9 +528,17 @@ def _with_forms(report: CompressionReport, exported: ExportedModel) -> Compressi
 
 
 def _few(batches: Batches, rows: int = 256) -> Iterator[Batch]:
-    """Enough batches to compare on: a comparison of every sample would prove nothing more."""
+    """Enough batches to compare on: a comparison of every sample would prove nothing more.
+
+    Without rows that are padding throughout: what attention makes of nothing is arbitrary.
+    """
     seen = 0
     for batch in batches:
+        keep = keep_mask(batch.kwargs)
+        if keep is not None and rows_come_first(batch) and not bool(keep.any(1).all()):
+            if not bool(keep.any()):
+                continue
+            batch = take_rows(batch, keep.any(1).nonzero()[:, 0])
         yield batch
         seen += batch.num_rows
         if seen >= rows:

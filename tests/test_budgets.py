@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import mpocompress as mpo
+from mpocompress.api.budgets import rounded_up
 from mpocompress.api.data import calls_of, split_calls
 from mpocompress.api.drop_budget import HELD_OUT as DROP_HELD_OUT
 from mpocompress.api.error_budget import HELD_OUT as ERROR_HELD_OUT
@@ -339,3 +340,8 @@ def test_what_eval_fn_gives_has_to_be_a_number(given: object):
     model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
     with pytest.raises(DataError, match=r"eval_fn gave .*; it has to give a number"):
         mpo.compress(model, max_drop=0.01, data=[torch.randn(50, 16)], eval_fn=lambda _: given)
+
+
+def test_what_is_said_to_be_possible_is():
+    for value in (0.047571, 0.99996, 1e-7 / 3, 12345.6):
+        assert value <= float(rounded_up(value)) <= 1.001 * value

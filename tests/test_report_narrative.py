@@ -144,6 +144,14 @@ def test_layers_that_the_data_did_not_reach_are_named():
     assert caution.startswith("The data did not reach 1 of 2 compressed layers, the first being")
 
 
+def test_few_rows_of_data_are_warned_of():
+    layer = compressed_layer("fc") | {"relative_output_error": 0.07}
+    largest = max(layer["bond_dims"])
+    (caution,) = _cautions(report_of(layer, settings={"rows_of_data": largest - 1}))
+    assert caution.startswith(f"Only {largest - 1} rows of data for bond dimensions of up to")
+    assert _cautions(report_of(layer, settings={"rows_of_data": largest})) == []
+
+
 def test_onnx_verdicts():
     layer = compressed_layer("fc")
     agrees = onnx_verdict(report_of(layer, parity=PARITY))

@@ -11,6 +11,11 @@ from mpocompress.api.job import Job
 from mpocompress.planning import Plan
 
 
+def rounded_up(value: float) -> str:
+    """A figure in four digits that is no less: who asks for it gets it."""
+    return f"{value * (1 + 5e-4):.4g}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Met:
     """How a budget was met.

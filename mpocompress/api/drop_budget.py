@@ -6,7 +6,7 @@ from math import isfinite
 
 from torch import nn
 
-from mpocompress.api.budgets import Met, with_setting
+from mpocompress.api.budgets import Met, rounded_up, with_setting
 from mpocompress.api.job import Built, Job
 from mpocompress.errors import BudgetError, DataError
 from mpocompress.loading import Batch
@@ -134,10 +134,10 @@ def meet_drop(job: Job, max_drop: float, metric: Metric) -> tuple[Built, Met]:
     if looks:
         raise BudgetError(
             f"a drop of at most {max_drop:g} was met where it was searched for, but on the data "
-            f"held out for the end the best of {looks} candidates drops by {missed:.4g}. Allow "
-            "that much, or give more data."
+            f"held out for the end the best of {looks} candidates drops by {rounded_up(missed)}. "
+            "Allow that much, or give more data."
         )
     raise BudgetError(
-        f"a drop of at most {max_drop:g} cannot be met: the least that was found is {least:.4g}. "
-        "Allow that much, give (more) data to fit on, or exclude layers."
+        f"a drop of at most {max_drop:g} cannot be met: the least that was found is "
+        f"{rounded_up(least)}. Allow that much, give (more) data to fit on, or exclude layers."
     )

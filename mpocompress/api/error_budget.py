@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mpocompress.api.budgets import Met, with_setting
+from mpocompress.api.budgets import Met, rounded_up, with_setting
 from mpocompress.api.job import Built, Job
 from mpocompress.errors import BudgetError
 from mpocompress.loading import Batch
@@ -193,8 +193,8 @@ def _refuse_if_beyond(sharing: Sharing, curves: Any, max_error: float, of: str) 
 def _no_plan(what: str, max_error: float, least: float) -> BudgetError:
     return BudgetError(
         f"no layer gets smaller within {_article(what)} {what} of {max_error:g}: the least that "
-        f"was found is {least:.4g}. Allow that much, or store layers in the identity gauge, in "
-        "which larger bond dimensions pay."
+        f"was found is {rounded_up(least)}. Allow that much, or store layers in the identity "
+        "gauge, in which larger bond dimensions pay."
     )
 
 

@@ -208,6 +208,8 @@ class Job:
             sites = select_sites(self.inventory, self.options.include, self.options.exclude)
         if self.progress is not None:
             self.progress("inputs of the layers and gradients at their outputs", 0, len(sites))
+        for site in sites:
+            check_finite(site)
         modules = [module for site in sites for module in site.modules]
         with self.clock("statistics"):
             found = take_statistics(self.opened, modules, self.calls, seed=self.seed)

@@ -231,8 +231,10 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
         # Object arrays are pickles: never.
         archive = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        # NumPy takes whatever it does not know for a pickle, and advises to unpickle it.
+        why = "it is no archive of arrays" if "pickle" in str(error) else str(error).rstrip(".")
         raise LoadError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read as .npz: {error}. Write it with "
+            f"{path} ({path.stat().st_size} bytes) cannot be read as .npz: {why}. Write it with "
             "numpy.savez."
         ) from error
     if not isinstance(archive, np.lib.npyio.NpzFile):

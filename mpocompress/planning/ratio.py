@@ -52,7 +52,8 @@ def plan_ratio(sharing: Sharing, ratio: float, *, of: Of = "model") -> Plan:
         return BudgetError(
             f"a ratio of {ratio:g} of the {of} cannot be met: with bond dimension 1 everywhere it "
             f"is {reachable:.4g}, since {before - dense} parameters stay as they are. Ask for "
-            'less, count the compressed layers only (of="layers"), or force layouts of more sites.'
+            'less, count the compressed layers only (of="layers", --of layers), or force layouts '
+            "of more sites."
         )
 
     found = sharing.at(allowed, f"a ratio of {ratio:g} of the {of}", unreachable=unreachable)

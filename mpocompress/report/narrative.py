@@ -329,6 +329,7 @@ def cautions(report: CompressionReport) -> tuple[Sentence, ...]:
     found: list[Sentence | None] = [
         _caution_weight_error(report),
         _caution_not_reached(report),
+        _caution_few_rows(report),
         _caution_macs(report),
         _caution_larger_layers(report),
         _caution_large_kept(report),
@@ -391,6 +392,20 @@ def _caution_not_reached(report: CompressionReport) -> Sentence | None:
         ": they keep their weights, not their outputs. Give data that passes through them, or ",
         Code("--exclude"),
         " them.",
+    )
+
+
+def _caution_few_rows(report: CompressionReport) -> Sentence | None:
+    """Fits to so few rows explain these rows, and not what comes later."""
+    rows = report.settings.get("rows_of_data")
+    largest = max(
+        (bond for layer in report.compressed_layers for bond in layer.bond_dims or []), default=0
+    )
+    if not isinstance(rows, int) or rows >= largest:
+        return None
+    return (
+        f"Only {plural(rows, 'row')} of data for bond dimensions of up to {largest:,}: layers may "
+        "fit these rows and miss others, even by more than without data. Give some times as many.",
     )
 
 

@@ -123,7 +123,7 @@ def distill_(
             **asdict(options),
             "steps": steps,
             "rows of data": data.rows,
-            "the SHA-256 of the start": fingerprint(start),
+            "the SHA-256 of the weights at the start": fingerprint(start),
         }
         try:
             balance_cores_(model)

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import sqrt
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from mpocompress.errors import DataError
@@ -22,8 +24,9 @@ class FitOptions:
     """How layers are fitted.
 
     Attributes:
-        ridge: shrinks the input moment, as a share of its diagonal. Without it directions that
-            the data hardly shows would be free, and other data would show them.
+        ridge: shrinks the input moment, as a share of its diagonal, at least so much, see
+            `shrinkage.shrinkage_ridge`. Without it directions that the data hardly shows would be
+            free, and other data would show them.
         sweeps: at most so many passes over the sites of a layer, for layouts without a closed
             form; 0 keeps the start of the fit.
         repair_streams: let a layer that feeds a residual stream correct the stream's error.
@@ -57,6 +60,19 @@ def exact_takes_long(shapes: Iterable[tuple[int, int]]) -> bool:
     return sum(out * in_ * (out + in_) for out, in_ in shapes) > _EXACT_MACS
 
 
+def output_error(moment_II: Tensor, target_OI: Tensor, mpo: MPO) -> float:
+    """sqrt(E|T x - W x|^2 / E|T x|^2) for E[x xᵀ] (in, in), in float32; 0 where nothing comes in.
+
+    Not in the metric of the fit, which has a ridge and weighs the outputs.
+    """
+    moment_II, target_OI = moment_II.float(), target_OI.float()
+    lost_OI = target_OI - mpo.to_dense().to(target_OI)
+    lost, whole = (
+        float(torch.sum(matrix_OI @ moment_II * matrix_OI)) for matrix_OI in (lost_OI, target_OI)
+    )
+    return sqrt(max(lost, 0.0) / whole) if whole > 0 else 0.0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FittedWeight:
     """A fitted layer.
@@ -65,7 +81,8 @@ class FittedWeight:
         mpo: in the weight's dtype.
         bias: (out,) in the bias's dtype, with the mean of the error taken out; None to keep the
             layer's own bias, or none.
-        relative_output_error: of the MPO against its target, on the inputs that it was fitted on.
+        relative_output_error: of the MPO against its target, on the inputs that it was fitted on:
+            every output counts the same, and so does every row; no ridge.
         rows: of activations that were seen.
         rounded: as it is stored, if not in float32; `mpo` has the same values.
     """

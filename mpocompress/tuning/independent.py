@@ -13,8 +13,9 @@ from torch import Tensor
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.fit import fit
 from mpocompress.mpo.metric import Metric
-from mpocompress.tuning.fit_plan import FitOptions, FittedWeight
+from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, output_error
 from mpocompress.tuning.moments import CrossMoment
+from mpocompress.tuning.shrinkage import shrinkage_ridge
 
 
 def fit_alone(
@@ -43,7 +44,8 @@ def fit_alone(
     moment_II, _, mean_I = inputs.mean(centered=bias_O is not None)
     wide_OI = weight_OI.to(moment_II)
     # If nothing but zeros came in, fit the weights themselves.
-    metric = Metric(moment_II, ridge=options.ridge) if bool(moment_II.any()) else None
+    ridge = shrinkage_ridge(moment_II, inputs.rows, least=options.ridge)
+    metric = Metric(moment_II, ridge=ridge) if bool(moment_II.any()) else None
     result = fit(wide_OI, metric, layout, bond_dims, round_trips=(options.sweeps + 1) // 2)
     mpo = MPO(result.cores, shape=(weight_OI.shape[0], weight_OI.shape[1]))
     mpo = mpo.to(dtype=weight_OI.dtype)
@@ -52,5 +54,8 @@ def fit_alone(
         lost_OI = wide_OI - mpo.to(dtype=wide_OI.dtype).to_dense()
         new_bias = (bias_O.to(mean_I) + lost_OI @ mean_I).to(bias_O.dtype)
     return FittedWeight(
-        mpo=mpo, bias=new_bias, relative_output_error=result.relative_error, rows=inputs.rows
+        mpo=mpo,
+        bias=new_bias,
+        relative_output_error=output_error(moment_II, wide_OI, mpo),
+        rows=inputs.rows,
     )

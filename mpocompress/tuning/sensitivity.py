@@ -19,6 +19,7 @@ from mpocompress.surgery import WeightSite
 from mpocompress.tuning.gradients import LayerMoments
 from mpocompress.tuning.layer_rows import adapter_of
 from mpocompress.tuning.moments import CrossMoment, RowCounts
+from mpocompress.tuning.shrinkage import shrinkage_ridge
 from mpocompress.tuning.table_fit import HeadUse, table_gains, table_weights
 
 
@@ -48,6 +49,7 @@ def gain_of_bonds(
     output_OO = gradients.mean(centered=False)[0]
     if not (bool(input_II.any()) and bool(output_OO.any())):
         return None
+    ridge = shrinkage_ridge(input_II, inputs.rows, least=ridge)
     metric = Metric(input_II, output_OO, ridge=ridge)
     whitened_OI = metric.input_factor.apply(site.matrix().to(input_II))
     if metric.output_factor is not None:
@@ -118,6 +120,7 @@ def output_error_curve(
     norm = float(torch.sum(weight_OI @ whole_II * weight_OI))
     if norm <= 0:
         return None
+    ridge = shrinkage_ridge(input_II, inputs.rows, least=ridge)
     whitened_OI = Metric(input_II, ridge=ridge).input_factor.apply(weight_OI)
     squares = linalg.svd_values(whitened_OI).double().cpu() ** 2
     lost_D = torch.zeros(min(site.shape) + 1, dtype=torch.float64)

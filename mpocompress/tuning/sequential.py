@@ -36,6 +36,7 @@ from mpocompress.tuning.fit_plan import (
     OutputMetric,
     SitePlan,
     exact_takes_long,
+    output_error,
 )
 from mpocompress.tuning.fit_state import FitStore
 from mpocompress.tuning.layer_rows import adapter_of
@@ -43,6 +44,7 @@ from mpocompress.tuning.lockstep import Call, OperationRecorder, Runner, stoppin
 from mpocompress.tuning.moments import RowCounts, keep_mask
 from mpocompress.tuning.residual import StreamWatcher
 from mpocompress.tuning.rounding import Rounded, Storage, round_table, round_weight, shrunk
+from mpocompress.tuning.shrinkage import shrinkage_ridge
 from mpocompress.tuning.table_fit import HeadUse, fit_table, table_error, table_weights
 from mpocompress.tuning.upstream import Collector, Moments, Place, merged
 
@@ -213,7 +215,8 @@ def _fit_layer(
     metric = None
     if bool(whole.inputs_II.any()):  # else nothing but zeros came in: fit the weights themselves
         useful = output_metric_OO is not None and bool(output_metric_OO.any())
-        metric = Metric(whole.inputs_II, output_metric_OO if useful else None, ridge=options.ridge)
+        ridge = shrinkage_ridge(whole.inputs_II, whole.rows, least=options.ridge)
+        metric = Metric(whole.inputs_II, output_metric_OO if useful else None, ridge=ridge)
         if options.output_metric == "sites" and not _is_svd(plan.layout):
             metric = metric.over_sites(plan.layout)
     result = fit(
@@ -223,17 +226,15 @@ def _fit_layer(
         plan.bond_dims,
         round_trips=(options.sweeps + 1) // 2,
     )
-    mpo, error = MPO(result.cores, shape=site.shape).to(dtype=site.dtype), result.relative_error
+    mpo = MPO(result.cores, shape=site.shape).to(dtype=site.dtype)
     rounded = None
     if plan.storage.rounds:
         rounded = _rounded(mpo, plan.storage, metric, whole.rows)
         mpo = rounded.mpo
-        if metric is not None:
-            error = metric.relative_error(target_OI, mpo.to_dense().to(target_OI))
     return FittedWeight(
         mpo=mpo,
         bias=_new_bias(bias if centered else None, weight_OI, mpo, whole),
-        relative_output_error=error,
+        relative_output_error=output_error(whole.inputs_II, target_OI, mpo),
         rows=whole.rows,
         rounded=rounded,
     )

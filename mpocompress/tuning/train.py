@@ -166,7 +166,9 @@ class _Trainer:
             self._arguments = {
                 **asdict(options),
                 "rows of data": data.rows,
-                "the SHA-256 of the start": fingerprint(list(_values(model).values())),
+                "the SHA-256 of the weights at the start": fingerprint(
+                    list(_values(model).values())
+                ),
             }
 
     def run(self) -> TrainResult:
