@@ -132,7 +132,13 @@ def test_after_healing_the_answers_are_spoken_of():
     assert found is not None
     text = _plain(found.text)
     assert text.startswith("The outputs of the whole model differ by 16.7 %, measured on rows that")
-    assert "healing, 60 steps) brought the loss on rows held out from it from 0.49 to 0.36." in text
+    assert (
+        "healing, 60 steps) brought the loss on rows held out from it from 0.49 to 0.3601." in text
+    )
+    healing["held_out_loss"]["after"] = 0.49
+    found = quality_verdict(report_of(layer, settings={"distill": healing}))
+    assert found is not None
+    assert "did not lower the loss on rows held out from it, 0.49, so" in _plain(found.text)
     (caution,) = _cautions(report)
     assert caution.endswith("more steps of healing on more data win back more of what was lost.")
 
@@ -147,9 +153,9 @@ def test_layers_that_the_data_did_not_reach_are_named():
 def test_few_rows_of_data_are_warned_of():
     layer = compressed_layer("fc") | {"relative_output_error": 0.07}
     largest = max(layer["bond_dims"])
-    (caution,) = _cautions(report_of(layer, settings={"rows_of_data": largest - 1}))
-    assert caution.startswith(f"Only {largest - 1} rows of data for bond dimensions of up to")
-    assert _cautions(report_of(layer, settings={"rows_of_data": largest})) == []
+    (caution,) = _cautions(report_of(layer, settings={"fewest_rows_at_a_layer": largest - 1}))
+    assert caution.startswith(f"Data are few: a layer saw only {largest - 1} rows")
+    assert _cautions(report_of(layer, settings={"fewest_rows_at_a_layer": largest})) == []
 
 
 def test_onnx_verdicts():

@@ -358,6 +358,9 @@ class Job:
         if self.calls is not None:
             rows = sum(call.num_rows for call in self.calls)
             settings |= {"sweeps": self.sweeps, "rows_of_data": rows}
+            seen = [found.rows for site, found in built.fitted.items() if site in built.weights]
+            if seen:
+                settings["fewest_rows_at_a_layer"] = min(seen)
         report = collect_report(
             self.inventory,
             built.plan,

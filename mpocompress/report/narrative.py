@@ -317,10 +317,17 @@ def _of_the_answers(report: CompressionReport) -> str:
     healing = report.settings.get("distill")
     loss = healing.get("held_out_loss") if isinstance(healing, dict) else None
     if isinstance(healing, dict) and isinstance(loss, dict):
-        found += (
-            f"Training against the original (healing, {plural(healing['steps'], 'step')}) brought "
-            f"the loss on rows held out from it from {loss['before']:.3g} to {loss['after']:.3g}. "
-        )
+        found += f"Training against the original (healing, {plural(healing['steps'], 'step')}) "
+        if loss["after"] < loss["before"]:
+            found += (
+                "brought the loss on rows held out from it from "
+                f"{loss['before']:.4g} to {loss['after']:.4g}. "
+            )
+        else:
+            found += (
+                f"did not lower the loss on rows held out from it, {loss['before']:.4g}, so the "
+                "weights from before it were kept. "
+            )
     return found
 
 
@@ -396,16 +403,15 @@ def _caution_not_reached(report: CompressionReport) -> Sentence | None:
 
 
 def _caution_few_rows(report: CompressionReport) -> Sentence | None:
-    """Fits to so few rows explain these rows, and not what comes later."""
-    rows = report.settings.get("rows_of_data")
-    largest = max(
-        (bond for layer in report.compressed_layers for bond in layer.bond_dims or []), default=0
-    )
+    """What so few rows show is not what comes later."""
+    rows = report.settings.get("fewest_rows_at_a_layer")
+    bonds = [bond for layer in report.compressed_layers for bond in layer.bond_dims or []]
+    largest = max(bonds, default=0)
     if not isinstance(rows, int) or rows >= largest:
         return None
     return (
-        f"Only {plural(rows, 'row')} of data for bond dimensions of up to {largest:,}: layers may "
-        "fit these rows and miss others, even by more than without data. Give some times as many.",
+        f"Data are few: a layer saw only {plural(rows, 'row')}, and bond dimensions go up to "
+        f"{largest:,}. What is fitted to so few may miss others; give some times as many.",
     )
 
 
