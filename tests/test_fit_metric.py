@@ -39,28 +39,33 @@ def test_distance_is_the_mean_output_error():
     )
 
 
-def test_ridge_is_a_share_of_the_diagonal():
+def test_ridge_is_a_share_of_the_diagonal_or_of_its_median():
     c, g = moment(6, seed=0), moment(4, seed=1)
-    metric = Metric(c, g, ridge=1e-2, output_ridge=1e-1)
-    assert_close(metric.ridged_input_II, c + 1e-2 * c.diagonal().diag())
-    assert_close(metric.ridged_output_OO, g + 1e-1 * g.diagonal().diag())
+    metric = Metric(c, g, ridge=1e-3, output_ridge=1e-1)
+    for ridged, matrix, share in (
+        (metric.ridged_input_II, c, 1e-3),
+        (metric.ridged_output_OO, g, 1e-1),
+    ):
+        diagonal = matrix.diagonal()
+        assert_close(ridged, matrix + share * diagonal.clamp_min(diagonal.median()).diag())
     assert_close(metric.input_II, c, rtol=0, atol=0)
 
 
-def test_ridge_of_a_dead_input_is_that_of_the_median_one():
-    c = torch.diag(torch.tensor([0.0, 2.0, 0.0, 400.0, 8.0]).double())
-    added = Metric(c, ridge=0.1).ridged_input_II.diagonal() - c.diagonal()
-    assert_close(added, 0.1 * torch.tensor([8.0, 2.0, 8.0, 400.0, 8.0]).double())
+def test_inputs_that_the_data_hardly_show_have_a_ridge_of_their_own():
+    c = torch.diag(torch.tensor([0.0, 1e-9, 2.0, 400.0, 8.0]).double())  # median of four: 2
+    for ridge, floor in ((1e-4, 1e-4), (0.1, 1e-3)):
+        added = Metric(c, ridge=ridge).ridged_input_II.diagonal() - c.diagonal()
+        expected = ridge * c.diagonal() + floor * torch.tensor([2.0, 2.0, 0.0, 0.0, 0.0]).double()
+        assert_close(added, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_distance_does_not_depend_on_the_units_of_inputs_and_outputs():
+def test_one_input_in_fine_units_changes_nothing_for_the_others():
+    c = moment(7, seed=3)
+    units = torch.ones(7, dtype=torch.float64)
+    units[int(c.diagonal().argmax())] = 1e4
+    plain, fine = Metric(c), Metric(units[:, None] * c * units)
     target, matrix = gaussian(5, 7, seed=1), gaussian(5, 7, seed=2)
-    c, g = moment(7, seed=3), moment(5, seed=4)
-    units = 10.0 ** torch.linspace(-4, 4, 7).double()
-    others = 10.0 ** torch.linspace(3, -3, 5).double()
-    same = Metric(units[:, None] * c * units, others[:, None] * g * others)
-    scaled = [found / others[:, None] / units for found in (target, matrix)]
-    assert_close(same.distance(*scaled), Metric(c, g).distance(target, matrix), **F64["dense"])
+    assert_close(fine.distance(target / units, matrix / units), plain.distance(target, matrix))
 
 
 def test_identity_metric_is_the_frobenius_norm():

@@ -70,17 +70,23 @@ def solve_factored(rhs_NK: Tensor, factor_NN: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor_NN.mT, halfway_NK, upper=True)
 
 
-def ridge_on(diagonal_N: Tensor, ridge: float) -> Tensor:
-    """What a ridge adds to the diagonal (N,) of a second moment: its share of every entry.
+def ridge_on(diagonal_N: Tensor, ridge: float, *, floor: float | None = None) -> Tensor:
+    """What a ridge adds to the diagonal (N,) of a second moment.
 
-    So a fit does not depend on the units of the features: of the mean instead, one feature in fine
-    units would swamp all others. A feature that is 0 in the data has no unit there; it gets the
-    share of the median of those that are not.
+    A share of each entry, so that a feature in fine units does not swamp all others, as it would
+    with a share of the mean; of entries below the median of those that are not 0 a share of that
+    median, because rows that were not seen may well excite what these hardly do.
+
+    Args:
+        diagonal_N: mean squares of the features.
+        ridge: share of an entry.
+        floor: share of what an entry lacks of the median; None: `ridge`.
     """
     seen_N = diagonal_N[diagonal_N > 0]
-    if seen_N.numel() in (0, diagonal_N.numel()):
+    if not seen_N.numel():
         return ridge * diagonal_N
-    return ridge * torch.where(diagonal_N > 0, diagonal_N, seen_N.median())
+    lacking_N = (seen_N.median() - diagonal_N).clamp_min(0.0)
+    return ridge * diagonal_N + (ridge if floor is None else floor) * lacking_N
 
 
 def solve_ridged(right_MN: Tensor, symmetric_NN: Tensor, ridge: float) -> Tensor:

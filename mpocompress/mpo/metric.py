@@ -7,8 +7,8 @@ With C = E[x xᵀ], the second moment of a layer's inputs, and optionally G, a m
 
 C is estimated from samples, often fewer than there are inputs. A *ridge*, a share of its diagonal,
 is added to it: it stands for inputs that the sample did not show, and makes the metric definite. As
-each entry gets its own share, the units of the inputs do not matter. With `ridge=0` the metric may
-be singular: what the data never excites then costs nothing, and nothing determines it.
+each entry gets its own share, a few inputs in much finer units do not matter. With `ridge=0` the
+metric may be singular: what the data never excites then costs nothing, and nothing determines it.
 """
 
 # Shape suffixes: O rows (outputs), I columns (inputs), N side of a square metric, R its rank.
@@ -28,6 +28,9 @@ from mpocompress.mpo.layout import Layout
 # Entries of C and its transpose may differ by this share of the largest one: the rounding of an
 # accumulation over many batches, far below what a wrong (say, rectangular) product gives.
 _ASYMMETRY = {torch.float64: 1e-8, torch.float32: 1e-4}
+# What is added for inputs that the data hardly show does not grow with what few rows leave open of
+# the others: a fit would spend its bond dimensions on them.
+_FLOOR = 1e-3
 # So far below zero, relative to the largest, an eigenvalue may lie by accumulation in float32.
 _NEGATIVE = 1e-5
 
@@ -163,12 +166,16 @@ class Metric:
     @cached_property
     def ridged_input_II(self) -> Tensor:  # noqa: N802  # shape suffix
         """C with its ridge, exactly symmetric: what distances are measured with."""
-        return _ridged(self.input_II, self.ridge)
+        return _ridged(self.input_II, self.ridge, min(self.ridge, _FLOOR))
 
     @cached_property
     def ridged_output_OO(self) -> Tensor | None:  # noqa: N802  # shape suffix
         """G with its ridge, exactly symmetric; None is the identity."""
-        return None if self.output_OO is None else _ridged(self.output_OO, self.output_ridge)
+        return (
+            None
+            if self.output_OO is None
+            else _ridged(self.output_OO, self.output_ridge, self.output_ridge)
+        )
 
     @cached_property
     def input_factor(self) -> Factor:
@@ -327,9 +334,9 @@ def _checked(matrix_NN: Tensor, name: str) -> Tensor:
     return matrix_NN
 
 
-def _ridged(matrix_NN: Tensor, ridge: float) -> Tensor:
+def _ridged(matrix_NN: Tensor, ridge: float, floor: float) -> Tensor:
     symmetric_NN = (matrix_NN + matrix_NN.mT) / 2
-    symmetric_NN.diagonal().add_(ridge_on(matrix_NN.diagonal(), ridge))
+    symmetric_NN.diagonal().add_(ridge_on(matrix_NN.diagonal(), ridge, floor=floor))
     return symmetric_NN
 
 

@@ -17,7 +17,7 @@ from mpocompress.tuning.lockstep import Call
 from mpocompress.tuning.state_file import fingerprint, read_tensors, write_tensors
 
 _METADATA_KEY = "mpocompress.fitted_layer"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 
 class _Metadata(BaseModel):

@@ -57,7 +57,7 @@ def gain_of_bonds(
     values_R = linalg.svd_values(whitened_OI)
     gains_R = torch.zeros(min(site.shape), dtype=torch.float64, device=values_R.device)
     gains_R[: len(values_R)] = values_R.double() ** 2  # singular moments have fewer directions
-    return inputs.rows * gains_R
+    return inputs.rows * gains_R / (1 + ridge)  # so that shrinking keeps the mean squares
 
 
 def tied_heads(site: WeightSite, moments: Mapping[nn.Module, LayerMoments]) -> tuple[HeadUse, ...]:
@@ -122,7 +122,7 @@ def output_error_curve(
         return None
     ridge = shrinkage_ridge(input_II, inputs.rows, least=ridge)
     whitened_OI = Metric(input_II, ridge=ridge).input_factor.apply(weight_OI)
-    squares = linalg.svd_values(whitened_OI).double().cpu() ** 2
+    squares = linalg.svd_values(whitened_OI).double().cpu() ** 2 / (1 + ridge)
     lost_D = torch.zeros(min(site.shape) + 1, dtype=torch.float64)
     lost_D[: len(squares)] = squares.flip(0).cumsum(0).flip(0)
     return (lost_D / norm).sqrt()

@@ -172,7 +172,7 @@ def _metric(
         output_OO = gradients.mean(centered=False)[0]
         if bool(input_II.any()) and bool(output_OO.any()):
             ridge = shrinkage_ridge(input_II, inputs.rows, least=ridge)
-            return Metric(input_II, output_OO, ridge=ridge), float(inputs.rows)
+            return Metric(input_II, output_OO, ridge=ridge), inputs.rows / (1 + ridge)
     size = float(torch.sum(site.matrix().double() ** 2))
     return None, site.parameters / size if size > 0 else 1.0
 
