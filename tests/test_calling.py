@@ -43,6 +43,42 @@ class TimeFirst(nn.Module):
         return self.head(states[-1] if self.last else states)
 
 
+class Flattened(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).flatten(0, 1)
+
+
+class Masked(Graph):
+    """A graph whose outputs have a column of -inf, as masked logits do."""
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        found = super().forward(x, adjacency)
+        return torch.cat([found, torch.full_like(found[:, :1], -torch.inf)], 1)
+
+
+class LastState(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.GRU(8, 32, num_layers=2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.recurrent(x)[1]  # (layers, batch, features)
+
+
+class Pairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.net(x)
+        return found @ found.mT
+
+
 class Noisy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -94,8 +130,16 @@ def test_data_for_a_state_dict_is_refused(tmp_path, capsys):
         (Graph(), Batch((rows(), torch.softmax(rows(100, 100), 1))), False),
         (TimeFirst(last=False), Batch((torch.randn(140, 6, 8),)), False),
         (TimeFirst(last=True), Batch((torch.randn(140, 6, 8),)), False),
+        (Masked(), Batch((rows(), torch.softmax(rows(100, 100), 1))), False),
+        (Flattened(), Batch((torch.randn(100, 7, 32),)), True),
+        (LastState(), Batch((torch.randn(100, 7, 8),)), True),
+        (LastState(), Batch((torch.randn(2, 7, 8),)), True),
+        (Pairs(), Batch((rows(),)), True),
     ],
-    ids=["rows", "random", "graph", "time first", "last time"],
+    ids=[
+        *("rows", "random", "graph", "time first", "last time"),
+        *("with -inf", "flattened", "layers first", "as many rows as layers", "pairs"),
+    ],
 )
 def test_rows_are_taken_apart_where_they_stand_for_themselves(model, batch, divisible):
     (found,) = with_whole_batches(model.eval(), [batch])
@@ -169,3 +213,44 @@ def test_buffers_that_forward_writes_stay_what_they_were():
     for found in (model, result.model):
         assert int(found.calls) == 7
         assert not found.seen.any()
+
+
+def test_buffers_made_or_resized_in_forward_go_again():
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+            self.register_buffer("cache", None)
+            self.register_buffer("grown", torch.zeros(1))
+            self.register_buffer("wide", torch.zeros(1).expand(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.cache = torch.zeros(len(x))
+            self.register_buffer("new", torch.zeros(len(x)))
+            self.grown.resize_(len(x))
+            self.wide.data = self.wide + 1
+            return self.net(x)
+
+    model = Lazy()
+    mpo.compress(model, ratio=2, data=[rows()])
+    assert model.cache is None
+    assert not hasattr(model, "new")
+    assert model.grown.shape == (1,)
+
+
+def test_scripted_parts_are_left_alone():
+    scripted = torch.jit.script(nn.BatchNorm1d(64))
+    model = nn.Sequential(nn.Linear(32, 64), scripted, nn.Linear(64, 5)).eval()
+    result = mpo.compress(model, bond_dim=8, data=[rows()])
+    assert len(result.report.compressed_layers) == 1
+
+
+def test_models_and_labels_of_inference_mode():
+    with torch.inference_mode():
+        made = net()
+        labels = torch.zeros(100, dtype=torch.long)
+    with pytest.raises(DataError, match="made under torch.inference_mode"):
+        mpo.compress(made, ratio=2, data=[rows()])
+    (call,) = calls_of([{"input": rows(), "labels": labels}], net())
+    assert call.labels is not None
+    assert not call.labels.is_inference()

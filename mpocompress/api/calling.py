@@ -70,9 +70,10 @@ def check_call(model: nn.Module, batch: Batch) -> None:
 def with_whole_batches(model: nn.Module, calls: Sequence[Batch]) -> list[Batch]:
     """The same batches, marked where their rows must stay together.
 
-    They can be taken apart where the last rows of the first batch alone give what they give among
-    the others: not the nodes of a graph, nor sequences whose time comes first. Where two passes of
-    the same rows differ, too, as those of a model that draws at random, nothing is marked.
+    They stay together where the last rows of the first batch alone give other outputs than among
+    the others, or outputs that do not follow the number of rows: nodes of a graph, sequences whose
+    time comes first. Where two passes of the same rows differ, too, as those of a model that draws
+    at random, nothing is marked; nor where outputs show nothing, as a single number.
 
     Args:
         model: dense; it is called up to three times.
@@ -88,7 +89,7 @@ def with_whole_batches(model: nn.Module, calls: Sequence[Batch]) -> list[Batch]:
         apart = _call(model, take_rows(first, last))
     except Exception:  # whatever foreign code raises
         apart = []
-    if _same(whole, apart, last, count) or not _same(whole, _call(model, first), None, count):
+    if _stand_alone(whole, apart, last, count) or not _equal_all(whole, _call(model, first)):
         return list(calls)
     return [replace(call, divisible=False) for call in calls]
 
@@ -99,13 +100,42 @@ def _call(model: nn.Module, batch: Batch) -> list[Tensor]:
     return floating_outputs(output)
 
 
-def _same(whole: list[Tensor], found: list[Tensor], rows: Tensor | None, count: int) -> bool:
-    """Whether outputs agree: those that have a row for each of the inputs, one at least."""
-    if len(whole) != len(found):
+def _stand_alone(whole: list[Tensor], apart: list[Tensor], rows: Tensor, count: int) -> bool:
+    """Whether outputs of some rows are what they are among all rows, as far as outputs show it."""
+    if len(whole) != len(apart):
         return False
-    pairs = [(a, b) for a, b in zip(whole, found, strict=True) if a.ndim and a.shape[0] == count]
-    if rows is not None:
-        pairs = [(a[rows.to(a.device)], b) for a, b in pairs]
-    return bool(pairs or rows is None) and all(
-        a.shape == b.shape and float((a - b).norm()) <= _SAME * float(a.norm()) for a, b in pairs
-    )
+    same = fixed = False
+    for a, b in zip(whole, apart, strict=True):
+        if a.ndim == 0 and b.ndim == 0:
+            continue
+        if a.shape == b.shape:
+            fixed = True
+            continue
+        differing = [
+            k for k, sizes in enumerate(zip(a.shape, b.shape, strict=False)) if len(set(sizes)) > 1
+        ]
+        if a.ndim != b.ndim or len(differing) != 1:
+            continue  # as similarities of all pairs
+        axis = differing[0]
+        if a.shape[axis] % count or b.shape[axis] * count != a.shape[axis] * len(rows):
+            continue
+        # Of outputs that were flattened each row has several, one after the other.
+        blocks = a.unflatten(axis, (count, -1)).index_select(axis, rows.to(a.device))
+        if not _equal(blocks.flatten(axis, axis + 1), b):
+            return False
+        same = True
+    return same or not fixed
+
+
+def _equal_all(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(map(_equal, first, second))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Up to rounding, in what is finite."""
+    finite = torch.isfinite(a)
+    if a.shape != b.shape or not torch.equal(finite, torch.isfinite(b)):
+        return False
+    tolerance = max(_SAME, 8 * torch.finfo(a.dtype).eps)
+    a, b = a[finite].float(), b[finite].float()
+    return float((a - b).norm()) <= tolerance * float(a.norm())

@@ -26,16 +26,24 @@ def calls_of(data: Any, model: nn.Module) -> list[Batch]:
     else:
         calls = [batch.to(parameter.device) for batch in batches.cast(parameter.dtype)]
     calls = [_of_autograd(call) for call in calls]
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise DataError(
+            f"parameters of {type(model).__name__} were made under torch.inference_mode(), so that "
+            "nothing can be learned of them by gradients. Build or load the model outside of it."
+        )
     check_call(model, calls[0])
     return calls
 
 
 def _of_autograd(batch: Batch) -> Batch:
     """The batch without tensors of inference mode, which gradients cannot be taken through."""
-    if not any(tensor.is_inference() for _, tensor in batch.named_inputs()):
+    tensors = [tensor for _, tensor in batch.named_inputs()]
+    tensors += [] if batch.labels is None else [batch.labels]
+    if not any(tensor.is_inference() for tensor in tensors):
         return batch
     return replace(
         batch,
+        labels=None if batch.labels is None else batch.labels.clone(),
         args=tuple(tensor.clone() for tensor in batch.args),
         kwargs={name: tensor.clone() for name, tensor in batch.kwargs.items()},
     )

@@ -9,13 +9,16 @@ import torch
 from torch import nn
 
 from mpocompress.api.calling import with_whole_batches
-from mpocompress.api.data import calls_of
+from mpocompress.api.data import calls_of, few_rows
 from mpocompress.api.result import Clock, CompressionResult
 from mpocompress.errors import DataError
 from mpocompress.layers.gauges import plain_gauge
 from mpocompress.loading import Batch
 from mpocompress.planning import Progress
+from mpocompress.report import CompressionReport
 from mpocompress.report.collect import remeasure
+from mpocompress.report.schema import Comparison
+from mpocompress.report.wording import OUTPUT_CHANGE
 from mpocompress.surgery import (
     Inventory,
     find_weights,
@@ -29,7 +32,9 @@ from mpocompress.tuning import (
     Loss,
     LossSweepOptions,
     LossSweepRecord,
+    check_apart,
     distill_,
+    output_errors,
     sweep_on_loss,
 )
 from mpocompress.tuning.distill_loss import OutputLoss
@@ -59,11 +64,11 @@ def distill(
     """Heal a compressed model: train it, in place, to do what the dense model does.
 
     All floating parameters that require gradients are trained, in evaluation mode, in float32 or
-    float64 (half types in float32, and rounded at the end), with Adam, warm-up, a cosine and
-    clipped gradients; layers in the identity gauge as plain cores, which are brought back into it
-    at the end. The best weights on the held-out part of the data are kept: there the model is never
-    worse than before. A result's report is brought up to date, so that what `save` writes is what
-    is true of the healed weights.
+    float64 (half types in float32, and rounded at the end, which no loss here has seen), with Adam,
+    warm-up, a cosine and clipped gradients; layers in the identity gauge as plain cores, which are
+    brought back into it at the end. The best weights on the held-out part of the data are kept:
+    there the model is never worse than before. A result's report is brought up to date, so that
+    what `save` writes is what is true of the healed weights.
 
     Args:
         result: from `compress`, or its model.
@@ -127,6 +132,8 @@ def _distill(
     calls = with_whole_batches(reference, calls)
     both = (*model.parameters(), *reference.parameters())
     halves = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in both)
+    if halves:  # copies no longer show it
+        check_apart(model, reference)
     ours = copy.deepcopy(model).float() if halves else model
     found = distill_(
         ours,
@@ -137,7 +144,7 @@ def _distill(
         checkpoint=checkpoint,
         progress=progress,
     )
-    if halves:
+    if halves and found.best_step:
         model.load_state_dict(ours.state_dict())
     return found
 
@@ -170,10 +177,29 @@ def heal(
         "held_out_loss": {"before": found.start_loss, "after": found.end_loss},
         "seed": options.seed,
     }
-    update = {"settings": {**report.settings, "distill": healing}, "seconds": clock.total()}
+    update = {
+        "settings": {**report.settings, "distill": healing},
+        "predictions": _of_healed(report, reference, result.model, calls),
+        "seconds": clock.total(),
+    }
     # The model was trained in place, so its report changes in place, too.
     object.__setattr__(result, "report", report.model_copy(update=update))
     return found
+
+
+def _of_healed(
+    report: CompressionReport, reference: nn.Module, model: nn.Module, calls: Sequence[Batch]
+) -> list[Comparison]:
+    """The report's predictions with the change of the outputs measured again, if it was."""
+
+    def anew(found: Comparison) -> Comparison:
+        if found.quantity != OUTPUT_CHANGE or found.measured is None:
+            return found
+        change = output_errors(reference, model, (), few_rows(calls)).model
+        note = "measured on rows that were healed on"
+        return found.model_copy(update={"measured": change, "note": note})
+
+    return [anew(found) for found in report.predictions]
 
 
 @torch.inference_mode(False)

@@ -174,9 +174,9 @@ def _bag_refusal(bag: nn.EmbeddingBag) -> str | None:
 
 def _is_fused_experts(module: Any) -> bool:
     """What transformers' decorator of fused experts leaves on a class."""
-    down = module._parameters.get("down_proj")
+    down = getattr(module, "down_proj", None)
     return (
-        down is not None
+        isinstance(down, nn.Parameter)
         and down.ndim == 3
         and callable(getattr(type(module), "_apply_gate", None))
         and all(hasattr(module, name) for name in ("has_gate", "is_transposed", "act_fn"))

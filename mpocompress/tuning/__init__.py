@@ -1,7 +1,7 @@
 """Fitting to data: activation statistics, sequential fitting, sweeps on the loss, distillation."""
 
 from mpocompress.tuning.dense_layers import correction_plans, is_corrected
-from mpocompress.tuning.distill import DistillResult, distill_
+from mpocompress.tuning.distill import DistillResult, check_apart, distill_
 from mpocompress.tuning.distill_options import DistillOptions, check_steps
 from mpocompress.tuning.distill_state import DistillRecord
 from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan
@@ -46,6 +46,7 @@ __all__ = [
     "TrainRecord",
     "TrainResult",
     "TaskScore",
+    "check_apart",
     "check_steps",
     "correction_plans",
     "distill_",

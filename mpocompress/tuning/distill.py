@@ -368,12 +368,7 @@ def _trainable(model: nn.Module, reference: nn.Module) -> list[nn.Parameter]:
             "the model has no floating parameter that requires gradients, so there is nothing to "
             "train. Call model.requires_grad_(True) first."
         )
-    ours = {id(parameter) for parameter in parameters}
-    if any(id(parameter) in ours for parameter in reference.parameters()):
-        raise DataError(
-            "the model shares parameters with the reference, which would change with it. Give the "
-            "dense model from before the compression."
-        )
+    check_apart(model, reference)
     for name, parameter in (*model.named_parameters(), *reference.named_parameters()):
         if parameter.dtype in (torch.float16, torch.bfloat16):
             raise DataError(
@@ -386,6 +381,20 @@ def _trainable(model: nn.Module, reference: nn.Module) -> list[nn.Parameter]:
                 f"{parameters[0].device}. Move both models to one device."
             )
     return parameters
+
+
+def check_apart(model: nn.Module, reference: nn.Module) -> None:
+    """Refuse a model that would change the reference when it is trained.
+
+    Raises:
+        DataError: they share a parameter that requires gradients.
+    """
+    ours = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    if any(id(parameter) in ours for parameter in reference.parameters()):
+        raise DataError(
+            "the model shares parameters with the reference, which would change with it. Give the "
+            "dense model from before the compression."
+        )
 
 
 def _check_blocks(reference: nn.Module, blocks: Sequence[str]) -> None:

@@ -22,6 +22,8 @@ TEMPERATURE = 2.0
 # A single output (batch, columns) with at most so many columns may be logits.
 MAX_CLASSES = 1000
 _TINY = 1e-12
+# What stands beside logits and is no answer, by the end of its name.
+_NO_ANSWERS = ("hidden_state", "hidden_states", "attentions", "loss")
 # Of what the dense model did with batches that come again.
 _KEPT_BYTES = 2**31
 
@@ -53,8 +55,8 @@ def output_loss(
         kind: "kl": KL(dense || ours) of the softmax at temperature 2, times its square, in nats;
             "mse": E|y - y^|^2 / E|y|^2, the mean over all floating outputs; "cosine": mean of
             1 - cos of the rows (an output with more axes has a row for each token), for embeddings.
-            Of an output with a `.logits` its own tensors count, and not the lists of hidden states
-            and attentions or the loss that may be in it.
+            Of an output with a `.logits` its own tensors count, and not the hidden states, the
+            attentions or the loss that may be in it.
             "auto": "mse", plus "kl" where the output may be logits: it has a `.logits`, or is a
             single tensor (batch, 2 to 1000 columns), or one with more axes and as many columns as
             there are words. That is right for regression and embeddings, too, of which KL alone
@@ -93,14 +95,22 @@ def output_loss(
 
 def _compared(output: Any) -> list[Tensor]:
     """The floating tensors of an output that are answers, in its order."""
-    if getattr(output, "logits", None) is None:
+    logits = getattr(output, "logits", None)
+    if logits is None:
         return floating_outputs(output)
     if isinstance(output, Mapping):
-        own = list(output.values())
+        own = dict(output)
+    elif isinstance(output, tuple) and hasattr(output, "_asdict"):
+        own = output._asdict()
     else:
-        own = list(output) if isinstance(output, tuple) else list(vars(output).values())
-    tensors = [value for value in own if isinstance(value, Tensor) and value.ndim]
-    return floating_outputs(tensors)
+        own = dict(getattr(output, "__dict__", {}))
+    own.setdefault("logits", logits)
+    answers = [
+        value
+        for name, value in own.items()
+        if isinstance(value, Tensor) and value.ndim and not str(name).endswith(_NO_ANSWERS)
+    ]
+    return floating_outputs(answers)
 
 
 def normalized_error(ours: Tensor, dense: Tensor, keep: Tensor | None) -> Tensor:

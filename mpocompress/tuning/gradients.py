@@ -110,7 +110,7 @@ def take_statistics(
     """
     moments = {layer: LayerMoments() for layer in layers}
     generator = torch.Generator().manual_seed(seed)
-    energy, no_gradients = 0.0, False
+    energy, no_gradients = 0.0, set[nn.Module]()
     keep: list[Tensor | None] = [None]
     latest: list[tuple[Tensor, CrossMoment]] = []
 
@@ -127,8 +127,8 @@ def take_statistics(
         return moment
 
     def watch(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        nonlocal no_gradients
-        no_gradients |= not torch.is_grad_enabled()
+        if not torch.is_grad_enabled():
+            no_gradients.add(layer)
         values = (*args, *kwargs.values())
         adapter = adapter_of(layer)
         if len(values) == 1 and isinstance(values[0], Tensor):
@@ -179,9 +179,9 @@ def take_statistics(
     }
     if no_gradients:
         warnings.warn(
-            f"forward of {type(model).__name__} runs under torch.no_grad() or inference_mode(): "
-            "without gradients it is not known which outputs of a layer matter, and all count the "
-            "same.",
+            f"forward of {type(model).__name__} runs {len(no_gradients)} of {len(layers)} layers "
+            "under torch.no_grad() or inference_mode(): without gradients it is not known which of "
+            "their outputs matter, and all count the same.",
             stacklevel=2,
         )
     return Statistics(reached, energy)
