@@ -13,7 +13,6 @@ from torch import nn
 
 from mpocompress import api, saving
 from mpocompress._version import __version__
-from mpocompress.api.calling import rows_come_first, take_rows
 from mpocompress.api.data import forward_arguments
 from mpocompress.errors import BudgetError, DataError, LoadError
 from mpocompress.export import (
@@ -535,10 +534,11 @@ def _few(batches: Batches, rows: int = 256) -> Iterator[Batch]:
     seen = 0
     for batch in batches:
         keep = keep_mask(batch.kwargs)
-        if keep is not None and rows_come_first(batch) and not bool(keep.any(1).all()):
-            if not bool(keep.any()):
+        if keep is not None and batch.rows_come_first and not bool(keep.any(1).all()):
+            real = keep.any(1).nonzero()[:, 0]
+            if not len(real):
                 continue
-            batch = take_rows(batch, keep.any(1).nonzero()[:, 0])
+            batch = batch.take(real)
         yield batch
         seen += batch.num_rows
         if seen >= rows:

@@ -18,35 +18,15 @@ _SAME = 1e-3
 _FEW = 4
 
 
-def take_rows(batch: Batch, rows: Tensor) -> Batch:
-    """Some rows of a batch of which every tensor has its rows first."""
-
-    def of(tensor: Tensor) -> Tensor:
-        return tensor[rows.to(tensor.device)]
-
-    return replace(
-        batch,
-        args=tuple(of(tensor) for tensor in batch.args),
-        kwargs={name: of(tensor) for name, tensor in batch.kwargs.items()},
-        labels=None if batch.labels is None else of(batch.labels),
-    )
-
-
-def rows_come_first(batch: Batch) -> bool:
-    """Whether all inputs have the same first dimension."""
-    tensors = [tensor for _, tensor in batch.named_inputs()]
-    return all(tensor.ndim and tensor.shape[0] == batch.num_rows for tensor in tensors)
-
-
 def check_call(model: nn.Module, batch: Batch) -> None:
     """Call the model with a few rows of a batch or, where those alone are not taken, with all.
 
     Raises:
         DataError: it raises an error; the message has it, and the shapes of the inputs.
     """
-    if rows_come_first(batch) and batch.num_rows > _FEW:
+    if batch.rows_come_first and batch.num_rows > _FEW:
         try:
-            _call(model, take_rows(batch, torch.arange(_FEW)))
+            _call(model, batch.take(torch.arange(_FEW)))
             return
         except Exception:  # whatever foreign code raises
             pass  # all rows may belong together, as the nodes of a graph
@@ -79,14 +59,14 @@ def with_whole_batches(model: nn.Module, calls: Sequence[Batch]) -> list[Batch]:
         model: dense; it is called up to three times.
         calls: batches.
     """
-    first = next((call for call in calls if rows_come_first(call) and call.num_rows > 1), None)
+    first = next((call for call in calls if call.rows_come_first and call.num_rows > 1), None)
     if first is None:
         return list(calls)
     count = first.num_rows
     last = torch.arange(count - count // 2, count)
     whole = _call(model, first)
     try:
-        apart = _call(model, take_rows(first, last))
+        apart = _call(model, first.take(last))
     except Exception:  # whatever foreign code raises
         apart = []
     if _stand_alone(whole, apart, last, count) or not _equal_all(whole, _call(model, first)):
@@ -106,16 +86,13 @@ def _stand_alone(whole: list[Tensor], apart: list[Tensor], rows: Tensor, count: 
         return False
     same = fixed = False
     for a, b in zip(whole, apart, strict=True):
-        if a.ndim == 0 and b.ndim == 0:
+        if a.ndim != b.ndim:
             continue
-        if a.shape == b.shape:
-            fixed = True
-            continue
-        differing = [
-            k for k, sizes in enumerate(zip(a.shape, b.shape, strict=False)) if len(set(sizes)) > 1
-        ]
-        if a.ndim != b.ndim or len(differing) != 1:
-            continue  # as similarities of all pairs
+        differing = [axis for axis in range(a.ndim) if a.shape[axis] != b.shape[axis]]
+        if not differing:
+            fixed |= a.ndim > 0
+        if len(differing) != 1:
+            continue  # two or more: as similarities of all pairs
         axis = differing[0]
         if a.shape[axis] % count or b.shape[axis] * count != a.shape[axis] * len(rows):
             continue

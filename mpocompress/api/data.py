@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpocompress.api.calling import check_call, rows_come_first, take_rows
+from mpocompress.api.calling import check_call
 from mpocompress.errors import DataError
 from mpocompress.loading import Batch, as_batches
 
@@ -41,12 +41,8 @@ def _of_autograd(batch: Batch) -> Batch:
     tensors += [] if batch.labels is None else [batch.labels]
     if not any(tensor.is_inference() for tensor in tensors):
         return batch
-    return replace(
-        batch,
-        labels=None if batch.labels is None else batch.labels.clone(),
-        args=tuple(tensor.clone() for tensor in batch.args),
-        kwargs={name: tensor.clone() for name, tensor in batch.kwargs.items()},
-    )
+    labels = None if batch.labels is None else batch.labels.clone()
+    return replace(batch.map_inputs(torch.clone), labels=labels)
 
 
 def forward_arguments(model: nn.Module, batch: Batch) -> tuple[Tensor, ...] | dict[str, Tensor]:
@@ -87,12 +83,12 @@ def split_calls(
     generator = torch.Generator().manual_seed(seed)
     parts: tuple[list[Batch], ...] = tuple([] for _ in range(len(shares) + 1))
     if calls and all(
-        call.divisible and rows_come_first(call) and call.num_rows * min(shares) >= 1
+        call.divisible and call.rows_come_first and call.num_rows * min(shares) >= 1
         for call in calls
     ):
         for call in calls:
             for part, chosen in zip(parts, _cut(call.num_rows, shares, generator), strict=True):
-                part.append(take_rows(call, chosen))
+                part.append(call.take(chosen))
         return parts
     if len(calls) * min(shares) < 1:
         needed = int(1 / min(shares)) + 1

@@ -48,25 +48,35 @@ class Batch:
             yield f"argument {index}", tensor
         yield from self.kwargs.items()
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch with all inputs on `device`."""
+    @property
+    def rows_come_first(self) -> bool:
+        """Whether all inputs have the same first dimension."""
+        tensors = [tensor for _, tensor in self.named_inputs()]
+        return all(tensor.ndim and tensor.shape[0] == self.num_rows for tensor in tensors)
+
+    def map_inputs(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same batch with all inputs changed alike; labels stay."""
         return replace(
             self,
-            args=tuple(tensor.to(device) for tensor in self.args),
-            kwargs={name: tensor.to(device) for name, tensor in self.kwargs.items()},
+            args=tuple(change(tensor) for tensor in self.args),
+            kwargs={name: change(tensor) for name, tensor in self.kwargs.items()},
         )
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with all inputs on `device`."""
+        return self.map_inputs(lambda tensor: tensor.to(device))
 
     def cast(self, dtype: torch.dtype) -> "Batch":
         """The same batch with floating inputs in `dtype` (NumPy's are often float64)."""
-
-        def convert(tensor: Tensor) -> Tensor:
-            return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-        return replace(
-            self,
-            args=tuple(convert(tensor) for tensor in self.args),
-            kwargs={name: convert(tensor) for name, tensor in self.kwargs.items()},
+        return self.map_inputs(
+            lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
         )
+
+    def take(self, rows: Tensor) -> "Batch":
+        """Some rows, by their numbers, with their labels; all inputs have their rows first."""
+        labels = None if self.labels is None else self.labels[rows.to(self.labels.device)]
+        found = self.map_inputs(lambda tensor: tensor[rows.to(tensor.device)])
+        return replace(found, labels=labels)
 
 
 class Batches:

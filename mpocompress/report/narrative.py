@@ -32,6 +32,9 @@ Tone = Literal["good", "same", "bad"]
 
 # Above this, weights have moved so far that nobody should ship without measuring.
 _LARGE_WEIGHT_ERROR = 0.3
+_ONLY_A_MEASUREMENT = (
+    "How much that matters for what the model is for, only a measurement on held-out data can say."
+)
 # A kept weight is worth a sentence if it holds this share of all that is left.
 _LARGE_KEPT_SHARE = 0.25
 
@@ -143,7 +146,7 @@ def what_was_done(report: CompressionReport) -> tuple[Sentence, ...]:
             ),
         )
     share = report.totals.parameters.layers.dense / report.totals.parameters.model.dense
-    bonds = [bond for layer in compressed for bond in layer.bond_dims or []]
+    bonds = _bonds(report)
     link = (
         f", linked by an index of at most {max(bonds):,} values, the bond dimension"
         if bonds
@@ -248,6 +251,10 @@ def onnx_verdict(report: CompressionReport) -> Verdict:
     )
 
 
+def _bonds(report: CompressionReport) -> list[int]:
+    return [bond for layer in report.compressed_layers for bond in layer.bond_dims or []]
+
+
 def quality_verdict(report: CompressionReport) -> Verdict | None:
     """What is known of the change in the model's answers; None if nothing was compressed."""
     compressed = report.compressed_layers
@@ -262,10 +269,7 @@ def quality_verdict(report: CompressionReport) -> Verdict | None:
     if about_model and not output_errors:
         return Verdict(
             title="Outputs were compared on data, the model's task was not.",
-            text=(
-                f"{about_model}How much that matters for what the model is for, only a measurement "
-                "on held-out data can say.",
-            ),
+            text=(f"{about_model}{_ONLY_A_MEASUREMENT}",),
             tone="same",
         )
     if output_errors:
@@ -277,8 +281,7 @@ def quality_verdict(report: CompressionReport) -> Verdict | None:
                 f"by {relative_error(statistics.median(output_errors.values()))} (median) to "
                 f"{relative_error(output_errors[worst])} (layer ",
                 Code(worst),
-                f"). {about_model}How much that matters for what the model is for, only a "
-                "measurement on held-out data can say.",
+                f"). {about_model}{_ONLY_A_MEASUREMENT}",
             ),
             tone="same",
         )
@@ -405,8 +408,7 @@ def _caution_not_reached(report: CompressionReport) -> Sentence | None:
 def _caution_few_rows(report: CompressionReport) -> Sentence | None:
     """What so few rows show is not what comes later."""
     rows = report.settings.get("fewest_rows_at_a_layer")
-    bonds = [bond for layer in report.compressed_layers for bond in layer.bond_dims or []]
-    largest = max(bonds, default=0)
+    largest = max(_bonds(report), default=0)
     if not isinstance(rows, int) or rows >= largest:
         return None
     return (

@@ -8,13 +8,11 @@ skeleton when the result is loaded.
 """
 
 from mpocompress.saving.dense_state import densify_state, save_state
-from mpocompress.saving.manifest import FORMAT_VERSION, LayerRecord, Manifest
 from mpocompress.saving.model import load_model, save_graph_weights, save_model
 from mpocompress.saving.staging import (
     CORES_FILE,
     ONNX_DATA_FILE,
     ONNX_FILE,
-    REPORT_FILES,
     replacing,
     staged_output,
 )
@@ -22,12 +20,8 @@ from mpocompress.saving.tensor_file import read_manifest
 
 __all__ = [
     "CORES_FILE",
-    "FORMAT_VERSION",
     "ONNX_DATA_FILE",
     "ONNX_FILE",
-    "REPORT_FILES",
-    "LayerRecord",
-    "Manifest",
     "densify_state",
     "load_model",
     "read_manifest",

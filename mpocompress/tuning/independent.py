@@ -12,10 +12,9 @@ from torch import Tensor
 
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.fit import fit
-from mpocompress.mpo.metric import Metric
 from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, output_error
 from mpocompress.tuning.moments import CrossMoment
-from mpocompress.tuning.shrinkage import shrinkage_ridge
+from mpocompress.tuning.shrinkage import shrunk_metric
 
 
 def fit_alone(
@@ -44,8 +43,9 @@ def fit_alone(
     moment_II, _, mean_I = inputs.mean(centered=bias_O is not None)
     wide_OI = weight_OI.to(moment_II)
     # If nothing but zeros came in, fit the weights themselves.
-    ridge = shrinkage_ridge(moment_II, inputs.rows, least=options.ridge)
-    metric = Metric(moment_II, ridge=ridge) if bool(moment_II.any()) else None
+    metric = None
+    if bool(moment_II.any()):
+        metric = shrunk_metric(moment_II, inputs.rows, least=options.ridge)
     result = fit(wide_OI, metric, layout, bond_dims, round_trips=(options.sweeps + 1) // 2)
     mpo = MPO(result.cores, shape=(weight_OI.shape[0], weight_OI.shape[1]))
     mpo = mpo.to(dtype=weight_OI.dtype)

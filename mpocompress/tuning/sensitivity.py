@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.mpo import linalg
-from mpocompress.mpo.metric import Metric
 from mpocompress.surgery import WeightSite
 from mpocompress.tuning.gradients import LayerMoments
 from mpocompress.tuning.layer_rows import adapter_of
 from mpocompress.tuning.moments import CrossMoment, RowCounts
-from mpocompress.tuning.shrinkage import shrinkage_ridge
+from mpocompress.tuning.shrinkage import shrunk_metric
 from mpocompress.tuning.table_fit import HeadUse, table_gains, table_weights
 
 
@@ -49,15 +48,14 @@ def gain_of_bonds(
     output_OO = gradients.mean(centered=False)[0]
     if not (bool(input_II.any()) and bool(output_OO.any())):
         return None
-    ridge = shrinkage_ridge(input_II, inputs.rows, least=ridge)
-    metric = Metric(input_II, output_OO, ridge=ridge)
+    metric = shrunk_metric(input_II, inputs.rows, output_OO, least=ridge)
     whitened_OI = metric.input_factor.apply(site.matrix().to(input_II))
     if metric.output_factor is not None:
         whitened_OI = metric.output_factor.apply(whitened_OI.mT).mT
     values_R = linalg.svd_values(whitened_OI)
     gains_R = torch.zeros(min(site.shape), dtype=torch.float64, device=values_R.device)
     gains_R[: len(values_R)] = values_R.double() ** 2  # singular moments have fewer directions
-    return inputs.rows * gains_R / (1 + ridge)  # so that shrinking keeps the mean squares
+    return inputs.rows * gains_R / (1 + metric.ridge)  # so that shrinking keeps the mean squares
 
 
 def tied_heads(site: WeightSite, moments: Mapping[nn.Module, LayerMoments]) -> tuple[HeadUse, ...]:
@@ -120,9 +118,9 @@ def output_error_curve(
     norm = float(torch.sum(weight_OI @ whole_II * weight_OI))
     if norm <= 0:
         return None
-    ridge = shrinkage_ridge(input_II, inputs.rows, least=ridge)
-    whitened_OI = Metric(input_II, ridge=ridge).input_factor.apply(weight_OI)
-    squares = linalg.svd_values(whitened_OI).double().cpu() ** 2 / (1 + ridge)
+    metric = shrunk_metric(input_II, inputs.rows, least=ridge)
+    whitened_OI = metric.input_factor.apply(weight_OI)
+    squares = linalg.svd_values(whitened_OI).double().cpu() ** 2 / (1 + metric.ridge)
     lost_D = torch.zeros(min(site.shape) + 1, dtype=torch.float64)
     lost_D[: len(squares)] = squares.flip(0).cumsum(0).flip(0)
     return (lost_D / norm).sqrt()

@@ -44,7 +44,7 @@ from mpocompress.tuning.lockstep import Call, OperationRecorder, Runner, stoppin
 from mpocompress.tuning.moments import RowCounts, keep_mask
 from mpocompress.tuning.residual import StreamWatcher
 from mpocompress.tuning.rounding import Rounded, Storage, round_table, round_weight, shrunk
-from mpocompress.tuning.shrinkage import shrinkage_ridge
+from mpocompress.tuning.shrinkage import shrunk_metric
 from mpocompress.tuning.table_fit import HeadUse, fit_table, table_error, table_weights
 from mpocompress.tuning.upstream import Collector, Moments, Place, merged
 
@@ -215,8 +215,12 @@ def _fit_layer(
     metric = None
     if bool(whole.inputs_II.any()):  # else nothing but zeros came in: fit the weights themselves
         useful = output_metric_OO is not None and bool(output_metric_OO.any())
-        ridge = shrinkage_ridge(whole.inputs_II, whole.rows, least=options.ridge)
-        metric = Metric(whole.inputs_II, output_metric_OO if useful else None, ridge=ridge)
+        metric = shrunk_metric(
+            whole.inputs_II,
+            whole.rows,
+            output_metric_OO if useful else None,
+            least=options.ridge,
+        )
         if options.output_metric == "sites" and not _is_svd(plan.layout):
             metric = metric.over_sites(plan.layout)
     result = fit(

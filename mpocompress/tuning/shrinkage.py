@@ -5,8 +5,24 @@
 import torch
 from torch import Tensor
 
+from mpocompress.mpo.metric import Metric
+
 # The share of the diagonal that few rows bring it to: half of the moment is then forgotten.
 _MOST = 1.0
+
+
+def shrunk_metric(
+    moment_II: Tensor, rows: int, output_OO: Tensor | None = None, *, least: float
+) -> Metric:
+    """The metric of a moment of some rows, with the ridge that these call for.
+
+    Args:
+        moment_II: see `shrinkage_ridge`, not all zero.
+        rows: likewise.
+        output_OO: metric on the outputs; None is the identity.
+        least: see `shrinkage_ridge`.
+    """
+    return Metric(moment_II, output_OO, ridge=shrinkage_ridge(moment_II, rows, least=least))
 
 
 def shrinkage_ridge(moment_II: Tensor, rows: int, *, least: float) -> float:

@@ -25,7 +25,7 @@ from mpocompress.tuning.layer_rows import adapter_of
 from mpocompress.tuning.moments import CrossMoment, RowCounts
 from mpocompress.tuning.rounding import Storage, round_weight, shrunk, stored_tensors
 from mpocompress.tuning.sensitivity import _moments_of, tied_heads
-from mpocompress.tuning.shrinkage import shrinkage_ridge
+from mpocompress.tuning.shrinkage import shrunk_metric
 from mpocompress.tuning.table_fit import table_weights
 
 # Blocks of columns are worth their scales at 4 bits, now and then at 3; on a sentence encoder, 2
@@ -171,8 +171,8 @@ def _metric(
         input_II = inputs.mean(centered=centered)[0]
         output_OO = gradients.mean(centered=False)[0]
         if bool(input_II.any()) and bool(output_OO.any()):
-            ridge = shrinkage_ridge(input_II, inputs.rows, least=ridge)
-            return Metric(input_II, output_OO, ridge=ridge), inputs.rows / (1 + ridge)
+            metric = shrunk_metric(input_II, inputs.rows, output_OO, least=ridge)
+            return metric, inputs.rows / (1 + metric.ridge)
     size = float(torch.sum(site.matrix().double() ** 2))
     return None, site.parameters / size if size > 0 else 1.0
 
