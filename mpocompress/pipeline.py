@@ -76,7 +76,7 @@ class Request:
     inputs: tuple[str, ...] = ()
     factory: str | None = None
     trust_pickle: bool = False
-    sweeps: int = 16
+    sweeps: int | None = None
     distill: int = 0
     form: FormChoice = "auto"
     quantize: Quantize = "none"
@@ -88,6 +88,16 @@ class Request:
                 f"--distill {self.distill} trains on data, and there is none. Add --data, with "
                 "batches for the model; labels are not needed."
             )
+        if self.sweeps is not None and self.data is None:
+            raise DataError(
+                f"--sweeps {self.sweeps} are passes of a fit to data, and there is none. Add "
+                "--data, with batches for the model; labels are not needed."
+            )
+
+    @property
+    def fit_options(self) -> dict[str, Any]:
+        """`sweeps`, where it is given."""
+        return {} if self.sweeps is None else {"sweeps": self.sweeps}
 
     def plan_options(self) -> dict[str, Any]:
         """What `plan` and `compress` are to be called with."""
@@ -214,7 +224,7 @@ def plan_model(
         data=batches,
         distill=request.distill,
         onnx_bytes=None if examples is None else _onnx_bytes(opened.source, examples, request),
-        sweeps=request.sweeps,
+        **request.fit_options,
         seed=request.seed,
         progress=progress,
     )
@@ -263,7 +273,7 @@ def convert(
             **request.plan_options(),
             data=batches,
             onnx_bytes=None if examples is None else _onnx_bytes(opened.source, examples, request),
-            sweeps=request.sweeps,
+            **request.fit_options,
             distill=request.distill,
             seed=request.seed,
             source=ReportSource(name=opened.source.name, sha256=opened.source.sha256),
@@ -350,7 +360,7 @@ def _convert_graph(
             source.model,
             PlanOptions(**request.plan_options()),
             feeds=calls.feeds,
-            sweeps=request.sweeps,
+            **request.fit_options,
             seed=request.seed,
             source=ReportSource(name=source.name, sha256=source.sha256),
             progress=progress,

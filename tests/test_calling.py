@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import mpocompress as mpo
-from mpocompress.api.calling import with_whole_batches
+from mpocompress.api.calling import check_calls, with_whole_batches
 from mpocompress.api.data import calls_of, split_calls
 from mpocompress.cli import main
 from mpocompress.errors import DataError
@@ -109,6 +109,39 @@ def test_batches_that_forward_does_not_take_are_refused(data, why):
     ):
         with pytest.raises(DataError, match=f"does not take the first batch .*{why}"):
             refuses()
+
+
+@pytest.mark.parametrize(
+    ("later", "why"),
+    [
+        ([rows(), rows(features=31), rows()], r"batch 1, .*\(100, 31\), float32"),
+        ([rows(), rows(), rows(features=33)], r"batch 2, .*\(100, 33\), float32"),
+        ([rows(), (rows(), rows())], r"batch 1, .*argument 1 of shape"),
+        ([rows(), rows().long()], r"batch 1, .*int64"),
+    ],
+    ids=["fewer features", "more features", "arguments", "dtype"],
+)
+def test_later_batches_that_forward_does_not_take_are_refused(later, why):
+    model = net()
+    with pytest.raises(DataError, match=f"does not take {why}"):
+        mpo.compress(model, bond_dim=4, data=later)
+
+
+def test_of_sentences_the_shortest_and_the_longest_are_tried():
+    class Lengths(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+            self.seen = []
+
+        def forward(self, x):
+            self.seen.append(x.shape)
+            return self.net(x)
+
+    model = Lengths()
+    calls = [Batch(args=(torch.randn(9, length, 32),)) for length in (5, 3, 8, 6, 3, 8)]
+    check_calls(model, calls)
+    assert model.seen == [(4, 5, 32), (4, 3, 32), (4, 8, 32)]
 
 
 def test_data_for_a_state_dict_is_refused(tmp_path, capsys):

@@ -710,6 +710,10 @@ def test_the_command_line_heals(tmp_path, monkeypatch, capsys, dense):
     assert stop.value.code == 2
     assert "--distill 10 trains on data" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
+        main([*arguments[:-2], "--sweeps", "4"])
+    assert stop.value.code == 2
+    assert "--sweeps 4 are passes of a fit to data" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
         main([*arguments, "--data", "data.npz"])
     assert not stop.value.code
     report = json.loads((tmp_path / "model-mpo" / "report.json").read_text())

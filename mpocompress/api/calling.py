@@ -18,12 +18,39 @@ _SAME = 1e-3
 _FEW = 4
 
 
-def check_call(model: nn.Module, batch: Batch) -> None:
-    """Call the model with a few rows of a batch or, where those alone are not taken, with all.
+def check_calls(model: nn.Module, calls: Sequence[Batch]) -> None:
+    """Call the model with a few rows of those batches that are most unlike each other.
+
+    Batches of the same arguments, dtypes and numbers of axes may differ in sizes, as sentences do
+    in their lengths: of each axis but that of the rows the smallest and the largest size are
+    tried.
+
+    Args:
+        model: that will be called with them.
+        calls: one or more batches.
 
     Raises:
-        DataError: it raises an error; the message has it, and the shapes of the inputs.
+        DataError: it does not take one; the message has its number, counted from 0, the shapes of
+            its inputs, and the model's error.
     """
+    kinds: dict[tuple[object, ...], list[int]] = {}
+    for number, batch in enumerate(calls):
+        named = [(name, t.dtype, t.ndim) for name, t in batch.named_inputs()]
+        kinds.setdefault(tuple(named), []).append(number)
+    tried = {0}
+    for numbers in kinds.values():
+        sizes = {n: [s for _, t in calls[n].named_inputs() for s in t.shape[1:]] for n in numbers}
+        tried.add(numbers[0])
+        for axis in range(len(sizes[numbers[0]])):
+            by_size = {sizes[n][axis]: n for n in reversed(numbers)}
+            if len(by_size) > 1:
+                tried |= {by_size[min(by_size)], by_size[max(by_size)]}
+    for number in sorted(tried):
+        _check_call(model, calls[number], number)
+
+
+def _check_call(model: nn.Module, batch: Batch, number: int) -> None:
+    """Call the model with a few rows of a batch or, where those alone are not taken, with all."""
     if batch.rows_come_first and batch.num_rows > _FEW:
         try:
             _call(model, batch.take(torch.arange(_FEW)))
@@ -40,8 +67,9 @@ def check_call(model: nn.Module, batch: Batch) -> None:
             for name, tensor in batch.named_inputs()
         )
         lines = str(error).splitlines() or [type(error).__name__]
+        which = "the first batch" if number == 0 else f"batch {number}, counted from 0"
         raise DataError(
-            f"forward of {type(model).__name__} does not take the first batch ({inputs}): "
+            f"forward of {type(model).__name__} does not take {which} ({inputs}): "
             f"{lines[0]}. A batch has the arguments of forward, in order or by name; labels go by "
             "the name 'labels'."
         ) from error

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpocompress.api.calling import check_call
+from mpocompress.api.calling import check_calls
 from mpocompress.errors import DataError
 from mpocompress.loading import Batch, as_batches
 
@@ -17,7 +17,7 @@ def calls_of(data: Any, model: nn.Module) -> list[Batch]:
     """The batches of the user's data in the model's dtype and on its device.
 
     Raises:
-        DataError: no batches, or the model cannot be called with the first one.
+        DataError: no batches, or the model cannot be called with one of them, see `check_calls`.
     """
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     batches = as_batches(data)
@@ -31,7 +31,7 @@ def calls_of(data: Any, model: nn.Module) -> list[Batch]:
             f"parameters of {type(model).__name__} were made under torch.inference_mode(), so that "
             "nothing can be learned of them by gradients. Build or load the model outside of it."
         )
-    check_call(model, calls[0])
+    check_calls(model, calls)
     return calls
 
 

@@ -139,13 +139,13 @@ def compress(
         ),
     ] = None,
     sweeps: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--sweeps",
             metavar="N",
-            help="With --data: at most so many passes over the sites of a layer.",
+            help="With --data: at most so many passes over the sites of a layer. Default: 16.",
         ),
-    ] = 16,
+    ] = None,
     distill: Annotated[
         int,
         typer.Option(
