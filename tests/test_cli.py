@@ -314,11 +314,11 @@ def test_usage_errors(here, capsys):
 
 
 def test_parity_failure_exits_3_and_publishes_nothing(here, capsys, monkeypatch):
-    from mpocompress import pipeline
+    from mpocompress.pipeline import onnx_files
 
-    verify = pipeline.verify
+    verify = onnx_files.verify
     monkeypatch.setattr(
-        pipeline, "verify", lambda *args, **kwargs: verify(*args, **kwargs, tolerance=0.0)
+        onnx_files, "verify", lambda *args, **kwargs: verify(*args, **kwargs, tolerance=0.0)
     )
     code, _, err = run(capsys, "model.pt", "--bond-dim", "8")
     assert code == 3

@@ -1,0 +1,71 @@
+"""What a run is asked for."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from mpocompress.errors import DataError
+from mpocompress.export.forms import FormChoice
+from mpocompress.export.quantize import Quantize
+from mpocompress.planning import LayoutChoice, ObjectiveName, Of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line asks for; see its help for the meaning of each."""
+
+    bond_dim: int | None = None
+    ratio: float | None = None
+    max_size: str | None = None
+    max_error: float | None = None
+    max_drop: float | None = None
+    of: Of = "model"
+    objective: ObjectiveName = "size"
+    batch: int = 1
+    layout: LayoutChoice = "auto"
+    sites: int | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    data: str | None = None
+    inputs: tuple[str, ...] = ()
+    factory: str | None = None
+    trust_pickle: bool = False
+    sweeps: int | None = None
+    distill: int = 0
+    form: FormChoice = "auto"
+    quantize: Quantize = "none"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.distill and self.data is None:
+            raise DataError(
+                f"--distill {self.distill} trains on data, and there is none. Add --data, with "
+                "batches for the model; labels are not needed."
+            )
+        if self.sweeps is not None and self.data is None:
+            raise DataError(
+                f"--sweeps {self.sweeps} are passes of a fit to data, and there is none. Add "
+                "--data, with batches for the model; labels are not needed."
+            )
+
+    @property
+    def fit_options(self) -> dict[str, Any]:
+        """`sweeps`, where it is given."""
+        return {} if self.sweeps is None else {"sweeps": self.sweeps}
+
+    def plan_options(self) -> dict[str, Any]:
+        """What `plan` and `compress` are to be called with."""
+        return {
+            "bond_dim": self.bond_dim,
+            "ratio": self.ratio,
+            "max_size": self.max_size,
+            "max_error": self.max_error,
+            "max_drop": self.max_drop,
+            "of": self.of,
+            "objective": self.objective,
+            "batch": self.batch,
+            "layout": self.layout,
+            "sites": self.sites,
+            "include": self.include,
+            "exclude": self.exclude,
+            "quantize": "auto" if self.quantize == "auto" else "none",
+        }
