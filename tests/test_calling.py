@@ -127,6 +127,14 @@ def test_later_batches_that_forward_does_not_take_are_refused(later, why):
         mpo.compress(model, bond_dim=4, data=later)
 
 
+def test_lazy_layers_have_to_know_their_inputs():
+    model = nn.Sequential(nn.LazyLinear(64), nn.ReLU(), nn.Linear(64, 5))
+    with pytest.raises(DataError, match=r"'0\.weight' of Sequential has no shape yet"):
+        mpo.compress(model, bond_dim=4, data=[rows()])
+    model(rows())
+    assert mpo.compress(model, bond_dim=4, data=[rows()]).plan.compressed
+
+
 def test_of_sentences_the_shortest_and_the_longest_are_tried():
     class Lengths(nn.Module):
         def __init__(self):

@@ -1,7 +1,9 @@
 """The command line as a stranger uses it: exit codes, messages, files, and nothing left behind."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -340,6 +342,40 @@ def test_unexpected_errors_have_no_traceback(here, capsys, monkeypatch):
     monkeypatch.setenv("MPOCOMPRESS_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         main(["model.pt", "--bond-dim", "8"])
+
+
+def test_a_run_that_is_ended_leaves_nothing(here, capsys, monkeypatch):
+    from mpocompress.pipeline import onnx_files
+
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(onnx_files, "verify", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        main(["model.pt", "--bond-dim", "8", "-o", "out"])
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert [path.name for path in here.iterdir()] == ["model.pt"]
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max-error", "0.1", "--quantize", "int8"), "--max-error 0.1 is measured on float32"),
+        (("--max-drop", "0.1", "--quantize", "int4"), "--max-drop 0.1 is measured on float32"),
+    ],
+)
+def test_budgets_do_not_go_with_rounding_after_them(here, capsys, options, message):
+    code, _, err = run(capsys, "model.pt", *options)
+    assert code == 2
+    assert message in err
+    assert [path.name for path in here.iterdir()] == ["model.pt"]
+
+
+def test_without_an_onnx_file_there_is_nothing_to_quantize(here, capsys):
+    torch.save(torch.load("model.pt", weights_only=False).state_dict(), "state.pt")
+    for option in ("--quantize", "int8"), ("--form", "dense"):
+        code, _, err = run(capsys, "state.pt", "--bond-dim", "4", *option)
+        assert code == 2
+        assert f"{option[0]} {option[1]} is for the ONNX file: a bare state dict cannot" in err
 
 
 def test_version_and_help(capsys):

@@ -124,6 +124,12 @@ def test_labels_are_scored_on_both_sides(pair):
     score = LabelScore()
     score.add({"y": np.ones((4, 1), "f")}, np.zeros(4, "f"))
     assert (score.kind, score.value()) == ("mean squared error", 1.0)
+    score = LabelScore()
+    outputs = {"two": np.eye(4, 2, dtype="f"), "three": np.eye(4, 3, dtype="f")}
+    score.add(outputs, np.array([0, 1, 2, -100]))
+    assert (score.output, score.count) == ("three", 3)
+    with pytest.raises(DataError, match=r"label 3 .* has a column for: 'three' has 3"):
+        score.add(outputs, np.array([0, 1, 3, 1]))
 
 
 def test_padding_is_not_compared(tmp_path):

@@ -187,7 +187,7 @@ def test_the_schedule_warms_up_and_decays():
 
 
 def test_a_run_that_is_worse_at_first_is_not_given_up(dense, small):
-    arguments = {"reference": dense, "data": [rows(400, 16)]}
+    arguments = {"reference": dense, "data": [rows(1000, 16)]}
     mpo.distill(small, **arguments, steps=200, learning_rate=3e-3)
     again = mpo.distill(small, **arguments, steps=60, learning_rate=0.01, evaluate_every=1)
     losses = [record.held_out_loss for record in again.history]
@@ -344,6 +344,17 @@ def test_held_out_rows_are_never_trained_on_and_epochs_see_all_others():
     assert epochs[0] != epochs[1]
     assert set(epochs[0]) == set(epochs[1]) == {float(v) for v in range(100)} - held
     assert torch.equal(data.minibatch(0).args[0], data.minibatch(0).args[0])
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "held"),
+    [(60, 0.1, 20), (200, 0.1, 64), (1000, 0.1, 100), (60, 0.5, 30), (60, 0.0, 60), (2, 0.1, 1)],
+)
+def test_of_few_rows_a_larger_share_is_held_out(count, share, held):
+    data = TrainingData(
+        [Batch(args=(rows(count, 3),))], batch_size=None, held_out=share, least_held=64, seed=0
+    )
+    assert sum(batch.rows for batch in data.held_out()) == held
 
 
 def test_small_batches_stay_whole_and_a_single_row_is_its_own_judge():

@@ -460,3 +460,43 @@ def test_layers_out_of_reach_are_left_alone():
     assert [record.layer for record in history] == ["used"]
     with pytest.raises(NoLayerMatched, match=r"reach none of the MPO layers"):
         sweep_on_loss(model, Distillation(reference, calls), calls, include=["idle"])
+
+
+@pytest.mark.parametrize("gauge", ["none", "identity"])
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_the_report_of_a_swept_result_is_true_of_it(gauge, with_reference):
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(36, 36), nn.ReLU(), nn.Linear(36, 4))
+    data = [torch.randn(50, 36), torch.randn(50, 36)]
+    result = mpo.compress(
+        dense, bond_dim=3, layout="balanced", gauge=gauge, exclude=["2"], data=data
+    )
+    before = result.report
+
+    def loss(model, batch):
+        with torch.no_grad():
+            target = dense(*batch.args)
+        return (model(*batch.args) - target).square().mean()
+
+    told = {"reference": dense} if with_reference else {"loss": loss}
+    mpo.sweep(result, data=data, sweeps=2, sites=2, bond_dim=6, train_dense=True, **told)
+    layer, kept = (next(e for e in result.report.layers if e.name == name) for name in ("0", "2"))
+    assert layer.bond_dims == list(result.model[0].bond_dims) == [6]
+    stored = sum(parameter.numel() for parameter in result.model[0].cores.parameters())
+    totals = result.report.totals
+    assert layer.parameters.compressed == totals.parameters.layers.compressed == stored
+    assert totals.parameters.model.compressed == sum(p.numel() for p in result.model.parameters())
+    more = sum(t.nbytes for t in result.model.state_dict().values())
+    assert totals.bytes.model.compressed == more
+    assert totals.bytes.model.dense == before.totals.bytes.model.dense
+    assert totals.macs.layers.compressed > before.totals.macs.layers.compressed
+    if with_reference:
+        weight = dense[0].weight.detach()
+        lost = weight - result.model[0].to_mpo().to_dense()
+        error = float(lost.norm() / weight.norm())
+        assert layer.relative_weight_error == pytest.approx(error, rel=1e-4)
+    else:
+        assert layer.relative_weight_error is None
+    assert kept.reason.endswith("sweeps on the loss")
+    assert "sweeps on the loss" in result.report.seconds
+    assert not result.report.predictions

@@ -283,12 +283,23 @@ def test_what_cannot_be_compressed_leaves_nothing_behind(here, capsys):
         assert "Traceback" not in err
     for option, message in (
         (("--distill", "5", "--data", "data.npz"), "gradients, which an ONNX graph does not have"),
+        (("--quantize", "int8"), "--quantize int8 is for PyTorch models"),
+        (("--form", "dense"), "--form dense is for PyTorch models"),
+        (("--objective", "latency"), "An ONNX graph takes --bond-dim or --ratio"),
         (("--model", "a:b"), "--model a:b builds a PyTorch module"),
         (("--data", "none.npz"), "none.npz does not exist"),
     ):
         code, _, err = command(capsys, "tiny.onnx", "--bond-dim", "1", *option)
         assert code == 2
         assert message in err
+    for option in (
+        ("--max-size", "1kB"),
+        ("--max-error", "0.1"),
+        ("--max-size", "1kB", "--dry-run"),
+    ):
+        code, _, err = command(capsys, "tiny.onnx", *option)
+        assert code == 2
+        assert f"{option[0]} {option[1]} is for PyTorch models" in err
     code, _, err = command(capsys, "tiny.onnx", "--ratio", "50")
     assert code == 3
     assert "cannot be met" in err

@@ -359,6 +359,10 @@ def test_plans_that_do_not_belong(tmp_path):
         mpo.compress(model(), smaller)
     with pytest.raises(PlanError, match="either a plan, or a bond_dim or ratio"):
         mpo.compress(model())
+    with pytest.raises(PlanError, match="so layout and gauge would not be looked at"):
+        mpo.compress(model(), plan, layout="balanced", gauge="identity")
+    with pytest.raises(PlanError, match="so ratio would not be looked at"):
+        mpo.compress(model(), plan, ratio=2)
     with pytest.raises(PlanError, match="this is not a plan"):
         mpo.Plan.from_json("{}")
     with pytest.raises(PlanError, match="format version 99"):

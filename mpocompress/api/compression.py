@@ -255,10 +255,16 @@ def compress(
         healed=distill > 0,
         quantize=quantize,
     )
-    if (plan is None) != options.is_given:
+    if plan is None and not options.is_given:
         raise PlanError(
             "compress needs either a plan, or a bond_dim or ratio, or another budget, that makes "
             "one. Try bond_dim=16."
+        )
+    if plan is not None and options.not_default:
+        raise PlanError(
+            f"the plan says what becomes of each layer, so {' and '.join(options.not_default)} "
+            "would not be looked at. Give either the plan, edited or made by plan(model, ...) with "
+            "these options, or the options alone."
         )
     options = options if plan is not None else options.checked()
     calls = None if data is None else calls_of(data, model)

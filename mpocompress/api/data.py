@@ -19,6 +19,12 @@ def calls_of(data: Any, model: nn.Module) -> list[Batch]:
     Raises:
         DataError: no batches, or the model cannot be called with one of them, see `check_calls`.
     """
+    lazy = next((n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)
+    if lazy is not None:
+        raise DataError(
+            f"parameter {lazy!r} of {type(model).__name__} has no shape yet. Call the model once "
+            "with a batch, so that its lazy layers know their inputs."
+        )
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     batches = as_batches(data)
     if parameter is None:

@@ -193,8 +193,8 @@ def _refuse_if_beyond(sharing: Sharing, curves: Any, max_error: float, of: str) 
 def _no_plan(what: str, max_error: float, least: float) -> BudgetError:
     return BudgetError(
         f"no layer gets smaller within {_article(what)} {what} of {max_error:g}: the least that "
-        f"was found is {rounded_up(least)}. Allow that much, or store layers in the identity "
-        "gauge, in which larger bond dimensions pay."
+        f"was found is {rounded_up(least)}. Allow that much, or in Python take "
+        "gauge='identity', in which larger bond dimensions pay."
     )
 
 

@@ -132,8 +132,8 @@ def plan_storage_for_size(job: Job, max_size: int, onnx_bytes: OnnxBytes) -> tup
     if not fitting:
         raise BudgetError(
             f"{why} cannot be met: with each layer as small as it gets it has "
-            f"{min(written.values())}. Allow that many, or store cores of bond dimensions that you "
-            'choose in int4: ratio, and quantize="int4" for export_onnx.'
+            f"{min(written.values())} where the precisions are chosen. Allow that many, or choose "
+            "one for all cores: --max-size with --quantize none, int8 or int4."
         )
     best = max(fitting, key=lambda weights: fitting[weights])
     plan = sharing.at(best, why)

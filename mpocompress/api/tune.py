@@ -16,7 +16,7 @@ from mpocompress.layers.gauges import plain_gauge
 from mpocompress.loading import Batch
 from mpocompress.planning import Progress
 from mpocompress.report import CompressionReport
-from mpocompress.report.collect import remeasure
+from mpocompress.report.collect import SWEPT_ALONG, remeasure
 from mpocompress.report.schema import Comparison
 from mpocompress.report.wording import OUTPUT_CHANGE
 from mpocompress.surgery import (
@@ -85,7 +85,8 @@ def distill(
             cuts larger ones, or a single one, into 64.
         accumulate: minibatches in a step, which takes their mean gradient: small batches of many
             lengths are better than a large one of one length, at the same cost.
-        held_out: share of the data that is never trained on.
+        held_out: share of the data that is never trained on; of batches that are cut into rows, 64
+            rows at least, or a third of fewer than 192.
         evaluate_every: steps between evaluations; None for 25 in all.
         patience: stop after so many evaluations that were not better; None: never, since the loss
             may rise at first and fall below its start when the rate decays.
@@ -179,7 +180,7 @@ def heal(
     }
     update = {
         "settings": {**report.settings, "distill": healing},
-        "predictions": _of_healed(report, reference, result.model, calls),
+        "predictions": _of_trained(report, reference, result.model, calls, "healed"),
         "seconds": clock.total(),
     }
     # The model was trained in place, so its report changes in place, too.
@@ -187,16 +188,23 @@ def heal(
     return found
 
 
-def _of_healed(
-    report: CompressionReport, reference: nn.Module, model: nn.Module, calls: Sequence[Batch]
+def _of_trained(
+    report: CompressionReport,
+    reference: nn.Module | None,
+    model: nn.Module,
+    calls: Sequence[Batch],
+    trained: str,
 ) -> list[Comparison]:
     """The report's predictions with the change of the outputs measured again, if it was."""
 
     def anew(found: Comparison) -> Comparison:
         if found.quantity != OUTPUT_CHANGE or found.measured is None:
             return found
+        if reference is None:
+            note = f"not measured since the model was {trained} without the dense one"
+            return found.model_copy(update={"measured": None, "note": note})
         change = output_errors(reference, model, (), few_rows(calls)).model
-        note = "measured on rows that were healed on"
+        note = f"measured on rows that were {trained} on"
         return found.model_copy(update={"measured": change, "note": note})
 
     return [anew(found) for found in report.predictions]
@@ -228,9 +236,10 @@ def sweep(
     """Tune a compressed model by sweeps on the loss, in place: one core at a time, all else frozen.
 
     Args:
-        model: with MPO layers, or the result of `compress`, whose model is changed; its report goes
-            on to describe the model as `compress` left it.
-        reference: the dense model whose outputs are the target; not needed with a `loss` of yours.
+        model: with MPO layers, or the result of `compress`, whose model is changed and whose report
+            is brought up to date, so that what `save` writes is true of the model as it is then.
+        reference: the dense model whose outputs are the target; not needed with a `loss` of yours,
+            but a report then has no errors of weights any more.
         data: batches of forward arguments; a gradient step takes one.
         loss: "outputs" (normalized squared error of all outputs), "logits" (Kullback-Leibler
             divergence of class probabilities), or a function `loss(model, batch)` that gives a
@@ -282,8 +291,10 @@ def sweep(
                 "function loss(model, batch)."
             )
         loss = Distillation(reference, calls, kind=loss)
-    with plain_gauge(target):
-        return sweep_on_loss(
+    clock = Clock()
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with plain_gauge(target), clock("sweeps on the loss"):
+        found = sweep_on_loss(
             target,
             loss,
             calls,
@@ -293,3 +304,17 @@ def sweep(
             state=None if state is None else Path(state),
             progress=progress,
         )
+    if isinstance(model, CompressionResult):
+        clock.add(model.report.seconds)
+        dense = None if reference is None else find_weights(open_modules(reference))
+        report = remeasure(model.report, before, dense, target, trained=SWEPT_ALONG)
+        bonds = [[layer.bond_dims for layer in r.layers] for r in (model.report, report)]
+        same = bonds[0] == bonds[1]  # what the plan predicted is not of other bond dimensions
+        sweeping = {"sweeps": sweeps, "sites": sites, "seed": seed}
+        update = {
+            "settings": {**report.settings, "sweeps_on_loss": sweeping},
+            "predictions": _of_trained(report, reference, target, calls, "swept") if same else [],
+            "seconds": clock.total(),
+        }
+        object.__setattr__(model, "report", report.model_copy(update=update))
+    return found

@@ -6,7 +6,11 @@ function that registers with `app`; the order in which its modules are imported 
 
 import json
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import typer
 
@@ -29,7 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments and arguments[0] not in commands | {"--help", "-h", "--version"}:
         arguments.insert(0, "compress")
     try:
-        app(args=arguments, prog_name="mpocompress")
+        with _leaving_nothing_when_ended():
+            app(args=arguments, prog_name="mpocompress")
     except MPOCompressError as error:
         _fail(error, error.exit_code, "--json" in arguments)
     except Exception as error:
@@ -38,6 +43,23 @@ def main(arguments: list[str] | None = None) -> None:
         text = f"unexpected {type(error).__name__}: {error}"
         hint = "Set MPOCOMPRESS_TRACEBACK=1 to see where, and please report it."
         _fail(LoadError(f"{text}. {hint}"), 1, "--json" in arguments)
+
+
+@contextmanager
+def _leaving_nothing_when_ended() -> Iterator[None]:
+    """Let SIGTERM run what cleans up, as Ctrl-C does: half a result would stay otherwise."""
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # signals are not ours there
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(error: MPOCompressError, code: int, as_json: bool) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mpocompress.errors import DataError
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutputAgreement:
@@ -142,11 +144,19 @@ class LabelScore:
     count: int = 0
 
     def add(self, outputs: Mapping[str, np.ndarray], labels: np.ndarray) -> None:
-        """Score one batch; labels that fit no output are ignored."""
+        """Score one batch; labels that fit no output are ignored.
+
+        Raises:
+            DataError: labels are classes that the output has no columns for.
+        """
+        narrow: list[str] = []
         for name, values in outputs.items():
             if self.output not in (None, name) or not np.issubdtype(values.dtype, np.floating):
                 continue
             if np.issubdtype(labels.dtype, np.integer) and values.shape[:-1] == labels.shape:
+                if labels.size and labels.max() >= values.shape[-1]:
+                    narrow.append(f"{name!r} has {values.shape[-1]}")
+                    continue
                 known = labels >= 0
                 self.output, self.kind = name, "accuracy"
                 self.correct += int((values.argmax(-1) == labels)[known].sum())
@@ -158,6 +168,11 @@ class LabelScore:
                 self.squared_error += float((error**2).sum())
                 self.count += values.size
                 return
+        if narrow:
+            raise DataError(
+                f"label {labels.max()} is a class that no output has a column for: "
+                f"{', '.join(narrow)}. Count classes from 0; labels below 0 are left out."
+            )
 
     def value(self) -> float | None:
         """Accuracy or mean squared error; None if no labels fitted."""

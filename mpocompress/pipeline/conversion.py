@@ -48,6 +48,7 @@ def plan_model(
     if is_onnx(path):
         from mpocompress.api.graphs import plan_graph
 
+        request.check_for_graph()
         graph = open_graph(path, request.factory)
         options = PlanOptions(**request.plan_options())
         plan, inventory = plan_graph(graph.source.model, options, progress=progress)
@@ -105,6 +106,8 @@ def convert(
             opened = open_model(path, factory=request.factory, trust_pickle=request.trust_pickle)
             batches = read_batches(opened, request)
             examples = read_examples(opened, request, batches)
+            if examples is None:
+                request.check_without_onnx(_no_onnx(opened.source.kind))
         result = api.compress(
             opened.module,
             **request.plan_options(),
@@ -131,7 +134,7 @@ def convert(
         onnx_note = None
         parity = None
         if examples is None:
-            onnx_note = NO_MODULE if kind == "state_dict" else NO_INPUTS
+            onnx_note = _no_onnx(kind)
             notes.append(onnx_note)
         else:
             exported, parity = write_and_check(
@@ -154,6 +157,11 @@ def convert(
         _check_size(report)
         api.write_report(report, scratch)
     return Conversion(directory=Path(directory), report=report, notes=tuple(notes))
+
+
+def _no_onnx(kind: str) -> str:
+    """Why no ONNX file is written of a source of this kind."""
+    return NO_MODULE if kind == "state_dict" else NO_INPUTS
 
 
 def _state_folder(directory: str | Path) -> Path:
@@ -183,11 +191,7 @@ def _convert_graph(
     """As `convert`, for an ONNX file."""
     from mpocompress.api import graphs
 
-    if request.distill:
-        raise DataError(
-            f"--distill {request.distill} trains with gradients, which an ONNX graph does not "
-            "have. Drop it, or compress the PyTorch model that the file was made of."
-        )
+    request.check_for_graph()
     clock = api.Clock()
     with saving.staged_output(directory, force=force) as scratch:
         with clock("loading"):

@@ -46,6 +46,53 @@ class Request:
                 f"--sweeps {self.sweeps} are passes of a fit to data, and there is none. Add "
                 "--data, with batches for the model; labels are not needed."
             )
+        measured = {"--max-error": self.max_error, "--max-drop": self.max_drop}
+        budget = next((name for name, value in measured.items() if value is not None), None)
+        if budget is not None and self.quantize in ("int8", "int4"):
+            raise DataError(
+                f"{budget} {measured[budget]:g} is measured on float32 cores, and --quantize "
+                f"{self.quantize} would round them afterwards. Take one of them: after {budget}, "
+                f"'mpocompress export DIR --source MODEL --quantize {self.quantize}' writes the "
+                "rounded file, and 'mpocompress verify' says what that costs."
+            )
+
+    def check_for_graph(self) -> None:
+        """Refuse what an ONNX graph cannot be given.
+
+        Raises:
+            DataError: a budget that is measured on models, healing, or another form or precision.
+        """
+        chosen = {
+            "--max-size": self.max_size,
+            "--max-error": self.max_error,
+            "--max-drop": self.max_drop,
+            "--distill": self.distill or None,
+            "--quantize": None if self.quantize == "none" else self.quantize,
+            "--form": None if self.form in ("auto", "chain") else self.form,
+            "--objective": None if self.objective != "latency" else self.objective,
+        }
+        given = next((name for name, value in chosen.items() if value is not None), None)
+        if given is None:
+            return
+        why = "trains with gradients, which an ONNX graph does not have"
+        raise DataError(
+            f"{given} {chosen[given]} {why if given == '--distill' else 'is for PyTorch models'}. "
+            "An ONNX graph takes --bond-dim or --ratio, and is written with float32 chains. Drop "
+            f"{given}, or compress the PyTorch model that the file was made of."
+        )
+
+    def check_without_onnx(self, why: str) -> None:
+        """Refuse what only an ONNX file can have, where none is written.
+
+        Raises:
+            DataError: a form or a precision.
+        """
+        for name, value, default in (
+            ("--form", self.form, "auto"),
+            ("--quantize", self.quantize, "none"),
+        ):
+            if value != default:
+                raise DataError(f"{name} {value} is for the ONNX file: {why}. Or drop {name}.")
 
     @property
     def fit_options(self) -> dict[str, Any]:

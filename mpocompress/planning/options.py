@@ -1,7 +1,7 @@
 """What may be asked of a plan, in one object, and the planners that answer it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 from mpocompress.errors import PlanError
@@ -72,6 +72,18 @@ class PlanOptions:
     def is_given(self) -> bool:
         """Whether any target was given at all."""
         return any(value is not None for value in self._targets().values())
+
+    @property
+    def not_default(self) -> tuple[str, ...]:
+        """Names of all options with another value than nothing gives them; `healed` is none."""
+        return tuple(
+            field.name
+            for field in fields(self)
+            if field.name != "healed"
+            and getattr(self, field.name) != field.default
+            # An empty list says as little as an empty tuple.
+            and (getattr(self, field.name) or field.default)
+        )
 
     @property
     def target(self) -> Target:

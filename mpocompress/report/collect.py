@@ -29,7 +29,8 @@ from mpocompress.report.schema import (
 from mpocompress.report.wording import CORRECTED
 from mpocompress.surgery import Inventory, KeptEntry, WeightSite
 
-_TRAINED_ALONG = "its values were trained along when the model was healed"
+TRAINED_ALONG = "its values were trained along when the model was healed"
+SWEPT_ALONG = "its values were trained along in sweeps on the loss"
 
 # Kinds whose tensors are matrices that meet every row of an input once. Lookups cost nothing, and
 # what a convolution costs depends on the size of its input.
@@ -84,10 +85,6 @@ def measure(
         num_bytes: of what is stored, if it is not the cores in their dtype.
     """
     mpo = weight if isinstance(weight, MPO) else MPO(weight.cores(), shape=weight.shape)
-    wide = working_dtype(mpo.dtype)
-    weight_OI = site.matrix().to(wide)
-    total = weight_of(weight_OI)
-    difference = mpo.to(dtype=wide).to_dense() - weight_OI
     spectra = mpo.schmidt_spectra()
     return Outcome(
         layout=mpo.layout,
@@ -95,7 +92,7 @@ def measure(
         parameters=weight.num_parameters,
         bytes=weight.num_bytes if num_bytes is None else num_bytes,
         macs=chain_macs(mpo.layout, mpo.bond_dims),
-        relative_weight_error=(weight_of(difference) / total) ** 0.5 if total > 0 else 0.0,
+        relative_weight_error=_weight_error(site, mpo),
         discarded_weight_bound=discarded_weight_bound,
         relative_output_error=relative_output_error,
         schmidt_values=tuple(tuple(float(s) for s in spectrum) for spectrum in spectra),
@@ -161,8 +158,10 @@ def collect_report(
 def remeasure(
     report: CompressionReport,
     before: Mapping[str, Tensor],
-    inventory: Inventory,
+    inventory: Inventory | None,
     model: nn.Module,
+    *,
+    trained: str = TRAINED_ALONG,
 ) -> CompressionReport:
     """The report of a model whose weights have moved since: every figure anew, on its cores.
 
@@ -172,37 +171,73 @@ def remeasure(
     Args:
         report: from before; what is not about weights stays.
         before: the state of the compressed model that the report is about.
-        inventory: of the dense model.
-        model: the compressed model as it is now.
+        inventory: of the dense model; without it errors of weights are unknown, too.
+        model: the compressed model as it is now; bond dimensions may be others.
+        trained: how entries that were kept got other values.
     """
-    sites = {site.name or "(model)": site for site in inventory.sites}
+    dense = {} if inventory is None else {site.name or "(model)": site for site in inventory.sites}
     modules = dict(model.named_modules(remove_duplicate=False))
     after = model.state_dict()
     layers = []
+    more_bytes = 0
     for layer in report.layers:
-        site = sites.get(layer.name)
-        module = None if site is None else modules.get(site.name)
-        if layer.status == "compressed" and site is not None and isinstance(module, MPOLayer):
-            outcome = measure(site, module.to_mpo())
+        site = dense.get(layer.name)
+        name = "" if layer.name == "(model)" else layer.name
+        module = modules.get(name)
+        if layer.status == "compressed" and isinstance(module, MPOLayer):
+            mpo = module.to_mpo()
+            spectra = mpo.schmidt_spectra()
             update: dict[str, Any] = {
-                "relative_weight_error": outcome.relative_weight_error,
+                "relative_weight_error": None if site is None else _weight_error(site, mpo),
                 "relative_output_error": None,
                 "discarded_weight_bound": None,
-                "entropies_nats": list(outcome.entropies_nats),
-                "schmidt_values": [list(values) for values in outcome.schmidt_values],
+                "entropies_nats": [entropy_nats(spectrum) for spectrum in spectra],
+                "schmidt_values": [[float(s) for s in spectrum] for spectrum in spectra],
             }
+            if list(mpo.bond_dims) != layer.bond_dims:
+                stored = sum(parameter.numel() for parameter in module.cores.parameters())
+                macs = chain_macs(mpo.layout, mpo.bond_dims) if layer.macs.compressed else 0
+                update |= {
+                    "bond_dims": list(mpo.bond_dims),
+                    "parameters": Size(dense=layer.parameters.dense, compressed=stored),
+                    "macs": Size(dense=layer.macs.dense, compressed=macs),
+                }
+                more_bytes += _bytes_below(after, name) - _bytes_below(before, name)
             layers.append(layer.model_copy(update=update))
             continue
-        names = (layer.name, f"{site.name}.weight" if site is not None else layer.name)
         moved = any(
-            name in before and name in after and not torch.equal(before[name], after[name])
-            for name in names
+            key in before and key in after and not torch.equal(before[key], after[key])
+            for key in (layer.name, f"{name}.weight" if name else "weight")
         )
-        if layer.status == "kept" and moved and not layer.reason.endswith(_TRAINED_ALONG):
-            reason = _because(layer.reason, _TRAINED_ALONG)
-            layer = layer.model_copy(update={"reason": reason})
+        if layer.status == "kept" and moved and not layer.reason.endswith(trained):
+            layer = layer.model_copy(update={"reason": _because(layer.reason, trained)})
         layers.append(layer)
-    return report.model_copy(update={"layers": layers})
+    changed = [layer.status == "compressed" for layer in layers]
+    in_bytes = report.totals.bytes
+    totals = Totals(
+        parameters=_scope([layer.parameters for layer in layers], changed),
+        bytes=Scope(
+            model=Total.of(in_bytes.model.dense, in_bytes.model.compressed + more_bytes),
+            layers=Total.of(in_bytes.layers.dense, in_bytes.layers.compressed + more_bytes),
+        ),
+        macs=_scope([layer.macs for layer in layers], changed),
+    )
+    return report.model_copy(update={"layers": layers, "totals": totals})
+
+
+def _weight_error(site: WeightSite, mpo: MPO) -> float:
+    """norm(W - W_mpo) / norm(W), 0 for a weight of zeros."""
+    wide = working_dtype(mpo.dtype)
+    weight_OI = site.matrix().to(wide)
+    total = weight_of(weight_OI)
+    difference = mpo.to(dtype=wide).to_dense() - weight_OI
+    return float((weight_of(difference) / total) ** 0.5) if total > 0 else 0.0
+
+
+def _bytes_below(state: Mapping[str, Tensor], name: str) -> int:
+    """Of all tensors of a module."""
+    prefix = f"{name}." if name else ""
+    return sum(tensor.nbytes for key, tensor in state.items() if key.startswith(prefix))
 
 
 def _because(reason: str, more: str) -> str:

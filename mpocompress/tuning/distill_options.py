@@ -25,7 +25,8 @@ class DistillOptions:
         accumulate: minibatches in a step, whose mean gradient, by rows, it follows. Where batches
             are sorted by length, as sentences often are, four of 8 rows cost what one of 32 does,
             and their gradient is less that of one length.
-        held_out: share of the data that is not trained on.
+        held_out: share of the data that is not trained on; of batches that are cut into rows, 64
+            rows at least, or a third of fewer than 192.
         evaluate_every: steps between evaluations; None for 25 evaluations in all.
         patience: a phase ends after so many evaluations without a better one; None: never. The
             loss may rise at first and fall below its start when the rate decays, so that giving up

@@ -57,6 +57,8 @@ class TrainingData:
             single one, into minibatches of 64.
         held_out: share of the rows (of batches that are not cut: of the batches) that is never
             trained on, at least one; 0 for none.
+        least_held: so many rows of those that are cut are held out at least, up to a third of
+            them, if any are: what a share of few rows says is noise.
         seed: of the order and of what is held out.
         labelled: whether the batches' labels go along.
 
@@ -70,6 +72,7 @@ class TrainingData:
         *,
         batch_size: int | None,
         held_out: float,
+        least_held: int = 1,
         seed: int,
         labelled: bool = False,
     ) -> None:
@@ -99,7 +102,7 @@ class TrainingData:
         self.rows = sum(batch.rows for batch in given)
         generator = self._generator(-1)
         self._train_whole, self._held_whole = _split(len(whole), held_out, generator)
-        self._rows = [_split(pool.rows, held_out, generator) for pool in self._pools]
+        self._rows = [_split(pool.rows, held_out, generator, least_held) for pool in self._pools]
         self._order: tuple[int, list[tuple[Minibatch, Tensor | None]]] | None = None
         if self.minibatches_per_epoch == 0:
             raise DataError(
@@ -195,8 +198,12 @@ def _labels(batch: Minibatch) -> tuple[Tensor, ...]:
     return () if batch.labels is None else (batch.labels,)
 
 
-def _split(count: int, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _split(
+    count: int, share: float, generator: torch.Generator, least: int = 1
+) -> tuple[Tensor, Tensor]:
     """Numbers 0 to count - 1 to train on, and held out; at least one each if there are two."""
     order = torch.randperm(count, generator=generator)
-    held = min(max(1, round(share * count)), count - 1) if share > 0 and count > 1 else 0
+    held = 0
+    if share > 0 and count > 1:
+        held = min(max(1, round(share * count), min(least, count // 3)), count - 1)
     return order[held:].sort().values, order[:held].sort().values
