@@ -127,6 +127,18 @@ def test_later_batches_that_forward_does_not_take_are_refused(later, why):
         mpo.compress(model, bond_dim=4, data=later)
 
 
+def test_a_compiled_model_is_taken_as_the_module_that_it_wraps(tmp_path):
+    compiled = torch.compile(net(), backend="eager")
+    result = mpo.compress(compiled, bond_dim=4, include=["0"], data=[rows()])
+    assert [layer.name for layer in result.plan.compressed] == ["0"]
+    mpo.distill(result, reference=compiled, data=[rows()], steps=2)
+    mpo.sweep(result, reference=compiled, data=[rows()], sweeps=1)
+    mpo.save(torch.compile(result.model, backend="eager"), tmp_path / "out")
+    for skeleton in (net(), compiled):
+        again = mpo.load(tmp_path / "out", model=skeleton)
+        assert torch.equal(again(rows()), result.model(rows()))
+
+
 def test_lazy_layers_have_to_know_their_inputs():
     model = nn.Sequential(nn.LazyLinear(64), nn.ReLU(), nn.Linear(64, 5))
     with pytest.raises(DataError, match=r"'0\.weight' of Sequential has no shape yet"):

@@ -18,6 +18,16 @@ _SAME = 1e-3
 _FEW = 4
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile(model)` wraps, or the model: names and hooks are the module's.
+
+    What is made of it is not compiled; compile it again.
+    """
+    found = getattr(model, "_orig_mod", None)
+    # The class is not imported for this: that would load the whole compiler.
+    return found if type(model).__name__ == "OptimizedModule" and found is not None else model
+
+
 def check_calls(model: nn.Module, calls: Sequence[Batch]) -> None:
     """Call the model with a few rows of those batches that are most unlike each other.
 

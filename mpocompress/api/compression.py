@@ -12,7 +12,7 @@ from torch import nn
 
 from mpocompress.api import drop_budget, error_budget
 from mpocompress.api.budgets import Met
-from mpocompress.api.calling import with_whole_batches
+from mpocompress.api.calling import uncompiled, with_whole_batches
 from mpocompress.api.data import calls_of, few_rows, forward_arguments, split_calls
 from mpocompress.api.drop_budget import EvalFn, meet_drop
 from mpocompress.api.error_budget import measured_errors, meet_output_error, meet_weight_error
@@ -125,6 +125,7 @@ def plan(
         ConversionError: NaN or Inf in a selected weight.
         DataError: data that does not fit the model, or none where it is needed.
     """
+    model = uncompiled(model)
     options = PlanOptions(
         bond_dim=bond_dim,
         ratio=ratio,
@@ -231,6 +232,7 @@ def compress(
         SaveError: the state cannot be written.
         MPOCompressError: see `plan`.
     """
+    model = uncompiled(model)
     check_steps(distill, "distill")
     if distill and data is None:
         raise DataError(

@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mpocompress import saving
+from mpocompress.api.calling import uncompiled
 from mpocompress.api.result import CompressionResult
 from mpocompress.report import CompressionReport
 
@@ -32,7 +33,7 @@ def save(
             saving.save_model(result.model, path)
             write_report(with_files(result.report, scratch), scratch)
         else:
-            saving.save_model(result, path)
+            saving.save_model(uncompiled(result), path)
     return Path(directory)
 
 
@@ -49,7 +50,7 @@ def load(directory: str | Path, *, model: nn.Module) -> nn.Module:
     Raises:
         LoadError: missing or foreign file, or another architecture.
     """
-    return saving.load_model(directory, model)
+    return saving.load_model(directory, uncompiled(model))
 
 
 def densify(directory: str | Path) -> dict[str, Tensor]:

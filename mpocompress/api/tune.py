@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mpocompress.api.calling import with_whole_batches
+from mpocompress.api.calling import uncompiled, with_whole_batches
 from mpocompress.api.data import calls_of, few_rows
 from mpocompress.api.result import Clock, CompressionResult
 from mpocompress.errors import DataError
@@ -102,6 +102,7 @@ def distill(
         LoadError: a truncated checkpoint.
         SaveError: the checkpoint cannot be written.
     """
+    reference = uncompiled(reference)
     options = DistillOptions(
         blockwise_steps=blockwise_steps,
         output_loss=output_loss,
@@ -270,6 +271,7 @@ def sweep(
         DataError: no data, no reference, or an impossible option.
         MPOCompressError: see `tuning.sweep_on_loss`.
     """
+    reference = None if reference is None else uncompiled(reference)
     target = model.model if isinstance(model, CompressionResult) else model
     options = LossSweepOptions(
         sweeps=sweeps,
