@@ -107,8 +107,9 @@ def test_batches_that_forward_does_not_take_are_refused(data, why):
         lambda: mpo.compress(model, bond_dim=4, data=data),
         lambda: mpo.distill(small, reference=model, data=data, steps=3),
     ):
-        with pytest.raises(DataError, match=f"does not take the first batch .*{why}"):
+        with pytest.raises(DataError, match=f"does not take the first batch .*{why}") as refused:
             refuses()
+        assert "as in {'input': x, 'labels': y}" in str(refused.value)
 
 
 @pytest.mark.parametrize(

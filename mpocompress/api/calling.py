@@ -1,5 +1,6 @@
 """Whether a model takes the user's batches, and whether their rows can be taken apart."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -81,8 +82,15 @@ def _check_call(model: nn.Module, batch: Batch, number: int) -> None:
         raise DataError(
             f"forward of {type(model).__name__} does not take {which} ({inputs}): "
             f"{lines[0]}. A batch has the arguments of forward, in order or by name; labels go by "
-            "the name 'labels'."
+            f"the name 'labels', as in {{{_first_argument(model)!r}: x, 'labels': y}}."
         ) from error
+
+
+def _first_argument(model: nn.Module) -> str:
+    try:
+        return next(iter(inspect.signature(model.forward).parameters), "input")
+    except (TypeError, ValueError):  # a forward that is not written in Python
+        return "input"
 
 
 def with_whole_batches(model: nn.Module, calls: Sequence[Batch]) -> list[Batch]:
