@@ -187,10 +187,16 @@ def test_runners_stop_at_every_layer_in_turn_and_change_nothing():
 
 
 def test_errors_of_the_model_surface_in_the_caller_and_threads_end():
-    model = mlp(6, 8, 4)
+    class Picky(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            if float(x.max()) > 100:
+                raise ValueError("an entry above 100")
+            return super().forward(x)
+
+    model = Picky(*mlp(6, 8, 4))
     before = threading.active_count()
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        mpo.compress(model, bond_dim=2, data=[torch.randn(3, 6), torch.randn(3, 7)])
+    with pytest.raises(ValueError, match="above 100"):  # not in the batch that is tried first
+        mpo.compress(model, bond_dim=2, data=[torch.randn(3, 6), torch.full((3, 6), 101.0)])
     assert threading.active_count() == before
     assert all("forward" not in vars(module) for module in model.modules())
 
