@@ -311,11 +311,17 @@ def sweep(
         dense = None if reference is None else find_weights(open_modules(reference))
         report = remeasure(model.report, before, dense, target, trained=SWEPT_ALONG)
         bonds = [[layer.bond_dims for layer in r.layers] for r in (model.report, report)]
-        same = bonds[0] == bonds[1]  # what the plan predicted is not of other bond dimensions
+        predictions = _of_trained(report, reference, target, calls, "swept")
+        if bonds[0] != bonds[1]:  # what the plan predicted is not of other bond dimensions
+            predictions = [
+                found.model_copy(update={"predicted": None})
+                for found in predictions
+                if found.quantity == OUTPUT_CHANGE and found.measured is not None
+            ]
         sweeping = {"sweeps": sweeps, "sites": sites, "seed": seed}
         update = {
             "settings": {**report.settings, "sweeps_on_loss": sweeping},
-            "predictions": _of_trained(report, reference, target, calls, "swept") if same else [],
+            "predictions": predictions,
             "seconds": clock.total(),
         }
         object.__setattr__(model, "report", report.model_copy(update=update))

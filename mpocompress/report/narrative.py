@@ -155,6 +155,8 @@ def what_was_done(report: CompressionReport) -> tuple[Sentence, ...]:
     kept = report.kept_layers
     if report.settings.get("distill"):
         state = "kept its shape and was trained along in the healing"
+    elif report.settings.get("sweeps_on_loss"):
+        state = "kept its shape, and the cores were tuned further by sweeps on a loss"
     elif any(layer.relative_output_error is not None for layer in compressed):
         state = "is as it was, but that biases of rewritten weights took up the mean of the errors"
         corrected = sum(CORRECTED in layer.reason for layer in kept)
@@ -388,8 +390,9 @@ def _remedies(report: CompressionReport) -> str:
 
 def _caution_not_reached(report: CompressionReport) -> Sentence | None:
     """Layers that were compressed by their weights, although there were data."""
-    if "rows_of_data" not in report.settings or report.settings.get("distill"):
-        return None  # healing leaves no errors of layers to tell by
+    trained = report.settings.get("distill") or report.settings.get("sweeps_on_loss")
+    if "rows_of_data" not in report.settings or trained:
+        return None  # training leaves no errors of layers to tell by
     missed = [
         layer.name for layer in report.compressed_layers if layer.relative_output_error is None
     ]
