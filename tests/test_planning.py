@@ -363,6 +363,8 @@ def test_plans_that_do_not_belong(tmp_path):
         mpo.compress(model(), plan, layout="balanced", gauge="identity")
     with pytest.raises(PlanError, match="so ratio would not be looked at"):
         mpo.compress(model(), plan, ratio=2)
+    with pytest.raises(PlanError, match="so bond_dim would not be looked at"):
+        mpo.compress(model(), plan, bond_dim=0)
     with pytest.raises(PlanError, match="this is not a plan"):
         mpo.Plan.from_json("{}")
     with pytest.raises(PlanError, match="format version 99"):

@@ -37,7 +37,7 @@ from mpocompress.mpo import MPO
 from mpocompress.mpo.identity_gauge import stored_parameters
 from mpocompress.planning import LayerPlan, Plan, PlanOptions, Progress
 from mpocompress.report import CompressionReport, Parity, Source
-from mpocompress.report.collect import Outcome, collect_report
+from mpocompress.report.collect import Outcome, collect_report, parity_of
 from mpocompress.surgery import Inventory, KeptEntry, WeightSite, check_finite
 from mpocompress.tuning import FitOptions, FittedWeight, SitePlan, fit_alone
 
@@ -346,16 +346,7 @@ def verify_graph(
         seed=seed,
     )
     raise_if_failed(found)
-    return Parity(
-        max_abs_difference=found.max_abs_difference,
-        max_relative_difference=found.max_relative_difference,
-        tolerance=found.tolerance,
-        batch_sizes=list(found.batch_sizes),
-        argmax_agreement=found.argmax_agreement,
-        passed=found.passed,
-        outputs=list(found.outputs),
-        reference="graph",
-    )
+    return parity_of(found, reference="graph")
 
 
 def _few(feeds: Iterator[Feed], rows: int) -> Iterator[Feed]:

@@ -1,7 +1,7 @@
 """Train a compressed model further: healing, and sweeps on the loss."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from mpocompress.layers.gauges import plain_gauge
 from mpocompress.loading import Batch
 from mpocompress.planning import Progress
 from mpocompress.report import CompressionReport
-from mpocompress.report.collect import SWEPT_ALONG, remeasure
+from mpocompress.report.collect import SWEPT_ALONG, TRAINED_ALONG, remeasure
 from mpocompress.report.schema import Comparison
 from mpocompress.report.wording import OUTPUT_CHANGE
 from mpocompress.surgery import (
@@ -164,12 +164,11 @@ def heal(
     """Distill a result's model and bring its report up to date."""
     clock = Clock()
     clock.add(result.report.seconds)
-    before = {name: value.clone() for name, value in result.model.state_dict().items()}
+    before = _state(result.model)
     with clock("distillation"):
         found = _distill(result.model, reference, calls, steps, options, checkpoint, progress)
-    report = remeasure(
-        result.report, before, inventory or find_weights(open_modules(reference)), result.model
-    )
+    dense = inventory or find_weights(open_modules(reference))
+    report = remeasure(result.report, before, dense, result.model, trained=TRAINED_ALONG)
     healing = {
         "steps": steps,
         "blockwise_steps": options.blockwise_steps,
@@ -179,14 +178,30 @@ def heal(
         "held_out_loss": {"before": found.start_loss, "after": found.end_loss},
         "seed": options.seed,
     }
+    predictions = _of_trained(report, reference, result.model, calls, "healed")
+    _replace_report(result, report, predictions, {"distill": healing}, clock)
+    return found
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all parameters and buffers."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def _replace_report(
+    result: CompressionResult,
+    report: CompressionReport,
+    predictions: Sequence[Comparison],
+    settings: Mapping[str, Any],
+    clock: Clock,
+) -> None:
+    """Give a result, whose model was trained in place, the report of what it is now."""
     update = {
-        "settings": {**report.settings, "distill": healing},
-        "predictions": _of_trained(report, reference, result.model, calls, "healed"),
+        "settings": {**report.settings, **settings},
+        "predictions": list(predictions),
         "seconds": clock.total(),
     }
-    # The model was trained in place, so its report changes in place, too.
     object.__setattr__(result, "report", report.model_copy(update=update))
-    return found
 
 
 def _of_trained(
@@ -294,7 +309,7 @@ def sweep(
             )
         loss = Distillation(reference, calls, kind=loss)
     clock = Clock()
-    before = {name: value.clone() for name, value in target.state_dict().items()}
+    before = _state(target) if isinstance(model, CompressionResult) else {}
     with plain_gauge(target), clock("sweeps on the loss"):
         found = sweep_on_loss(
             target,
@@ -319,10 +334,5 @@ def sweep(
                 if found.quantity == OUTPUT_CHANGE and found.measured is not None
             ]
         sweeping = {"sweeps": sweeps, "sites": sites, "seed": seed}
-        update = {
-            "settings": {**report.settings, "sweeps_on_loss": sweeping},
-            "predictions": predictions,
-            "seconds": clock.total(),
-        }
-        object.__setattr__(model, "report", report.model_copy(update=update))
+        _replace_report(model, report, predictions, {"sweeps_on_loss": sweeping}, clock)
     return found

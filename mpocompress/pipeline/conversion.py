@@ -11,14 +11,13 @@ from mpocompress.errors import BudgetError, DataError
 from mpocompress.loading import is_onnx, load_batches
 from mpocompress.pipeline.onnx_files import size_on_disk, with_forms, write_and_check
 from mpocompress.pipeline.opening import (
-    NO_INPUTS,
-    NO_MODULE,
     Opened,
     OpenedGraph,
     open_graph,
     open_model,
     read_batches,
     read_examples,
+    why_no_onnx,
 )
 from mpocompress.pipeline.request import Request
 from mpocompress.planning import Plan, PlanOptions, Progress
@@ -107,7 +106,7 @@ def convert(
             batches = read_batches(opened, request)
             examples = read_examples(opened, request, batches)
             if examples is None:
-                request.check_without_onnx(_no_onnx(opened.source.kind))
+                request.check_without_onnx(why_no_onnx(opened.source.kind))
         result = api.compress(
             opened.module,
             **request.plan_options(),
@@ -134,7 +133,7 @@ def convert(
         onnx_note = None
         parity = None
         if examples is None:
-            onnx_note = _no_onnx(kind)
+            onnx_note = why_no_onnx(kind)
             notes.append(onnx_note)
         else:
             exported, parity = write_and_check(
@@ -157,11 +156,6 @@ def convert(
         _check_size(report)
         api.write_report(report, scratch)
     return Conversion(directory=Path(directory), report=report, notes=tuple(notes))
-
-
-def _no_onnx(kind: str) -> str:
-    """Why no ONNX file is written of a source of this kind."""
-    return NO_MODULE if kind == "state_dict" else NO_INPUTS
 
 
 def _state_folder(directory: str | Path) -> Path:

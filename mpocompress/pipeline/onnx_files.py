@@ -25,6 +25,7 @@ from mpocompress.pipeline.request import Request
 from mpocompress.planning import Progress
 from mpocompress.report import CompressionReport, Parity
 from mpocompress.report import Source as ReportSource
+from mpocompress.report.collect import parity_of
 from mpocompress.tuning.moments import keep_mask
 
 
@@ -95,15 +96,7 @@ def checked(path: Path, model: nn.Module, batches: Batches | None, seed: int) ->
         data = (forward_arguments(model, batch) for batch in _few(batches))
     found = verify(path, model, data, seed=seed)
     found.raise_if_failed()
-    return Parity(
-        max_abs_difference=found.max_abs_difference,
-        max_relative_difference=found.max_relative_difference,
-        tolerance=found.tolerance,
-        batch_sizes=list(found.batch_sizes),
-        argmax_agreement=found.argmax_agreement,
-        passed=found.passed,
-        outputs=list(found.outputs),
-    )
+    return parity_of(found)
 
 
 def quantize_batches(

@@ -23,11 +23,11 @@ from mpocompress.surgery import Inventory, find_weights, open_modules
 if TYPE_CHECKING:
     from mpocompress.loading.onnx_source import OnnxSource
 
-NO_MODULE = (
+_NO_MODULE = (
     "a bare state dict cannot be run, so no ONNX file was written; give its architecture with "
     "--model MODULE:FACTORY"
 )
-NO_INPUTS = (
+_NO_INPUTS = (
     "the shape of the model's input is not known, so no ONNX file was written; give it with "
     "--input, as in --input 1x784, or give --data"
 )
@@ -127,6 +127,11 @@ def read_batches(opened: Opened, request: Request) -> Batches | None:
     return load_batches(request.data)
 
 
+def why_no_onnx(kind: str) -> str:
+    """Why no ONNX file can be written of a source of this kind, without examples."""
+    return _NO_MODULE if kind == "state_dict" else _NO_INPUTS
+
+
 def read_examples(
     opened: Opened, request: Request, batches: Batches | None
 ) -> ExampleInputs | None:
@@ -139,6 +144,8 @@ def read_examples(
     if opened.source.kind == "module":
         examples = example_inputs(opened.source, specs=request.inputs, batches=batches)
     if examples is None and request.max_size is not None:
-        why = NO_MODULE if opened.source.kind == "state_dict" else NO_INPUTS
-        raise BudgetError(f"--max-size {request.max_size} is the size of the ONNX file: {why}.")
+        raise BudgetError(
+            f"--max-size {request.max_size} is the size of the ONNX file: "
+            f"{why_no_onnx(opened.source.kind)}."
+        )
     return examples

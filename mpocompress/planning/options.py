@@ -76,14 +76,10 @@ class PlanOptions:
     @property
     def not_default(self) -> tuple[str, ...]:
         """Names of all options with another value than nothing gives them; `healed` is none."""
-        return tuple(
-            field.name
-            for field in fields(self)
-            if field.name != "healed"
-            and getattr(self, field.name) != field.default
-            # An empty list says as little as an empty tuple.
-            and (getattr(self, field.name) or field.default)
-        )
+        given = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        del given["healed"]
+        # An empty list says as little as an empty tuple.
+        return tuple(name for name, (value, default) in given.items() if value not in (default, []))
 
     @property
     def target(self) -> Target:

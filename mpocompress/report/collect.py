@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from mpocompress.report.schema import (
     Candidate,
     CompressionReport,
     LayerReport,
+    Parity,
     Scope,
     Size,
     Source,
@@ -28,6 +29,9 @@ from mpocompress.report.schema import (
 )
 from mpocompress.report.wording import CORRECTED
 from mpocompress.surgery import Inventory, KeptEntry, WeightSite
+
+if TYPE_CHECKING:
+    from mpocompress.export.verify import ParityResult
 
 TRAINED_ALONG = "its values were trained along when the model was healed"
 SWEPT_ALONG = "its values were trained along in sweeps on the loss"
@@ -161,7 +165,7 @@ def remeasure(
     inventory: Inventory | None,
     model: nn.Module,
     *,
-    trained: str = TRAINED_ALONG,
+    trained: str,
 ) -> CompressionReport:
     """The report of a model whose weights have moved since: every figure anew, on its cores.
 
@@ -238,6 +242,27 @@ def _bytes_below(state: Mapping[str, Tensor], name: str) -> int:
     """Of all tensors of a module."""
     prefix = f"{name}." if name else ""
     return sum(tensor.nbytes for key, tensor in state.items() if key.startswith(prefix))
+
+
+def parity_of(
+    found: "ParityResult", *, reference: Literal["pytorch", "graph"] = "pytorch"
+) -> Parity:
+    """What the report says of a comparison in ONNX Runtime.
+
+    Args:
+        found: the comparison.
+        reference: what the file was held against, see `Parity`.
+    """
+    return Parity(
+        max_abs_difference=found.max_abs_difference,
+        max_relative_difference=found.max_relative_difference,
+        tolerance=found.tolerance,
+        batch_sizes=list(found.batch_sizes),
+        argmax_agreement=found.argmax_agreement,
+        passed=found.passed,
+        outputs=list(found.outputs),
+        reference=reference,
+    )
 
 
 def _because(reason: str, more: str) -> str:
