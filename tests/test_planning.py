@@ -7,6 +7,7 @@ from torch import nn
 import mpocompress as mpo
 from mpocompress.errors import (
     BondDimError,
+    BudgetError,
     ConversionError,
     LayoutError,
     NoLayerMatched,
@@ -191,6 +192,40 @@ def test_refusals():
         mpo.compress(broken, bond_dim=4)
     # What is not selected is not looked at.
     mpo.compress(broken, bond_dim=4, include=["0"])
+
+
+@pytest.mark.parametrize("gauge", ["none", "identity"])
+@pytest.mark.parametrize("sites", [2, 3, 4])
+@pytest.mark.parametrize("ratio", [5.0, 60.0, 150.0])
+def test_no_single_bond_could_be_larger_within_the_budget(ratio, sites, gauge):
+    model = nn.Sequential(nn.Linear(324, 256), nn.ReLU(), nn.Linear(256, 256))
+    dense = 256 * (324 + 256)
+    try:
+        planned = mpo.plan(model, ratio=ratio, of="layers", sites=sites, gauge=gauge)
+    except BudgetError:
+        assert sites == 2 and ratio > 60
+        return
+    if len(planned.compressed) < 2:  # one is too large even at bond dimension 1
+        dense = sum(layer.shape[0] * layer.shape[1] for layer in planned.compressed)
+    used = sum(layer.parameters for layer in planned.compressed)
+    assert used <= dense / ratio
+    for layer in planned.compressed:
+        layout, bonds = layer.sites(), layer.bond_dims
+        assert list(layout.clip(bonds)) == list(bonds)
+        for place in range(len(bonds)):
+            raised = layout.clip([bond + (k == place) for k, bond in enumerate(bonds)])
+            more = make_candidate(layout, raised, gauge=gauge).parameters - layer.parameters
+            assert list(raised) == list(bonds) or used + more > dense / ratio
+
+
+def test_of_equal_bonds_the_middle_one_is_raised_first():
+    model = nn.Sequential(nn.Linear(256, 256))
+    at_four = mpo.plan(model, sites=4, bond_dim=4).compressed[0]
+    assert at_four.bond_dims == (4, 4, 4)
+    layout = at_four.sites()
+    target = make_candidate(layout, (4, 5, 4)).parameters
+    found = mpo.plan(model, ratio=256 * 256 / target, of="layers", sites=4)
+    assert found.compressed[0].bond_dims == (4, 5, 4)
 
 
 def test_plan_round_trip_and_edit(tmp_path):

@@ -86,11 +86,12 @@ def plan_tolerances(
     for part in sharing.parts:
         name = part.site.name
         bond = least_bond(curves[name], tolerances[name])
-        if bond > part.share.max_bond_dim:
+        bond_dims = part.bond_dims(bond)
+        if bond_dims is None:
             entries[part.site] = keep_entry(part.site, _too_coarse(part, curves[name], why))
         else:
             reason = f"least bond dimension for {why}"
-            entries[part.site] = sharing.entry(part, bond, reason)
+            entries[part.site] = sharing.entry(part, bond_dims, reason)
     return sharing.plan(entries)
 
 
