@@ -203,7 +203,8 @@ def test_no_single_bond_could_be_larger_within_the_budget(ratio, sites, gauge):
     try:
         planned = mpo.plan(model, ratio=ratio, of="layers", sites=sites, gauge=gauge)
     except BudgetError:
-        assert sites == 2 and ratio > 60
+        assert sites == 2
+        assert ratio > 60
         return
     if len(planned.compressed) < 2:  # one is too large even at bond dimension 1
         dense = sum(layer.shape[0] * layer.shape[1] for layer in planned.compressed)
@@ -226,6 +227,21 @@ def test_of_equal_bonds_the_middle_one_is_raised_first():
     target = make_candidate(layout, (4, 5, 4)).parameters
     found = mpo.plan(model, ratio=256 * 256 / target, of="layers", sites=4)
     assert found.compressed[0].bond_dims == (4, 5, 4)
+
+
+@pytest.mark.parametrize("asked", [{"bond_dim": 4}, {"ratio": 2.0}])
+def test_sites_of_size_one_are_refused_with_what_there_is(asked):
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 13))
+    with pytest.raises(LayoutError, match=r"32x64 has no factors for 12 sites.* Try 11"):
+        mpo.plan(model, sites=12, **asked)
+
+
+def test_a_layer_without_enough_factors_stays_dense():
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(13, 7))
+    first, last = mpo.plan(net, sites=4, bond_dim=3).layers
+    assert first.action == "compress"
+    assert last.action == "keep"
+    assert "7x13 has no factors for 4 sites" in last.reason
 
 
 def test_plan_round_trip_and_edit(tmp_path):

@@ -48,7 +48,7 @@ class LayoutRules:
     def forced(self, site: WeightSite) -> Layout | LayoutError | None:
         """The forced layout, the reason why it does not fit, or None for "auto"."""
         if self._sites is not None:
-            return balanced_layout(*site.shape, self._sites)
+            return self._balanced(site.shape, self._sites)
         for pattern, rule in self._rules.items():
             if site.name not in self._meant[pattern]:
                 continue
@@ -63,11 +63,27 @@ class LayoutRules:
             return found
         return None
 
+    def _balanced(self, shape: tuple[int, int], sites: int) -> Layout | LayoutError:
+        if not _carries(shape, sites):
+            most = max(k for k in range(1, sites) if _carries(shape, k))
+            error = LayoutError(
+                f"{shape[0]}x{shape[1]} has no factors for {sites} sites: some would be 1x1 and "
+                f"carry nothing. Try {most}."
+            )
+            self._refusals["*"].append(error)
+            return error
+        self._fits.add("*")
+        return balanced_layout(*shape, sites)
+
     def check_used(self) -> None:
         """Raise the first refusal of a rule that fitted no layer at all."""
         for pattern, refusals in self._refusals.items():
             if refusals and pattern not in self._fits:
                 raise LayoutError(str(refusals[0]))
+
+
+def _carries(shape: tuple[int, int], sites: int) -> bool:
+    return sites == 1 or (1, 1) not in balanced_layout(*shape, sites).pairs
 
 
 def describe_layout(layout: LayoutChoice) -> str | dict[str, str]:
