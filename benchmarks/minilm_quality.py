@@ -134,7 +134,7 @@ HEALING_ROWS, HEALING_ACCUMULATE = 8, 4
 
 def heal(small: nn.Module, model: nn.Module, data: list[Tokens], steps: int, seed: int) -> None:
     """Train a compressed encoder, in place, for the dense one's embeddings and hidden states."""
-    mpo.distill(
+    healed = mpo.distill(
         Embedder(small),
         reference=Embedder(model),
         data=[
@@ -148,6 +148,8 @@ def heal(small: nn.Module, model: nn.Module, data: list[Tokens], steps: int, see
         held_out=0.05,
         seed=seed,
     )
+    rate = healed.learning_rates["model"]
+    print(f"healed at a peak learning rate of {rate:g}", file=sys.stderr, flush=True)
 
 
 def healed_encoder(

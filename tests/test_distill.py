@@ -189,7 +189,7 @@ def test_the_schedule_warms_up_and_decays():
 def test_a_run_that_is_worse_at_first_is_not_given_up(dense, small):
     arguments = {"reference": dense, "data": [rows(1000, 16)]}
     mpo.distill(small, **arguments, steps=200, learning_rate=3e-3)
-    again = mpo.distill(small, **arguments, steps=60, learning_rate=0.01, evaluate_every=1)
+    again = mpo.distill(small, **arguments, steps=60, learning_rate=0.1, evaluate_every=1)
     losses = [record.held_out_loss for record in again.history]
     assert min(losses[1:31]) > losses[0]
     assert again.end_loss < losses[0]

@@ -28,20 +28,18 @@ from mpocompress.tuning.distill_state import (
     read_state,
     write_state,
 )
+from mpocompress.tuning.healing_optimizer import HealingOptimizer
 from mpocompress.tuning.lockstep import Call, main_output
 from mpocompress.tuning.minibatches import TrainingData
 from mpocompress.tuning.moments import keep_mask
 from mpocompress.tuning.schedule import warm_cosine
 from mpocompress.tuning.state_file import fingerprint
 
-# Tried by "auto", each for a fraction of the steps: pretrained transformers like the first, small
-# nets of MPOs with several sites the last.
-LEARNING_RATES = (1e-4, 1e-3, 3e-3)
-# Other optimizers, 300 steps at 1e-3 on MiniLM at ratio 4, cosine / Spearman on other sentences:
-# Adam .861 / .827, Muon .866 / .835, SOAP .867 / .833, for a seventh more time. Four-site MPOs of
-# digits heal alike with Adam and with Muon.
+# Tried by "auto", each for a fraction of the steps, up to the first that is worse than the one
+# before: pretrained transformers like the first ones, small nets of MPOs with several sites the
+# last.
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 _TRIAL_SHARE, _TRIAL_STEPS = 0.05, (20, 100)
-_BETAS = (0.9, 0.99)
 _EVALUATIONS = 25
 # A tenth of 60 rows chose weights that were worse on others (KL .020 to .021); a third did not.
 _LEAST_HELD = 64
@@ -142,7 +140,7 @@ def distill_(
                 blockwise = _BlockDistance(model, reference, blocks)
                 phases.insert(0, _Phase("blocks", options.blockwise_steps, blockwise))
             path = None if checkpoint is None else Path(checkpoint)
-            trainer = _Trainer(parameters, data, whole, options, path, arguments, progress)
+            trainer = _Trainer(model, parameters, data, whole, options, path, arguments, progress)
             return trainer.run(phases, blocks)
         except BaseException:
             _assign(parameters, start)
@@ -181,6 +179,7 @@ class _Trainer:
 
     def __init__(
         self,
+        model: nn.Module,
         parameters: Sequence[nn.Parameter],
         data: TrainingData,
         held_out_loss: Distance,
@@ -189,6 +188,7 @@ class _Trainer:
         arguments: dict[str, Any],
         progress: Callable[[str, int, int], None] | None,
     ) -> None:
+        self._model = model
         self._parameters = parameters
         self._data = data
         self._loss = held_out_loss
@@ -228,16 +228,10 @@ class _Trainer:
         if state.learning_rate is None:
             state.learning_rate = self._choose_rate(phase)
         self._rates[phase.name] = state.learning_rate
-        optimizer = _adam(self._parameters)
+        optimizer = HealingOptimizer(self._model, self._parameters)
         if state.current:
             _assign(self._parameters, state.current)
-            for parameter, moments in zip(self._parameters, state.moments, strict=True):
-                if moments:
-                    optimizer.state[parameter] = {
-                        # Adam counts its steps on the CPU.
-                        name: value.clone() if name == "step" else value.to(parameter)
-                        for name, value in moments.items()
-                    }
+            optimizer.restore(state.moments)
         every = self._options.evaluate_every or max(1, phase.steps // _EVALUATIONS)
         losses: list[float] = []
         patience = self._options.patience or math.inf
@@ -260,13 +254,12 @@ class _Trainer:
                 state.best, state.stale = _values(self._parameters), 0
             if self._checkpoint is not None:
                 state.current = _values(self._parameters)
-                state.moments = [dict(optimizer.state.get(p, {})) for p in self._parameters]
+                state.moments = optimizer.moments()
                 write_state(self._checkpoint, state, self._arguments)
 
-    def _step(
-        self, phase: _Phase, optimizer: torch.optim.Optimizer, step: int, rate: float
-    ) -> float:
-        optimizer.zero_grad(set_to_none=True)
+    def _step(self, phase: _Phase, optimizer: HealingOptimizer, step: int, rate: float) -> float:
+        for parameter in self._parameters:
+            parameter.grad = None
         many = self._options.accumulate
         batches = [self._data.minibatch(many * step + place) for place in range(many)]
         rows = sum(batch.rows for batch in batches)
@@ -282,9 +275,7 @@ class _Trainer:
                 "torch.no_grad() or inference_mode(). Take that off for the healing."
             )
         nn.utils.clip_grad_norm_(self._parameters, self._options.clip_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
+        optimizer.step(rate)
         return total
 
     @torch.no_grad()
@@ -304,24 +295,19 @@ class _Trainer:
         found: list[tuple[float, float]] = []
         for done, peak in enumerate(LEARNING_RATES):
             self._report("trying learning rates", done, len(LEARNING_RATES))
-            optimizer = _adam(self._parameters)
+            optimizer = HealingOptimizer(self._model, self._parameters)
             for step in range(steps):
                 self._step(phase, optimizer, step, warm_cosine(step, steps, peak))
             loss = self._evaluate()
             found.append((loss if math.isfinite(loss) else math.inf, peak))
             _assign(self._parameters, start)
+            if found[-1] > min(found):
+                break
         return min(found)[1]
 
     def _report(self, what: str, done: int, total: int) -> None:
         if self._progress is not None:
             self._progress(what, done, total)
-
-
-def _adam(parameters: Sequence[nn.Parameter]) -> torch.optim.Adam:
-    # The fused step on a CPU takes a sixth of the time. It goes through memory in order, whatever
-    # the strides of a parameter and of its moments are. None leaves the choice to torch.
-    in_order = all(parameter.is_cpu and parameter.is_contiguous() for parameter in parameters)
-    return torch.optim.Adam(parameters, betas=_BETAS, fused=in_order or None)
 
 
 def _record(

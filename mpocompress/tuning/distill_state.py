@@ -50,7 +50,7 @@ class DistillState:
         history: all evaluations.
         current: values of the parameters, where they are needed: on disk.
         best: values of the parameters at the best evaluation.
-        moments: Adam's, a dict for each parameter; empty where it never had a gradient.
+        moments: of the optimizer, a dict for each parameter; empty where it had no gradient.
     """
 
     phase: int = 0
