@@ -15,8 +15,8 @@ from mpocompress.layers.balance import balance_cores_
 from mpocompress.loading import Batch
 from mpocompress.tuning import DistillOptions, distill_
 from mpocompress.tuning.blocks import can_replay, find_blocks
-from mpocompress.tuning.distill import LEARNING_RATES
 from mpocompress.tuning.distill_loss import Distance, normalized_error, output_loss
+from mpocompress.tuning.learning_rates import LEARNING_RATES, peak_from_trials, trial_steps
 from mpocompress.tuning.minibatches import Minibatch, TrainingData
 from mpocompress.tuning.schedule import warm_cosine
 from tests.tolerances import TOL
@@ -111,6 +111,26 @@ def test_the_held_out_loss_falls_and_so_does_it_elsewhere(dense, small):
     assert found.history[0].step == 0
     assert min(record.held_out_loss for record in found.history) == found.end_loss
     assert found.learning_rates["model"] in LEARNING_RATES
+
+
+@pytest.mark.parametrize(
+    ("losses", "start", "steps", "peak"),
+    [
+        ((0.95, 0.99), 1.0, 400, 3e-4),  # near a minimum: the next rate pays in the longer run
+        ((0.95, 0.99), 1.0, 60, 1e-4),  # which this one is not
+        ((1.01, 1.2), 1.0, 400, 1e-4),  # high enough
+        ((0.9, 0.7, 0.5, 0.6), 1.0, 400, 1e-3),  # far from any minimum
+        ((0.9, 0.88, 0.86, 0.84, 0.82), 1.0, 400, 1e-2),  # there is no higher one
+        ((float("inf"),), 1.0, 400, 1e-4),
+    ],
+)
+def test_the_rate_that_trials_suggest(losses, start, steps, peak):
+    tried = dict(zip(LEARNING_RATES, losses, strict=False))
+    assert peak_from_trials(tried, start, steps) == peak
+
+
+def test_trials_are_short():
+    assert [trial_steps(steps) for steps in (7, 60, 1000, 9000)] == [7, 20, 50, 100]
 
 
 def test_never_worse_than_the_start(dense, small):

@@ -64,11 +64,11 @@ def distill(
     """Heal a compressed model: train it, in place, to do what the dense model does.
 
     All floating parameters that require gradients are trained, in evaluation mode, in float32 or
-    float64 (half types in float32, and rounded at the end, which no loss here has seen), cores with
-    Muon and all else with Adam, with warm-up, a cosine and clipped gradients; layers in the identity gauge as plain cores, which are
-    brought back into it at the end. The best weights on the held-out part of the data are kept:
-    there the model is never worse than before. A result's report is brought up to date, so that
-    what `save` writes is what is true of the healed weights.
+    float64 (half types in float32, and rounded at the end, which no loss here has seen), with Muon
+    for cores and Adam for all else, warm-up, a cosine and clipped gradients; layers in the identity
+    gauge as plain cores, which are brought back into it at the end. The best weights on the
+    held-out part of the data are kept: there the model is never worse than before. A result's
+    report is brought up to date, so that what `save` writes is what is true of the healed weights.
 
     Args:
         result: from `compress`, or its model.
@@ -80,7 +80,7 @@ def distill(
         output_loss: "kl" (temperature 2), "mse" (relative) or "cosine", for embeddings; "auto" is
             "mse", plus "kl" where the output may be logits, of classes or of the words of a table.
         hidden_weight: weight of the relative errors of the repeated blocks' outputs.
-        learning_rate: peak of the schedule; "auto" tries up to four in short runs of their own.
+        learning_rate: peak of the schedule; "auto" tries some in short runs of their own.
         batch_size: rows of a minibatch; None takes batches of up to 128 rows as they come, and
             cuts larger ones, or a single one, into 64.
         accumulate: minibatches in a step, which takes their mean gradient: small batches of many

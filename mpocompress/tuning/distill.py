@@ -29,17 +29,13 @@ from mpocompress.tuning.distill_state import (
     write_state,
 )
 from mpocompress.tuning.healing_optimizer import HealingOptimizer
+from mpocompress.tuning.learning_rates import LEARNING_RATES, peak_from_trials, trial_steps
 from mpocompress.tuning.lockstep import Call, main_output
 from mpocompress.tuning.minibatches import TrainingData
 from mpocompress.tuning.moments import keep_mask
 from mpocompress.tuning.schedule import warm_cosine
 from mpocompress.tuning.state_file import fingerprint
 
-# Tried by "auto", each for a fraction of the steps, up to the first that is worse than the one
-# before: pretrained transformers like the first ones, small nets of MPOs with several sites the
-# last.
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-_TRIAL_SHARE, _TRIAL_STEPS = 0.05, (20, 100)
 _EVALUATIONS = 25
 # A tenth of 60 rows chose weights that were worse on others (KL .020 to .021); a third did not.
 _LEAST_HELD = 64
@@ -226,7 +222,7 @@ class _Trainer:
         if phase.steps == 0:
             return
         if state.learning_rate is None:
-            state.learning_rate = self._choose_rate(phase)
+            state.learning_rate = self._choose_rate(phase, state.best_loss)
         self._rates[phase.name] = state.learning_rate
         optimizer = HealingOptimizer(self._model, self._parameters)
         if state.current:
@@ -286,24 +282,23 @@ class _Trainer:
             rows += batch.rows
         return total / rows
 
-    def _choose_rate(self, phase: _Phase) -> float:
+    def _choose_rate(self, phase: _Phase, start_loss: float) -> float:
         if self._options.learning_rate != "auto":
             return float(self._options.learning_rate)
-        least, most = _TRIAL_STEPS
-        steps = min(phase.steps, max(least, min(most, round(_TRIAL_SHARE * phase.steps))))
+        steps = trial_steps(phase.steps)
         start = _values(self._parameters)
-        found: list[tuple[float, float]] = []
+        losses: dict[float, float] = {}
         for done, peak in enumerate(LEARNING_RATES):
             self._report("trying learning rates", done, len(LEARNING_RATES))
             optimizer = HealingOptimizer(self._model, self._parameters)
             for step in range(steps):
                 self._step(phase, optimizer, step, warm_cosine(step, steps, peak))
             loss = self._evaluate()
-            found.append((loss if math.isfinite(loss) else math.inf, peak))
+            losses[peak] = loss if math.isfinite(loss) else math.inf
             _assign(self._parameters, start)
-            if found[-1] > min(found):
-                break
-        return min(found)[1]
+            if losses[peak] > min(losses.values()):
+                break  # higher ones are worse still
+        return peak_from_trials(losses, start_loss, phase.steps)
 
     def _report(self, what: str, done: int, total: int) -> None:
         if self._progress is not None:

@@ -18,10 +18,10 @@ class DistillOptions:
         output_loss: "auto", "kl", "mse" or "cosine", see `distill_loss.output_loss`.
         hidden_weight: weight of the blocks' normalized errors beside the output's loss.
         learning_rate: peak of the schedule (warm-up over 20 steps, or a third of fewer than 60,
-            then a cosine), or "auto": 1e-4, 3e-4, 1e-3 and 3e-3 are tried in this order, up to the
-            first that is worse than the one before, each in a small copy of the schedule, 5 % of
-            the steps (20 to 100) that do not count as such; the one with the least held-out loss is
-            taken.
+            then a cosine), or "auto": 1e-4, 3e-4, 1e-3, 3e-3 and 1e-2 are tried in this order, up
+            to the first that is worse than the one before, each in a small copy of the schedule,
+            5 % of the steps (20 to 100) that do not count as such; see
+            `learning_rates.peak_from_trials` for the choice.
         batch_size: rows of a minibatch, see `minibatches.TrainingData`.
         accumulate: minibatches in a step, whose mean gradient, by rows, it follows. Where batches
             are sorted by length, as sentences often are, four of 8 rows cost what one of 32 does,

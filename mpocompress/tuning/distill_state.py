@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -12,7 +12,6 @@ from torch import Tensor
 from mpocompress.errors import LoadError
 from mpocompress.tuning.state_file import check_same_run, read_tensors, write_tensors
 
-_FORMAT_VERSION = 1
 _METADATA_KEY = "mpocompress.distillation"
 
 
@@ -68,7 +67,7 @@ class DistillState:
 class _Metadata(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: int = _FORMAT_VERSION
+    format_version: Literal[2] = 2  # 1 had Adam's moments of cores
     arguments: dict[str, Any]
     phase: int
     step: int
