@@ -382,7 +382,7 @@ def main() -> int:
     parser.add_argument("--sentences", type=int, default=3000, help="for calibration")
     parser.add_argument("--held-out", type=int, default=1000, help="for evaluation")
     parser.add_argument(
-        "--healing-sentences", type=int, default=3000, help="for healing, besides the calibration's"
+        "--healing-sentences", type=int, default=6000, help="for healing, besides the calibration's"
     )
     parser.add_argument("--steps", type=int, default=1000, help="of healing; 0 for none")
     parser.add_argument("--healed-ratios", type=float, nargs="+", default=[2.0, 4.0])

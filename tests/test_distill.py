@@ -119,6 +119,8 @@ def test_the_held_out_loss_falls_and_so_does_it_elsewhere(dense, small):
         ((0.95, 0.99), 1.0, 400, 3e-4),  # near a minimum: the next rate pays in the longer run
         ((0.95, 0.99), 1.0, 60, 1e-4),  # which this one is not
         ((1.01, 1.2), 1.0, 400, 1e-4),  # high enough
+        ((0.95, 1.3), 1.0, 400, 1e-4),  # the next one is too high
+        ((0.95, float("inf")), 1.0, 400, 1e-4),
         ((0.9, 0.7, 0.5, 0.6), 1.0, 400, 1e-3),  # far from any minimum
         ((0.9, 0.88, 0.86, 0.84, 0.82), 1.0, 400, 1e-2),  # there is no higher one
         ((float("inf"),), 1.0, 400, 1e-4),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import mpocompress as mpo
-from mpocompress.tuning.healing_optimizer import HealingOptimizer
+from mpocompress.tuning.healing_optimizer import HealingOptimizer, orthogonal
 
 RATE = 1e-2
 
@@ -43,6 +43,29 @@ def test_steps_of_cores_are_orthogonal_and_as_large_as_those_of_adam(dtype):
         values = torch.linalg.svdvals(matrix) / scale
         assert float(values.min()) > 0.4
         assert float(values.max()) < 1.6
+
+
+@pytest.mark.parametrize("shape", [(30, 200), (200, 30), (40, 40), (1, 7), (5, 1)])
+def test_a_step_is_that_of_the_published_iteration(shape):
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape, generator=generator, dtype=torch.float64)
+    expected = matrix / matrix.norm()
+    for _ in range(5):
+        gram = expected @ expected.T
+        expected = 3.4445 * expected + (-4.7750 * gram + 2.0315 * gram @ gram) @ expected
+    torch.testing.assert_close(orthogonal(matrix), expected)
+    torch.testing.assert_close(orthogonal(matrix.float()).double(), expected, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-6, 1e12])
+def test_steps_are_finite_for_gradients_of_all_sizes(scale):
+    left = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+    found = orthogonal(scale * (left @ left.T))  # of rank 3
+    values = torch.linalg.svdvals(found)
+    assert bool(values.isfinite().all())
+    assert float(values[0]) < 1.3
+    assert float(values[2]) > (0.6 if scale > 1e-12 else -1.0)
+    assert float(values[3]) < 0.1
 
 
 def test_what_was_not_reached_by_a_gradient_stays():

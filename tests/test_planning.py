@@ -236,6 +236,17 @@ def test_sites_of_size_one_are_refused_with_what_there_is(asked):
         mpo.plan(model, sites=12, **asked)
 
 
+@pytest.mark.parametrize("asked", [{"bond_dim": 4}, {"ratio": 2.0}])
+def test_sites_and_a_layout_exclude_each_other(asked):
+    for layout in ("svd", {"0": "svd"}):
+        with pytest.raises(LayoutError, match="both force a layout"):
+            mpo.plan(model(), layout=layout, sites=20, **asked)
+    with pytest.raises(LayoutError, match=r"sites 0.*at least 1"):
+        mpo.plan(model(), sites=0, **asked)
+    with pytest.raises(LayoutError, match=r"has no factors for 90000 sites"):
+        mpo.plan(model(), sites=90_000, **asked)
+
+
 def test_a_layer_without_enough_factors_stays_dense():
     net = nn.Sequential(nn.Linear(64, 64), nn.Linear(13, 7))
     first, last = mpo.plan(net, sites=4, bond_dim=3).layers

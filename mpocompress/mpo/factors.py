@@ -46,6 +46,32 @@ def balanced_factors(number: int, parts: int) -> tuple[int, ...]:
     return best[1]
 
 
+def check_sites(sites: int) -> None:
+    """Refuse what is no number of sites.
+
+    Raises:
+        LayoutError: fewer than one, or no integer.
+    """
+    if isinstance(sites, bool) or not isinstance(sites, int) or sites < 1:
+        raise LayoutError(f"sites {sites!r}: a layout has at least 1 site. Try 2.")
+
+
+def most_sites(out_features: int, in_features: int) -> int:
+    """How many sites a matrix has at most, if each carries something: its prime factors."""
+    return _prime_factors(out_features) + _prime_factors(in_features)
+
+
+def _prime_factors(number: int) -> int:
+    count, prime = 0, 2
+    while prime * prime <= number:
+        if number % prime:
+            prime += 1
+        else:
+            number //= prime
+            count += 1
+    return count + (number > 1)
+
+
 def balanced_layout(out_features: int, in_features: int, sites: int = 2) -> Layout:
     """A layout of `sites` sites whose sizes out_k * in_k are as equal as the divisors allow.
 
@@ -54,8 +80,7 @@ def balanced_layout(out_features: int, in_features: int, sites: int = 2) -> Layo
     Raises:
         LayoutError: fewer than one site, or an empty matrix.
     """
-    if isinstance(sites, bool) or not isinstance(sites, int) or sites < 1:
-        raise LayoutError(f"sites {sites!r}: a layout has at least 1 site. Try 2.")
+    check_sites(sites)
     if out_features < 1 or in_features < 1:
         raise LayoutError(f"a matrix of {out_features}x{in_features} is empty.")
     outs = list(balanced_factors(out_features, sites))

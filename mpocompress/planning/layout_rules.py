@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 
 from mpocompress.errors import LayoutError, NoLayerMatched
 from mpocompress.mpo import Layout, LayoutLike, as_layout
-from mpocompress.mpo.factors import balanced_layout, resolve_layout
+from mpocompress.mpo.factors import balanced_layout, check_sites, most_sites, resolve_layout
 from mpocompress.surgery import Inventory, WeightSite, select_sites
 
 LayoutChoice = LayoutLike | Mapping[str, LayoutLike]
@@ -23,6 +23,12 @@ class LayoutRules:
         inventory: Inventory,
         selected: Collection[str],
     ) -> None:
+        if sites is not None:
+            check_sites(sites)
+            if layout != "auto":
+                raise LayoutError(
+                    f"sites {sites} and layout {layout!r} both force a layout; give one of them."
+                )
         self._sites = sites
         by_pattern = layout if isinstance(layout, Mapping) else {"*": layout}
         # Text that cannot be read is refused here, before any layer is looked at.
@@ -65,7 +71,8 @@ class LayoutRules:
 
     def _balanced(self, shape: tuple[int, int], sites: int) -> Layout | LayoutError:
         if not _carries(shape, sites):
-            most = max(k for k in range(1, sites) if _carries(shape, k))
+            fewer = range(1, min(sites, most_sites(*shape) + 1))
+            most = max((k for k in fewer if _carries(shape, k)), default=1)
             error = LayoutError(
                 f"{shape[0]}x{shape[1]} has no factors for {sites} sites: some would be 1x1 and "
                 f"carry nothing. Try {most}."
@@ -83,7 +90,9 @@ class LayoutRules:
 
 
 def _carries(shape: tuple[int, int], sites: int) -> bool:
-    return sites == 1 or (1, 1) not in balanced_layout(*shape, sites).pairs
+    if sites == 1:
+        return True
+    return sites <= most_sites(*shape) and (1, 1) not in balanced_layout(*shape, sites).pairs
 
 
 def describe_layout(layout: LayoutChoice) -> str | dict[str, str]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 from mpocompress.errors import LayoutError, MPOCompressError
 from mpocompress.mpo import Layout
-from mpocompress.mpo.factors import balanced_layout
 from mpocompress.mpo.identity_gauge import Gauge, check_gauge
 from mpocompress.mpo.truncate import check_bond_dim
 from mpocompress.planning.entries import compress_entry, keep_entry, why_kept
@@ -65,12 +64,6 @@ def plan_bond_dim(
     check_bond_dim(bond_dim)
     check_gauge(gauge)
     objective = objective or Objective()
-    if sites is not None:
-        if layout != "auto":
-            raise LayoutError(
-                f"sites {sites} and layout {layout!r} both force a layout; give one of them."
-            )
-        balanced_layout(1, 1, sites)  # refuses fewer than one site
     selected = {site.name for site in select_sites(inventory, include, exclude)}
     rules = LayoutRules(layout, sites, inventory, selected)
     layers = []

@@ -7,6 +7,7 @@ accuracy) are met by walking along them.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from heapq import heappop, heappush
 from math import inf, isinf
 
 from torch import Tensor
@@ -318,7 +319,7 @@ class Sharing:
         return replace(other, bottleneck=found)
 
     def _is_worse(self, part: Part, bonds: Bonds, factors: Part) -> bool:
-        """Whether a layout in the place of a bottleneck is, by trials, or as a rule for healing.
+        """Whether a layout in the place of a bottleneck is, by trials, or by the rule for healing.
 
         One that is not part of the plan has nothing to be worse in.
         """
@@ -330,7 +331,7 @@ class Sharing:
             return not self._healed
         limit = 1 / _CLEARLY if self._healed else 1.0
         narrow = factors.bond_dims(found.bond)
-        return found.bond > 0 and distance >= limit * self._distance(factors, narrow)
+        return found.bond > 0 and not distance < limit * self._distance(factors, narrow)
 
     def _part(self, site: WeightSite, layout: Layout, gains: Gains | None) -> Part | None:
         stored = cache(partial(_stored, layout, self.gauge))  # asked for thousands of times
@@ -438,21 +439,33 @@ def _filled(bonds: Bonds, budget: int, gauge: Gauge) -> Bonds:
     def size(part: Part, bond_dims: Sequence[int]) -> int:
         return stored_parameters(part.layout, bond_dims, gauge)
 
-    spent = sum(part.share.dense if b is None else size(part, b) for part, b in bonds.items())
-    open_parts = {part: b for part, b in filled.items() if b is not None and len(b) > 1}
-    while open_parts:
-        part = min(open_parts, key=lambda p: size(p, open_parts[p]) / p.share.dense)
-        now = open_parts[part]
+    left = budget - sum(
+        part.share.dense if b is None else size(part, b) for part, b in bonds.items()
+    )
+    parts = list(bonds)
+    queue: list[tuple[float, int]] = []
+
+    def offer(index: int) -> None:
+        part = parts[index]
+        bond_dims = filled[part]
+        if bond_dims is not None and len(bond_dims) > 1:
+            heappush(queue, (size(part, bond_dims) / part.share.dense, index))
+
+    for index in range(len(parts)):
+        offer(index)
+    while queue:
+        _, index = heappop(queue)
+        part = parts[index]
+        now = filled[part] or ()
         middle = (len(now) - 1) / 2
         for place in sorted(range(len(now)), key=lambda k: (now[k], abs(k - middle), k)):
             raised = part.layout.clip([bond + (k == place) for k, bond in enumerate(now)])
             cost = size(part, raised) - size(part, now)
-            if 0 < cost <= budget - spent and size(part, raised) < part.share.dense:
-                open_parts[part] = filled[part] = raised
-                spent += cost
+            if 0 < cost <= left and size(part, raised) < part.share.dense:
+                filled[part] = raised
+                left -= cost
+                offer(index)
                 break
-        else:
-            del open_parts[part]
     return filled
 
 

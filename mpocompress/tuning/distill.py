@@ -102,8 +102,8 @@ def distill_(
     """
     check_steps(steps, "steps")
     options = options or DistillOptions()
-    # Layers in the identity gauge are trained with all entries of their cores: Adam's steps then
-    # are those of balanced factors, not of the gauge's, and no core is rebuilt at every step.
+    # Layers in the identity gauge are trained with all entries of their cores: steps then are those
+    # of balanced factors, not of the gauge's, and no core is rebuilt at every step.
     with (
         plain_gauge(model),
         trainable_scales(model),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -12,6 +12,7 @@ from torch import Tensor
 from mpocompress.errors import LoadError
 from mpocompress.tuning.state_file import check_same_run, read_tensors, write_tensors
 
+_FORMAT_VERSION = 2  # 1 had Adam's moments of cores
 _METADATA_KEY = "mpocompress.distillation"
 
 
@@ -67,7 +68,7 @@ class DistillState:
 class _Metadata(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[2] = 2  # 1 had Adam's moments of cores
+    format_version: int = _FORMAT_VERSION
     arguments: dict[str, Any]
     phase: int
     step: int
@@ -125,6 +126,11 @@ def read_state(path: Path, arguments: Mapping[str, Any]) -> DistillState | None:
             f"the checkpoint {str(path)!r} is truncated or foreign: {str(error).splitlines()[0]}. "
             "Remove it to start anew."
         ) from None
+    if found.format_version != _FORMAT_VERSION:
+        raise LoadError(
+            f"the checkpoint {str(path)!r} was written by another version of mpocompress (format "
+            f"{found.format_version}, this one writes {_FORMAT_VERSION}). Remove it to start anew."
+        )
     check_same_run(path, found.arguments, arguments)
     count = sum(name.startswith("best.") for name in tensors)
     moments: list[dict[str, Tensor]] = [{} for _ in range(count)]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 # Pretrained transformers take the first ones, starts that are far from any good the last.
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 _SHARE, _LEAST, _MOST = 0.05, 20, 100
-# A trial that ends within a fifth of the loss at the start began near a minimum.
+# Trials that end within a fifth of the loss at the start began near a minimum.
 _NEAR = 0.8
 _MUCH_LONGER = 4
 
@@ -31,8 +31,9 @@ def peak_from_trials(losses: Mapping[float, float], start: float, steps: int) ->
         steps: of the run that is to come.
     """
     peak = min(losses, key=lambda rate: losses[rate])
-    index = LEARNING_RATES.index(peak)
+    following = next((rate for rate in LEARNING_RATES if rate > peak), peak)
     near = _NEAR * start < losses[peak] < start
-    if near and steps >= _MUCH_LONGER * trial_steps(steps) and index + 1 < len(LEARNING_RATES):
-        return LEARNING_RATES[index + 1]
-    return peak
+    much_longer = steps >= _MUCH_LONGER * trial_steps(steps)
+    # What its own trial has driven far away may not come back.
+    bearable = _NEAR * losses.get(following, start) < start
+    return following if near and much_longer and bearable else peak
