@@ -49,6 +49,11 @@ def test_the_initialization_of_the_dense_weights_lives_on():
     assert_close(scaled[0].weight.square().mean(), torch.tensor(1 / 64), **F32["norm"])
 
 
+def test_sites_and_a_layout_exclude_each_other():
+    with pytest.raises(LayoutError, match="both force a layout"):
+        mpo.tensorize(network(), sites=3, layout={"0": "svd"}, bond_dim=2)
+
+
 def test_layers_that_are_named_are_replaced_even_if_they_grow():
     tensorized = mpo.tensorize(network(), bond_dim=None, layout={"3": "1x8,1x8"}, include=["3"])
     assert kinds(tensorized) == [nn.Linear, nn.Linear, MPOLinear]

@@ -39,7 +39,7 @@ def tensorize(
         model: untouched.
         layout: "balanced", "svd", (out, in) pairs, text, a `Layout`, or a dict from layer pattern
             to one of these; layers that no pattern matches stay dense.
-        sites: so many balanced sites in every layer, instead of `layout`.
+        sites: so many balanced sites in every layer, instead of a `layout`.
         bond_dim: for all bonds or one for each, clipped to the maximal one, which None stands for.
         gain: mean square of the new weights, times the inputs, as for `MPOLinear`. None: the mean
             square of the dense weight that goes, so that an initialization of your own lives on.
@@ -56,6 +56,8 @@ def tensorize(
     """
     inventory = find_weights(model)
     chosen = select_sites(inventory, include, exclude)
+    if sites is not None and layout == "balanced":
+        layout = "auto"  # as many balanced sites as that
     rules = LayoutRules(layout, sites, inventory, {site.name for site in chosen})
     replacements: dict[WeightSite, Replacement] = {}
     for site in chosen:
