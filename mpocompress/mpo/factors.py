@@ -56,11 +56,6 @@ def check_sites(sites: int) -> None:
         raise LayoutError(f"sites {sites!r}: a layout has at least 1 site. Try 2.")
 
 
-def most_sites(out_features: int, in_features: int) -> int:
-    """How many sites a matrix has at most, if each carries something: its prime factors."""
-    return _prime_factors(out_features) + _prime_factors(in_features)
-
-
 def _prime_factors(number: int) -> int:
     count, prime = 0, 2
     while prime * prime <= number:
@@ -90,6 +85,27 @@ def balanced_layout(out_features: int, in_features: int, sites: int = 2) -> Layo
     pairs = sorted(zip(outs, ins, strict=True), key=prod)
     left, right = pairs[0::2], pairs[1::2]
     return Layout.from_pairs([*left, *reversed(right)])
+
+
+def carrying_layout(out_features: int, in_features: int, sites: int) -> Layout:
+    """The balanced layout of so many sites, if all of them carry something.
+
+    Raises:
+        LayoutError: some would have size 1x1; the message says how many sites would not.
+    """
+    most = min(sites, _prime_factors(out_features) + _prime_factors(in_features))
+    for fewer in range(most, 1, -1):
+        found = balanced_layout(out_features, in_features, fewer)
+        if (1, 1) not in found.pairs:
+            break
+    else:
+        fewer, found = 1, balanced_layout(out_features, in_features, 1)
+    if fewer < sites:
+        raise LayoutError(
+            f"{out_features}x{in_features} has no factors for {sites} sites: some would be 1x1 and "
+            f"carry nothing. Try {fewer}."
+        )
+    return found
 
 
 def resolve_layout(layout: LayoutLike, out_features: int, in_features: int) -> Layout:

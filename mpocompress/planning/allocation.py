@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import accumulate
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -27,6 +28,9 @@ from mpocompress.errors import BudgetError
 # exceeds. On a sentence encoder floors of 25 and 50 % gave the same quality, no floor was worse.
 FLOOR = 0.25
 CAP = 4.0
+
+
+Choice = TypeVar("Choice", int, tuple[int, ...])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -189,8 +193,6 @@ def _fill(
 ) -> list[int]:
     """Raise bond dimensions step by step, smallest priority first, while they fit the budget.
 
-    A step that does not fit is passed over: another layer's, or a smaller one, may still fit.
-
     Args:
         shares: the layers.
         bonds: to begin with.
@@ -198,22 +200,48 @@ def _fill(
         steps: of a layer at a bond dimension: (priority, next choice).
         tops: the last choice of each layer.
     """
-    bonds = list(bonds)
-    left = budget - _total(shares, bonds)
-    queue: list[tuple[float, int, int, int]] = []
+
+    def allowed(index: int, bond: int) -> list[tuple[float, int]]:
+        return [found for found in steps(index, bond) if bond < found[1] <= tops[index]]
+
+    return spend(
+        bonds,
+        budget - _total(shares, bonds),
+        lambda index, bond: shares[index].numbers(bond),
+        allowed,
+    )
+
+
+def spend(
+    choices: Sequence[Choice],
+    left: int,
+    numbers: Callable[[int, Choice], int],
+    steps: Callable[[int, Choice], Sequence[tuple[Any, Choice]]],
+) -> list[Choice]:
+    """Take steps, smallest priority first, while they fit what is left.
+
+    A step that does not fit is passed over: another layer's, or a smaller one, may still fit.
+
+    Args:
+        choices: of each layer, to begin with.
+        left: numbers that all of them together may take beyond that.
+        numbers: that a layer takes with a choice.
+        steps: of a layer from a choice: (priority, next choice).
+    """
+    choices = list(choices)
+    queue: list[tuple[Any, int, Choice, Choice]] = []
 
     def offer(index: int) -> None:
-        for priority, step in steps(index, bonds[index]):
-            if bonds[index] < step <= tops[index]:
-                heappush(queue, (priority, index, bonds[index], step))
+        for priority, step in steps(index, choices[index]):
+            heappush(queue, (priority, index, choices[index], step))
 
-    for index in range(len(bonds)):
+    for index in range(len(choices)):
         offer(index)
     while queue:
-        _, index, bond, step = heappop(queue)
-        cost = shares[index].numbers(step) - shares[index].numbers(bond)
-        if bond != bonds[index] or cost > left:
+        _, index, choice, step = heappop(queue)
+        cost = numbers(index, step) - numbers(index, choice)
+        if choice != choices[index] or cost > left:
             continue
-        bonds[index], left = step, left - cost
+        choices[index], left = step, left - cost
         offer(index)
-    return bonds
+    return choices

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 
 from mpocompress.errors import LayoutError, NoLayerMatched
 from mpocompress.mpo import Layout, LayoutLike, as_layout
-from mpocompress.mpo.factors import balanced_layout, check_sites, most_sites, resolve_layout
+from mpocompress.mpo.factors import carrying_layout, check_sites, resolve_layout
 from mpocompress.surgery import Inventory, WeightSite, select_sites
 
 LayoutChoice = LayoutLike | Mapping[str, LayoutLike]
@@ -29,13 +29,14 @@ class LayoutRules:
                 raise LayoutError(
                     f"sites {sites} and layout {layout!r} both force a layout; give one of them."
                 )
-        self._sites = sites
         by_pattern = layout if isinstance(layout, Mapping) else {"*": layout}
         # Text that cannot be read is refused here, before any layer is looked at.
-        self._rules: dict[str, LayoutLike] = {
+        self._rules: dict[str, LayoutLike | int] = {
             pattern: rule if rule in _NAMED else as_layout(rule)
             for pattern, rule in by_pattern.items()
         }
+        if sites is not None:
+            self._rules["*"] = sites
         self._refusals: dict[str, list[LayoutError]] = {pattern: [] for pattern in self._rules}
         self._fits: set[str] = set()
         self._meant: dict[str, set[str]] = {}
@@ -53,15 +54,16 @@ class LayoutRules:
 
     def forced(self, site: WeightSite) -> Layout | LayoutError | None:
         """The forced layout, the reason why it does not fit, or None for "auto"."""
-        if self._sites is not None:
-            return self._balanced(site.shape, self._sites)
         for pattern, rule in self._rules.items():
             if site.name not in self._meant[pattern]:
                 continue
             if rule == "auto":
                 return None
             try:
-                found = resolve_layout(rule, *site.shape)
+                if isinstance(rule, int):
+                    found = carrying_layout(*site.shape, rule)
+                else:
+                    found = resolve_layout(rule, *site.shape)
             except LayoutError as error:
                 self._refusals[pattern].append(error)
                 return error
@@ -69,30 +71,11 @@ class LayoutRules:
             return found
         return None
 
-    def _balanced(self, shape: tuple[int, int], sites: int) -> Layout | LayoutError:
-        if not _carries(shape, sites):
-            fewer = range(1, min(sites, most_sites(*shape) + 1))
-            most = max((k for k in fewer if _carries(shape, k)), default=1)
-            error = LayoutError(
-                f"{shape[0]}x{shape[1]} has no factors for {sites} sites: some would be 1x1 and "
-                f"carry nothing. Try {most}."
-            )
-            self._refusals["*"].append(error)
-            return error
-        self._fits.add("*")
-        return balanced_layout(*shape, sites)
-
     def check_used(self) -> None:
         """Raise the first refusal of a rule that fitted no layer at all."""
         for pattern, refusals in self._refusals.items():
             if refusals and pattern not in self._fits:
                 raise LayoutError(str(refusals[0]))
-
-
-def _carries(shape: tuple[int, int], sites: int) -> bool:
-    if sites == 1:
-        return True
-    return sites <= most_sites(*shape) and (1, 1) not in balanced_layout(*shape, sites).pairs
 
 
 def describe_layout(layout: LayoutChoice) -> str | dict[str, str]:

@@ -7,7 +7,6 @@ accuracy) are met by walking along them.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from heapq import heappop, heappush
 from math import inf, isinf
 
 from torch import Tensor
@@ -20,6 +19,7 @@ from mpocompress.planning.allocation import (
     allocate_by_sensitivity,
     allocate_uniform,
     least_numbers,
+    spend,
 )
 from mpocompress.planning.bottleneck import Bottleneck, find_bottleneck
 from mpocompress.planning.entries import compress_entry, keep_entry, why_kept
@@ -434,39 +434,31 @@ def _filled(bonds: Bonds, budget: int, gauge: Gauge) -> Bonds:
     layer that keeps the least part of its weight comes first, and in it the least of the bonds, of
     equal ones that in the middle: all gain about alike for what they cost.
     """
-    filled = dict(bonds)
+    chains = [(part, found) for part, found in bonds.items() if found is not None]
+    dense = sum(part.share.dense for part, found in bonds.items() if found is None)
 
-    def size(part: Part, bond_dims: Sequence[int]) -> int:
-        return stored_parameters(part.layout, bond_dims, gauge)
+    def numbers(index: int, bond_dims: tuple[int, ...]) -> int:
+        return stored_parameters(chains[index][0].layout, bond_dims, gauge)
 
-    left = budget - sum(
-        part.share.dense if b is None else size(part, b) for part, b in bonds.items()
-    )
-    parts = list(bonds)
-    queue: list[tuple[float, int]] = []
+    def steps(
+        index: int, bond_dims: tuple[int, ...]
+    ) -> list[tuple[tuple[float, ...], tuple[int, ...]]]:
+        part = chains[index][0]
+        if len(bond_dims) < 2:
+            return []  # no single bonds
+        now = numbers(index, bond_dims)
+        middle = (len(bond_dims) - 1) / 2
+        found: list[tuple[tuple[float, ...], tuple[int, ...]]] = []
+        for place, least in enumerate(bond_dims):
+            raised = part.layout.clip([b + (k == place) for k, b in enumerate(bond_dims)])
+            if now < numbers(index, raised) < part.share.dense:
+                order = (now / part.share.dense, index, least, abs(place - middle), place)
+                found.append((order, raised))
+        return found
 
-    def offer(index: int) -> None:
-        part = parts[index]
-        bond_dims = filled[part]
-        if bond_dims is not None and len(bond_dims) > 1:
-            heappush(queue, (size(part, bond_dims) / part.share.dense, index))
-
-    for index in range(len(parts)):
-        offer(index)
-    while queue:
-        _, index = heappop(queue)
-        part = parts[index]
-        now = filled[part] or ()
-        middle = (len(now) - 1) / 2
-        for place in sorted(range(len(now)), key=lambda k: (now[k], abs(k - middle), k)):
-            raised = part.layout.clip([bond + (k == place) for k, bond in enumerate(now)])
-            cost = size(part, raised) - size(part, now)
-            if 0 < cost <= left and size(part, raised) < part.share.dense:
-                filled[part] = raised
-                left -= cost
-                offer(index)
-                break
-    return filled
+    taken = sum(numbers(index, found) for index, (_, found) in enumerate(chains))
+    filled = spend([found for _, found in chains], budget - dense - taken, numbers, steps)
+    return {**bonds, **{part: found for (part, _), found in zip(chains, filled, strict=True)}}
 
 
 def _allocate(shares: Sequence[Share], budget: int) -> list[int]:

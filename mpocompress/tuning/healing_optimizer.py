@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.layers.base import MPOLayer
+from mpocompress.tuning.state_file import moment_on
 
 _BETAS = (0.9, 0.99)
 _MOMENTUM = 0.95
@@ -74,11 +75,7 @@ class HealingOptimizer:
         """Go on from the moments of another run with the same parameters."""
         for parameter, found in zip(self._parameters, moments, strict=True):
             self._moments_of(parameter).update(
-                {
-                    # Adam counts its steps on the CPU.
-                    name: value.clone() if name == "step" else value.to(parameter, copy=True)
-                    for name, value in found.items()
-                }
+                {name: moment_on(parameter, name, value) for name, value in found.items()}
             )
 
     def _moments_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:

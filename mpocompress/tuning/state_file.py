@@ -40,6 +40,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str, text: 
         aside.unlink(missing_ok=True)
 
 
+def moment_on(where: torch.device | Tensor, name: str, value: Tensor) -> Tensor:
+    """A copy of an optimizer's moment from a file, where its parameter is.
+
+    Args:
+        where: the parameter, or its device.
+        name: of the moment; Adam counts its "step" on the CPU.
+        value: as read.
+    """
+    return value.clone() if name == "step" else value.to(where, copy=True)
+
+
 def read_tensors(path: Path, *, key: str) -> tuple[str | None, dict[str, Tensor]]:
     """The text filed under a key, None if there is none, and the tensors, on the CPU.
 

@@ -15,6 +15,7 @@ from mpocompress.tuning.chains import Chain
 from mpocompress.tuning.local_problem import LocalProblem
 from mpocompress.tuning.minibatches import Minibatch, TrainingData
 from mpocompress.tuning.schedule import cosine, warm_cosine
+from mpocompress.tuning.state_file import moment_on
 from mpocompress.tuning.train_options import TrainOptions
 
 _BETAS = (0.9, 0.99)
@@ -80,9 +81,7 @@ class _Moments:
             position, _, name = key.partition(".")
             parameter = self.parameters[int(position)]
             if self._optimizer is not None:
-                # Adam counts its steps on the CPU.
-                moved = value if name == "step" else value.to(parameter)
-                self._optimizer.state[parameter][name] = moved.clone()
+                self._optimizer.state[parameter][name] = moment_on(parameter, name, value)
 
 
 def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
@@ -292,9 +291,9 @@ class SweepMethod:
                 self._start_norms[rest] = float(value)
             else:
                 what, site, name = rest.split(".", 2)
-                # Adam counts its steps on the CPU.
-                moved = value if what == "step" else value.to(devices[name])
-                self._core_moments.setdefault((name, int(site)), {})[what] = moved.clone()
+                self._core_moments.setdefault((name, int(site)), {})[what] = moment_on(
+                    devices[name], what, value
+                )
         self._moments.take_up(dense)
 
 
