@@ -1,12 +1,14 @@
 """An interrupted run goes on where it stopped, and ends with the same result."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 import mpocompress as mpo
-from mpocompress.errors import DataError, LoadError, OutputExistsError
+from mpocompress.errors import BudgetError, DataError, LoadError, OutputExistsError
 from mpocompress.pipeline import Request, convert
 from mpocompress.saving import CORES_FILE
 
@@ -164,6 +166,66 @@ class TestCommand:
             convert(model, out, self.request(data), force=True, resume=True, progress=stop)
         report = convert(model, out, self.request(data), resume=True).report
         assert report.settings["distill"]["steps"] == 50
+
+    def test_a_result_that_came_after_is_not_replaced(self, files, tmp_path):
+        model, data = files
+        out = tmp_path / "out"
+        stop = stop_at("distillation (model)", 30)
+        with pytest.raises(InterruptedRunError):
+            convert(model, out, self.request(data), resume=True, progress=stop)
+        convert(model, out, Request(bond_dim=4, sites=2, trust_pickle=True))
+        with pytest.raises(OutputExistsError, match="--force"):
+            convert(model, out, self.request(data), resume=True)
+
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [
+            ({"seed": 1}, "seed = 0, and this one has 1"),
+            ({"bond_dim": 5}, "bond_dim = 4, and this one has 5"),
+            ({"layout": {"*": "svd"}, "sites": None}, r"layout = 'auto', and this one has {'\*'"),
+        ],
+    )
+    def test_other_arguments_are_named_before_anything_is_fitted(
+        self, files, tmp_path, change, named
+    ):
+        model, data = files
+        out = tmp_path / "out"
+        stop = stop_at("distillation (model)", 30)
+        with pytest.raises(InterruptedRunError):
+            convert(model, out, self.request(data), resume=True, progress=stop)
+        before = fits(tmp_path / "out.state")
+        other = replace(self.request(data), **change)
+        with pytest.raises(DataError, match=f"out.state' belongs to a run with {named}"):
+            convert(model, out, other, resume=True)
+        assert fits(tmp_path / "out.state") == before
+
+    def test_other_data_or_another_form(self, files, tmp_path):
+        from safetensors.torch import save_file
+
+        model, data = files
+        out = tmp_path / "out"
+        stop = stop_at("distillation (model)", 30)
+        with pytest.raises(InterruptedRunError):
+            convert(model, out, self.request(data), resume=True, progress=stop)
+        save_file({"input": 2 * torch.cat(batches())}, tmp_path / "twice.safetensors")
+        with pytest.raises(DataError, match="belongs to a run with data = "):
+            convert(model, out, self.request(tmp_path / "twice.safetensors"), resume=True)
+        data = data.rename(tmp_path / "moved.safetensors")
+        convert(model, out, replace(self.request(data), form="dense"), resume=True)
+
+    def test_a_run_that_fails_before_it_has_done_anything_leaves_no_state(self, files, tmp_path):
+        model, data = files
+        request = Request(ratio=1e9, data=str(data), trust_pickle=True)
+        with pytest.raises(BudgetError):
+            convert(model, tmp_path / "out", request, resume=True)
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["data.safetensors", "model.pt2"]
+
+    def test_a_truncated_record_is_named(self, files, tmp_path):
+        model, data = files
+        (tmp_path / "out.state").mkdir()
+        (tmp_path / "out.state" / "run.json").write_text('{"force": tr')
+        with pytest.raises(LoadError, match=r"run\.json' is truncated.*Remove its folder"):
+            convert(model, tmp_path / "out", self.request(data), resume=True)
 
     def test_without_it_nothing_stays(self, files, tmp_path):
         model, data = files

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import mpocompress as mpo
-from mpocompress.errors import NoLayerMatched, PlanError
+from mpocompress.errors import BudgetError, PlanError
 from mpocompress.export.latency import LatencyTable, grid_of_bonds, layer_graph
 from mpocompress.mpo import Layout
 from mpocompress.planning import Objective, PlanOptions, predicted_totals, with_predictions
@@ -144,7 +144,7 @@ def test_a_layer_that_no_chain_makes_faster_stays_dense_and_the_plan_says_why():
         return 1e-6
 
     objective = Objective(name="latency", latency=never)
-    with pytest.raises(NoLayerMatched, match="slower than dense"):
+    with pytest.raises(BudgetError, match="no layer is worth compressing by latency .0: .*slower"):
         PlanOptions(ratio=2, objective="latency").make(inventory, objective=objective)
 
 

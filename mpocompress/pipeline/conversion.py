@@ -1,8 +1,6 @@
 """From a checkpoint to a plan, or to a verified result directory."""
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from mpocompress.pipeline.opening import (
     why_no_onnx,
 )
 from mpocompress.pipeline.request import Request
+from mpocompress.pipeline.run_state import RunState
 from mpocompress.planning import Plan, PlanOptions, Progress
 from mpocompress.report import CompressionReport
 from mpocompress.report import Source as ReportSource
@@ -85,6 +84,7 @@ def convert(
 
     Raises:
         ParityError: ONNX Runtime and PyTorch, or the compressed and the dense graph, disagree.
+        DataError: with `resume`, a state of a run with other arguments.
         MPOCompressError: bad input, see `load_source`, `load_onnx`, `plan` and `staged_output`.
     """
     if is_onnx(path):
@@ -96,17 +96,17 @@ def convert(
         return _convert_graph(path, directory, request, force=force, progress=progress)
     clock = api.Clock()
     # A run that began with `force` goes on with `resume` alone; a finished one is not replaced.
-    force = force or (resume and _state_folder(directory).is_dir())
-    with (
-        saving.staged_output(directory, force=force) as scratch,
-        _state_of(directory, resume) as state,
-    ):
+    state = RunState(directory, force=force) if resume else None
+    force = force if state is None else state.force
+    with saving.staged_output(directory, force=force) as scratch, state or nullcontext():
         with clock("loading"):
             opened = open_model(path, factory=request.factory, trust_pickle=request.trust_pickle)
             batches = read_batches(opened, request)
             examples = read_examples(opened, request, batches)
             if examples is None:
                 request.check_without_onnx(why_no_onnx(opened.source.kind))
+            if state is not None:
+                state.begin(request, model=opened.source.sha256)
         result = api.compress(
             opened.module,
             **request.plan_options(),
@@ -116,7 +116,7 @@ def convert(
             distill=request.distill,
             seed=request.seed,
             source=ReportSource(name=opened.source.name, sha256=opened.source.sha256),
-            state=state,
+            state=None if state is None else state.folder,
             progress=progress,
         )
         clock.add(result.report.seconds)
@@ -156,22 +156,6 @@ def convert(
         _check_size(report)
         api.write_report(report, scratch)
     return Conversion(directory=Path(directory), report=report, notes=tuple(notes))
-
-
-def _state_folder(directory: str | Path) -> Path:
-    target = Path(directory)
-    return target.with_name(f"{target.name}.state")
-
-
-@contextmanager
-def _state_of(directory: str | Path, resume: bool) -> Iterator[Path | None]:
-    """The folder for the state of a run; it goes once the run is done."""
-    if not resume:
-        yield None
-        return
-    state = _state_folder(directory)
-    yield state
-    shutil.rmtree(state, ignore_errors=True)
 
 
 def _convert_graph(

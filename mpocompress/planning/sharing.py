@@ -171,6 +171,7 @@ class Sharing:
         rules = LayoutRules(layout, sites, inventory, selected)
         self.kept: dict[WeightSite, LayerPlan] = {}
         self.parts: list[Part] = []
+        self._refused: list[str] = []  # by the objective, and why
         for done, site in enumerate(inventory.sites):
             if progress is not None:
                 progress(site.name, done, len(inventory.sites))
@@ -348,7 +349,9 @@ class Sharing:
             return None
         top = self.objective.largest(site.shape, layout, smaller)
         if top == 0:
-            self.kept[site] = keep_entry(site, self.objective.refusal(site.shape, layout))
+            refusal = self.objective.refusal(site.shape, layout)
+            self.kept[site] = keep_entry(site, refusal)
+            self._refused.append(f"{site.name}: {refusal}")
             return None
         known = None
         if gains is not None and layout.pairs == Layout.svd(*site.shape).pairs:
@@ -404,7 +407,7 @@ class Sharing:
                 )
             parts = able
         if not self.parts:
-            raise NoLayerMatched(self._nothing())
+            raise self._nothing()
         # Nothing can be spared: all must be as small as they get.
         shares = self._shares(taking_part)
         if shares[0].may_stay_dense and least_numbers(shares) <= int(allowed(self.dense)):
@@ -413,10 +416,17 @@ class Sharing:
             return list(taking_part), int(allowed(self.dense))
         raise unreachable(taking_part if shares[0].may_stay_dense else parts or taking_part)
 
-    def _nothing(self) -> str:
+    def _nothing(self) -> BudgetError | NoLayerMatched:
+        """A budget that the objective puts out of reach, or no layer that could have one."""
+        if self._refused:
+            return BudgetError(
+                f"no layer is worth compressing by {self.objective.name} "
+                f"({'; '.join(self._refused[:2])}). Leave the objective at size if fewer "
+                "parameters are wanted whatever they cost."
+            )
         reasons = sorted({entry.reason for entry in self.kept.values()})
         because = f" ({'; '.join(reasons[:2])})" if reasons else ""
-        return (
+        return NoLayerMatched(
             f"nothing to compress: no selected layer gets smaller{because}. See "
             "`mpocompress inspect`."
         )
