@@ -1,24 +1,22 @@
 """Decide what becomes of every weight, and do it."""
 
 import copy
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from mpocompress.api import drop_budget, error_budget
 from mpocompress.api.budgets import Met
-from mpocompress.api.calling import uncompiled, with_whole_batches
-from mpocompress.api.data import calls_of, few_rows, forward_arguments, split_calls
-from mpocompress.api.drop_budget import EvalFn, meet_drop
-from mpocompress.api.error_budget import measured_errors, meet_output_error, meet_weight_error
+from mpocompress.api.calling import uncompiled
+from mpocompress.api.data import calls_of, few_rows
+from mpocompress.api.drop_budget import EvalFn
+from mpocompress.api.error_budget import measured_errors
 from mpocompress.api.job import Built, Job
 from mpocompress.api.result import CompressionResult
-from mpocompress.api.size_budget import OnnxBytes, plan_for_size, plan_storage_for_size
+from mpocompress.api.size_budget import OnnxBytes
+from mpocompress.api.targets import Aim, Task, meet
 from mpocompress.api.tune import heal
 from mpocompress.errors import BudgetError, DataError, NoLayerMatched, PlanError
 from mpocompress.loading import Batch
@@ -145,9 +143,9 @@ def plan(
         quantize=quantize,
     ).checked()
     calls = None if data is None else calls_of(data, model)
-    task = _Task.of(model, options, calls, eval_fn, onnx_bytes, seed)
+    task = Task.of(model, options, calls, eval_fn, onnx_bytes, seed)
     job = _job(model, options, task.fit, sweeps, seed, progress)
-    return _meet(job, task).plan
+    return meet(job, task).plan
 
 
 @torch.inference_mode(False)
@@ -270,12 +268,12 @@ def compress(
         )
     options = options if plan is not None else options.checked()
     calls = None if data is None else calls_of(data, model)
-    task = _Task.of(model, options, calls, eval_fn, onnx_bytes, seed)
+    task = Task.of(model, options, calls, eval_fn, onnx_bytes, seed)
     folder = None if state is None else Path(state)
     job = _job(model, options, task.fit, sweeps, seed, progress, state=folder)
     if plan is not None:
         check_belongs(plan, job.inventory)
-    aim = _meet(job, task) if plan is None else _Aim(plan=plan)
+    aim = meet(job, task) if plan is None else Aim(plan=plan)
     if not aim.plan.compressed:
         reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in aim.plan.layers[:3])
         raise NoLayerMatched(f"nothing to compress: every layer stays dense ({reasons}).")
@@ -297,87 +295,6 @@ def compress(
         seconds=job.measured_seconds(aim.plan),
     )
     return CompressionResult(model=result.model, report=report, plan=aim.plan)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Task:
-    """What a budget is measured with: parts of the data, the user's functions.
-
-    Attributes:
-        fit: batches to fit on; None without data.
-        held: batches to measure errors on.
-        metric: for a drop.
-        onnx_bytes: for a size.
-    """
-
-    fit: Sequence[Batch] | None
-    held: Sequence[Batch] = ()
-    metric: drop_budget.Metric | None = None
-    onnx_bytes: OnnxBytes | None = None
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        options: PlanOptions,
-        calls: Sequence[Batch] | None,
-        eval_fn: EvalFn | None,
-        onnx_bytes: OnnxBytes | None,
-        seed: int,
-    ) -> "_Task":
-        if options.max_error is not None and calls is not None:
-            calls = with_whole_batches(model, calls)
-            fit, held = split_calls(calls, error_budget.HELD_OUT, seed=seed)
-            return cls(fit=fit, held=held)
-        if options.max_drop is not None and eval_fn is None:
-            if calls is None:
-                raise DataError(
-                    f"max_drop {options.max_drop:g} needs a metric: data with labels, or in Python "
-                    "eval_fn, a function of a model."
-                )
-            calls = with_whole_batches(model, calls)
-            fit, search, final = split_calls(calls, drop_budget.HELD_OUT, seed=seed)
-            return cls(fit=fit, held=final, metric=drop_budget.Metric(None, search, final))
-        if options.max_size is not None and onnx_bytes is None:
-            if not calls:
-                raise DataError(
-                    f"max_size {options.max_size} is measured on ONNX files, which need an example "
-                    "input to be written. Give data, or onnx_bytes."
-                )
-            onnx_bytes = _writer(calls[0])
-        metric = None if eval_fn is None else drop_budget.Metric(eval_fn)
-        return cls(fit=calls, metric=metric, onnx_bytes=onnx_bytes)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Aim:
-    """A plan, with the model that it gave where it had to be built to find it."""
-
-    plan: Plan
-    built: Built | None = None
-    met: Met | None = None
-
-
-def _meet(job: Job, task: _Task) -> _Aim:
-    """The plan for whatever was asked for."""
-    options = job.options
-    if options.max_size is not None and task.onnx_bytes is not None:
-        job.take_statistics()
-        aim = plan_storage_for_size if options.quantize == "auto" else plan_for_size
-        found, met = aim(job, int(options.max_size), task.onnx_bytes)
-        return _Aim(plan=found, met=met)
-    if options.max_error is not None:
-        if task.held:
-            built, met = meet_output_error(job, options.max_error, task.held)
-        else:
-            built, met = meet_weight_error(job, options.max_error)
-        return _Aim(plan=built.plan, built=built, met=met)
-    if options.max_drop is not None and task.metric is not None:
-        built, met = meet_drop(job, options.max_drop, task.metric)
-        return _Aim(plan=built.plan, built=built, met=met)
-    if options.ratio is not None:
-        job.take_statistics()
-    return _Aim(plan=job.plan())
 
 
 def _job(
@@ -407,20 +324,8 @@ def _job(
     )
 
 
-def _writer(example: Batch) -> OnnxBytes:
-    """Write a model with this batch as the example, into a directory that goes away again."""
-    from mpocompress.export import export_onnx
-
-    def onnx_bytes(model: nn.Module) -> int:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.onnx"
-            return export_onnx(model, path, forward_arguments(model, example)).num_bytes
-
-    return onnx_bytes
-
-
 def _heal(
-    job: Job, task: _Task, result: CompressionResult, built: Built, met: Met | None, steps: int
+    job: Job, task: Task, result: CompressionResult, built: Built, met: Met | None, steps: int
 ) -> Met | None:
     """Heal, and measure the budget again; undo the healing if that no longer holds."""
     guarded = met is not None and met.target in ("max_error", "max_drop") and task.fit is not None

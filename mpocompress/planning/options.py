@@ -14,10 +14,11 @@ from mpocompress.planning.budgets import (
 )
 from mpocompress.planning.layout_rules import LayoutChoice
 from mpocompress.planning.objective import Latency, Objective, ObjectiveName, check_objective
+from mpocompress.planning.parts import Gains, Trials
 from mpocompress.planning.plan import Plan
 from mpocompress.planning.planner import Progress, plan_bond_dim
 from mpocompress.planning.ratio import Of, check_ratio, plan_ratio
-from mpocompress.planning.sharing import Gains, Sharing, Trials
+from mpocompress.planning.sharing import Sharing
 from mpocompress.surgery import Inventory
 
 Target = Literal["bond_dim", "ratio", "max_size", "max_error", "max_drop"]

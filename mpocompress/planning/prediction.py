@@ -17,8 +17,8 @@ from mpocompress.mpo import Layout
 from mpocompress.mpo.identity_gauge import stored_parameters
 from mpocompress.planning.layouts import make_candidate
 from mpocompress.planning.objective import Objective
+from mpocompress.planning.parts import Gains, Trials
 from mpocompress.planning.plan import CandidateFigures, LayerPlan, LayerPrediction, Plan
-from mpocompress.planning.sharing import Gains, Trials
 from mpocompress.surgery import Inventory, WeightSite
 
 

@@ -6,8 +6,9 @@ from typing import Literal, get_args
 
 from mpocompress.errors import BudgetError, PlanError
 from mpocompress.planning.allocation import least_numbers
+from mpocompress.planning.parts import Part
 from mpocompress.planning.plan import Plan
-from mpocompress.planning.sharing import Part, Sharing
+from mpocompress.planning.sharing import Sharing
 
 Of = Literal["model", "layers"]
 """What a ratio counts: all parameters of the model, or those of the layers that get compressed."""

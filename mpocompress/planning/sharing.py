@@ -4,91 +4,33 @@ A ratio asks for one of them. Budgets that can only be measured (bytes of a file
 accuracy) are met by walking along them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from math import inf, isinf
 
-from torch import Tensor
-
 from mpocompress.errors import BudgetError, LayoutError, NoLayerMatched
 from mpocompress.mpo import Layout
-from mpocompress.mpo.identity_gauge import Gauge, check_gauge, stored_parameters
+from mpocompress.mpo.identity_gauge import Gauge, check_gauge
 from mpocompress.planning.allocation import (
     Share,
     allocate_by_sensitivity,
     allocate_uniform,
     least_numbers,
-    spend,
 )
-from mpocompress.planning.bottleneck import Bottleneck, find_bottleneck
+from mpocompress.planning.bottleneck import find_bottleneck
 from mpocompress.planning.entries import compress_entry, keep_entry, why_kept
 from mpocompress.planning.layout_rules import LayoutChoice, LayoutRules, describe_layout
 from mpocompress.planning.layouts import make_candidate
 from mpocompress.planning.objective import Objective
+from mpocompress.planning.parts import Bonds, Gains, Part, Trial, Trials, filled, stored_at
 from mpocompress.planning.plan import LayerPlan, Plan
 from mpocompress.planning.planner import Progress
 from mpocompress.surgery import Inventory, WeightSite, check_finite, select_sites
 
-Gains = Callable[[WeightSite], Tensor | None]
-"""What each further bond dimension of the layout ((out, 1), (1, in)) is worth, if known."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Trial:
-    """What a layer fitted in a layout, all else dense, does to the model's outputs.
-
-    Attributes:
-        loss: their squared change on the data, on the scale of the gains.
-        distance: mean of what healing would minimize; with logits it sees probabilities.
-    """
-
-    loss: float
-    distance: float
-
-
-Trials = Callable[[WeightSite, Layout, tuple[int, ...]], Trial | None]
-"""Makes a trial of a layer in a layout at bond dimensions; None where none can be made."""
-
 # Trials are of single layers, on the data that is fitted to: what is hardly better may be worse.
 # With healing ahead, more sites are taken unless they are clearly worse: they heal better.
 _CLEARLY = 0.8
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Part:
-    """A weight that may be compressed, its layout, and its share of a budget.
-
-    Attributes:
-        site: the weight.
-        layout: of its MPO.
-        share: what it takes and loses at each bond dimension.
-        forced: whether the layout was asked for.
-        bottleneck: what two factors would be, in whose place this layout is.
-    """
-
-    site: WeightSite
-    layout: Layout
-    share: Share
-    forced: bool = False
-    bottleneck: Bottleneck | None = None
-
-    def bond_dims(self, bond: int) -> tuple[int, ...] | None:
-        """The chain of a choice of the share; None for the one that is dense."""
-        if bond > self.share.max_bond_dim:
-            return None
-        return self.layout.clip([bond] * (self.layout.num_sites - 1))
-
-    @property
-    def how(self) -> str:
-        """How its bond dimension is found, for the plan's reader."""
-        if self.share.gains is None:
-            return "the same for all layers"
-        return "by what an error here does to the model's output"
-
-
-Bonds = Mapping[Part, tuple[int, ...] | None]
-"""Bond dimensions of the weights that share a budget; None for one that stays dense."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -253,7 +195,7 @@ class Sharing:
             part: part.bond_dims(bond) for part, bond in zip(parts, allocated, strict=True)
         }
         if self.objective.name == "size":
-            bonds = _filled(bonds, budget, self.gauge)
+            bonds = filled(bonds, budget, self.gauge)
         for part, bond_dims in bonds.items():
             if bond_dims is None:
                 dense = "dense: more exact for about as many parameters"
@@ -335,7 +277,7 @@ class Sharing:
         return found.bond > 0 and not distance < limit * self._distance(factors, narrow)
 
     def _part(self, site: WeightSite, layout: Layout, gains: Gains | None) -> Part | None:
-        stored = cache(partial(_stored, layout, self.gauge))  # asked for thousands of times
+        stored = cache(partial(stored_at, layout, self.gauge))  # asked for thousands of times
         dense = site.shape[0] * site.shape[1]
         bare = Share(
             name=site.name,
@@ -430,45 +372,6 @@ class Sharing:
             f"nothing to compress: no selected layer gets smaller{because}. See "
             "`mpocompress inspect`."
         )
-
-
-def _stored(layout: Layout, gauge: Gauge, bond_dim: int) -> int:
-    bonds = layout.clip([bond_dim] * (layout.num_sites - 1))
-    return stored_parameters(layout, bonds, gauge) if bond_dim > 0 else 0
-
-
-def _filled(bonds: Bonds, budget: int, gauge: Gauge) -> Bonds:
-    """Spend on single bonds what one bond dimension for all bonds of a chain leaves over.
-
-    Of four sites that keep a five-hundredth, the next bond dimension takes 40 % more numbers. The
-    layer that keeps the least part of its weight comes first, and in it the least of the bonds, of
-    equal ones that in the middle: all gain about alike for what they cost.
-    """
-    chains = [(part, found) for part, found in bonds.items() if found is not None]
-    dense = sum(part.share.dense for part, found in bonds.items() if found is None)
-
-    def numbers(index: int, bond_dims: tuple[int, ...]) -> int:
-        return stored_parameters(chains[index][0].layout, bond_dims, gauge)
-
-    def steps(
-        index: int, bond_dims: tuple[int, ...]
-    ) -> list[tuple[tuple[float, ...], tuple[int, ...]]]:
-        part = chains[index][0]
-        if len(bond_dims) < 2:
-            return []  # no single bonds
-        now = numbers(index, bond_dims)
-        middle = (len(bond_dims) - 1) / 2
-        found: list[tuple[tuple[float, ...], tuple[int, ...]]] = []
-        for place, least in enumerate(bond_dims):
-            raised = part.layout.clip([b + (k == place) for k, b in enumerate(bond_dims)])
-            if now < numbers(index, raised) < part.share.dense:
-                order = (now / part.share.dense, index, least, abs(place - middle), place)
-                found.append((order, raised))
-        return found
-
-    taken = sum(numbers(index, found) for index, (_, found) in enumerate(chains))
-    filled = spend([found for _, found in chains], budget - dense - taken, numbers, steps)
-    return {**bonds, **{part: found for (part, _), found in zip(chains, filled, strict=True)}}
 
 
 def _allocate(shares: Sequence[Share], budget: int) -> list[int]:

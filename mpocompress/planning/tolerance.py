@@ -9,8 +9,9 @@ from torch import Tensor
 from mpocompress.mpo import Layout
 from mpocompress.mpo.linalg import svd_values, working_dtype
 from mpocompress.planning.entries import keep_entry
+from mpocompress.planning.parts import Part
 from mpocompress.planning.plan import Plan
-from mpocompress.planning.sharing import Part, Sharing
+from mpocompress.planning.sharing import Sharing
 from mpocompress.surgery import WeightSite
 
 Curve = Callable[[WeightSite], Tensor | None]
