@@ -256,6 +256,32 @@ def test_parts_of_the_data_are_disjoint_and_keep_their_labels():
         split_calls(_single_rows(calls[0])[:3], (0.2,), seed=0)
 
 
+@pytest.mark.parametrize("last", [3, 4])
+def test_a_short_last_batch_is_fitted_on_and_the_others_are_cut(last):
+    x = torch.randn(192 + last, 48)
+    parts = split_calls(calls_of(list(x.split(64)), small()), (0.2,), seed=0)
+    assert [sum(call.num_rows for call in part) for part in parts] == [192 - 36 + last, 36]
+    assert torch.equal(parts[0][-1].args[0], x[192:])
+
+
+def test_a_metric_without_a_drop_is_refused():
+    for options in ({"ratio": 2}, {"plan": mpo.plan(small(), bond_dim=4)}):
+        with pytest.raises(PlanError, match="eval_fn is the metric that max_drop is about"):
+            mpo.compress(small(), eval_fn=lambda model: 1.0, **options)
+
+
+@pytest.mark.parametrize("budget", [{"max_error": 0.3}, {"max_drop": 0.5}])
+def test_statistics_do_not_outlive_the_search(budget, monkeypatch):
+    seen = []
+
+    def heal(job, *_args):
+        seen.append(job.moments)
+
+    monkeypatch.setattr("mpocompress.api.compression._heal", heal)
+    mpo.compress(small(), **budget, data=rows(), distill=5)
+    assert seen == [None]
+
+
 def _single_rows(batch):
     return calls_of([{"input": x[None]} for x in batch.kwargs["input"]], small())
 

@@ -390,6 +390,39 @@ def test_small_batches_stay_whole_and_a_single_row_is_its_own_judge():
     assert torch.equal(next(single.held_out()).args[0], single.minibatch(0).args[0])
 
 
+def test_a_short_last_batch_does_not_judge_alone():
+    sizes = [64] * 6 + [2]
+    given = [Batch(args=(rows(size, 3, seed),)) for seed, size in enumerate(sizes)]
+    for seed in range(20):
+        data = TrainingData(given, batch_size=None, held_out=0.1, least_held=64, seed=seed)
+        assert 64 <= sum(batch.rows for batch in data.held_out()) <= 66
+
+
+def test_tables_with_sparse_gradients_are_healed():
+    torch.manual_seed(0)
+    table = nn.Embedding(50, 32, sparse=True)
+    model = nn.Sequential(table, nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10))
+    data = [torch.randint(0, 50, (64,)) for _ in range(4)]
+    result = mpo.compress(model, bond_dim=4, exclude=["0"], data=data)
+    before = result.model[0].weight.clone()
+    found = mpo.distill(result, reference=model, data=data, steps=20, learning_rate=1e-3)
+    assert found.end_loss < found.start_loss
+    assert not torch.equal(before, result.model[0].weight)
+
+
+def test_a_checkpoint_of_other_data_or_another_reference_is_refused(tmp_path, dense, small):
+    given = {"reference": dense, "data": [rows(100, 16)], "steps": 4}
+    path = tmp_path / "state.safetensors"
+    mpo.distill(copy.deepcopy(small), **given, checkpoint=path)
+    other = copy.deepcopy(dense)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.1)
+    for changed, named in (({"data": [rows(100, 16, 5)]}, "data"), ({"reference": other}, "refer")):
+        with pytest.raises(DataError, match=f"a run with the SHA-256 of the {named}"):
+            mpo.distill(copy.deepcopy(small), **(given | changed), checkpoint=path)
+
+
+# -- blocks
 # -- blocks
 
 
@@ -495,6 +528,7 @@ def test_an_interrupted_run_ends_bit_identical(tmp_path, transformer, rate):
     resumed, resumed_state = run(path)
     assert all(torch.equal(state[name], resumed_state[name]) for name in state)
     assert resumed.history == expected.history
+    assert resumed.learning_rates == expected.learning_rates
     again, again_state = run(path)  # a finished run is not run again
     assert again.history == expected.history
     assert all(torch.equal(state[name], again_state[name]) for name in state)

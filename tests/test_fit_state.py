@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mpocompress as mpo
-from mpocompress.errors import BudgetError, DataError, LoadError, OutputExistsError
+from mpocompress.errors import BudgetError, DataError, LoadError, OutputExistsError, SaveError
 from mpocompress.pipeline import Request, convert
 from mpocompress.saving import CORES_FILE
 
@@ -226,6 +226,27 @@ class TestCommand:
         (tmp_path / "out.state" / "run.json").write_text('{"force": tr')
         with pytest.raises(LoadError, match=r"run\.json' is truncated.*Remove its folder"):
             convert(model, tmp_path / "out", self.request(data), resume=True)
+
+    def test_the_form_belongs_to_a_budget_that_is_measured_on_files(self, files, tmp_path):
+        model, data = files
+        out = tmp_path / "out"
+        request = replace(self.request(data), bond_dim=None, sites=None, max_size="8kB")
+        stop = stop_at("distillation (model)", 30)
+        with pytest.raises(InterruptedRunError):
+            convert(model, out, request, resume=True, progress=stop)
+        with pytest.raises(DataError, match="a run with form = 'auto', and this one has 'dense'"):
+            convert(model, out, replace(request, form="dense"), resume=True)
+
+    def test_the_state_stays_until_the_result_is_in_its_place(self, files, tmp_path, monkeypatch):
+        model, data = files
+
+        def fail(_scratch, _target):
+            raise SaveError("the disk is full")
+
+        monkeypatch.setattr("mpocompress.saving.staging._publish", fail)
+        with pytest.raises(SaveError, match="disk is full"):
+            convert(model, tmp_path / "out", self.request(data), resume=True)
+        assert len(fits(tmp_path / "out.state")) == 3
 
     def test_without_it_nothing_stays(self, files, tmp_path):
         model, data = files

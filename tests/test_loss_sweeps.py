@@ -352,6 +352,25 @@ def test_an_interrupted_run_goes_on_to_the_bit(tmp_path, sites):
         mpo.sweep(student, reference=teacher, state=path, seed=1, **options)
 
 
+@pytest.mark.parametrize("other", ["model", "data"])
+def test_a_state_of_another_run_is_refused(tmp_path, other):
+    path = tmp_path / "state.safetensors"
+    teacher, student = problem()
+    options = {"reference": teacher, "sweeps": 1, "state": path}
+    mpo.sweep(student, data=batches(), **options)
+    _, student = problem()
+    data = batches()
+    if other == "model":
+        with torch.no_grad():
+            next(p for n, p in student.named_parameters() if "bias" in n).add_(1)
+    else:
+        data = [1.5 * batch for batch in data]
+    state = {name: value.clone() for name, value in student.state_dict().items()}
+    with pytest.raises(LoadError, match="SHA-256 of (what is not swept|the data)"):
+        mpo.sweep(student, data=data, **options)
+    assert all(torch.equal(state[name], v) for name, v in student.state_dict().items())
+
+
 def test_a_foreign_state_is_refused(tmp_path):
     path = tmp_path / "state.safetensors"
     path.write_bytes(b"nonsense")

@@ -393,6 +393,71 @@ def test_plans_in_bytes_prefer_what_the_data_need():
     assert sum(bytes_of.values()) <= 7000
 
 
+class Words(nn.Module):
+    """A table, and an output layer that may be tied to it."""
+
+    def __init__(self, *, tied: bool, with_gradients: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.inner = nn.Embedding(60, 24), nn.Linear(24, 24)
+        self.head = nn.Linear(24, 60, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+        self.with_gradients = with_gradients
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        with torch.set_grad_enabled(self.with_gradients and torch.is_grad_enabled()):
+            return self.head(torch.relu(self.inner(self.table(words))))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("with_gradients", [True, False])
+@pytest.mark.filterwarnings("ignore:forward of Words runs")
+def test_tables_have_precisions_with_a_tied_head_and_without_gradients(tied, with_gradients):
+    model = Words(tied=tied, with_gradients=with_gradients)
+    data = [torch.randint(0, 60, (16, 8)) for _ in range(4)]
+    size = 2 * sum(p.numel() for p in model.parameters())
+    plan = mpo.plan(
+        model,
+        max_size=size,
+        quantize="auto",
+        data=data,
+        onnx_bytes=lambda found: sum(
+            stored.num_bytes
+            for layer in found.modules()
+            for stored in (getattr(layer, "stored", None) or {}).values()
+        ),
+    )
+    assert {layer.precision for layer in plan.compressed} - {"float32"}
+    assert "table" in {layer.name for layer in plan.compressed}
+
+
+def test_healing_against_a_half_precision_model_keeps_scales_and_cores_together():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
+    data = [torch.randn(64, 64) for _ in range(4)]
+    result = mpo.compress(
+        model,
+        max_size="4kB",
+        quantize="auto",
+        data=data,
+        onnx_bytes=lambda found: sum(
+            stored.num_bytes
+            for layer in found.modules()
+            for stored in (getattr(layer, "stored", None) or {}).values()
+        ),
+    )
+    before = {name: value.clone() for name, value in result.model.state_dict().items()}
+    half = copy.deepcopy(model).half()
+    healed = mpo.distill(result, reference=half, data=data, steps=20, learning_rate=1e-2)
+    assert healed.best_step
+    layer = result.model[0]
+    cores = dict(layer.cores.named_parameters())
+    assert not all(torch.equal(before[f"0.cores.{name}"], core) for name, core in cores.items())
+    assert all(torch.equal(cores[name], s.dequantized()) for name, s in layer.stored.items())
+    assert result.report.settings["distill"]["steps"] == 20
+
+
 @pytest.mark.onnx
 def test_healing_trains_scales_and_leaves_integers(tmp_path, dense_file):
     model, data = reader_and_data()

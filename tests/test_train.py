@@ -295,6 +295,10 @@ def test_a_foreign_checkpoint_is_refused(tmp_path):
         mpo.train(student(), regression(64), epochs=2, checkpoint=path)
     with pytest.raises(DataError, match="SHA-256 of the weights"):
         mpo.train(student(seed=1), regression(64), epochs=1, checkpoint=path)
+    x, y = regression(64)
+    for other in ((2 * x, y), (x, 2 * y)):
+        with pytest.raises(DataError, match="SHA-256 of the data"):
+            mpo.train(student(), other, epochs=1, checkpoint=path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(LoadError, match="truncated or foreign"):
         mpo.train(student(), regression(64), epochs=1, checkpoint=path)

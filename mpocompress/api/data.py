@@ -75,6 +75,9 @@ def split_calls(
 ) -> tuple[list[Batch], ...]:
     """Cut data into disjoint parts: the rows of every batch or, if those are few, whole batches.
 
+    Of batches that are cut, one with too few rows for every part, as the last one often is, goes
+    to the first part.
+
     Args:
         calls: batches.
         shares: of each part but the first, which gets the rest; 0 < sum < 1.
@@ -88,11 +91,14 @@ def split_calls(
     """
     generator = torch.Generator().manual_seed(seed)
     parts: tuple[list[Batch], ...] = tuple([] for _ in range(len(shares) + 1))
-    if calls and all(
-        call.divisible and call.rows_come_first and call.num_rows * min(shares) >= 1
-        for call in calls
-    ):
-        for call in calls:
+    cut = calls if all(call.divisible and call.rows_come_first for call in calls) else ()
+    rows = sum(call.num_rows for call in cut)
+    large = {call for call in cut if call.num_rows * min(shares) >= 1}
+    if large and 2 * sum(call.num_rows for call in large) >= rows:
+        for call in cut:
+            if call not in large:
+                parts[0].append(call)
+                continue
             for part, chosen in zip(parts, _cut(call.num_rows, shares, generator), strict=True):
                 part.append(call.take(chosen))
         return parts

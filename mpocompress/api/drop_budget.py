@@ -93,7 +93,8 @@ def meet_drop(job: Job, max_drop: float, metric: Metric) -> tuple[Built, Met]:
     def measure(size: float) -> Measured:
         if job.progress is not None:
             job.progress(f"trial with {size:,.0f} parameters in layers", len(builds), _DROP_STEPS)
-        plan = sharing.of_model(elsewhere + size, why)
+        with job.clock("planning"):
+            plan = sharing.of_model(elsewhere + size, why)
         if not plan.compressed:
             return Measured(size, 0.0, False)
         built = job.build(with_setting(job, plan, "max_drop", max_drop))
@@ -120,7 +121,7 @@ def meet_drop(job: Job, max_drop: float, metric: Metric) -> tuple[Built, Met]:
         looks += 1
         drop = dense[True] - metric.value(builds[size].model, final=True)
         if drop <= max_drop:
-            job.keeps_statistics = False
+            job.forget_statistics()
             met = Met(
                 target="max_drop",
                 asked=max_drop,

@@ -76,14 +76,16 @@ def meet_output_error(job: Job, max_error: float, held: Sequence[Batch]) -> tupl
     elsewhere = job.inventory.parameters - sharing.dense
 
     def measure(size: float) -> Measured:
-        errors = trials.attempt(sharing.of_model(elsewhere + size, why))
+        with job.clock("planning"):
+            plan = sharing.of_model(elsewhere + size, why)
+        errors = trials.attempt(plan)
         return Measured(size, errors.largest, errors.largest <= max_error)
 
     most = sharing.dense - 1  # so that something is compressed
     smallest_that_fits(sharing.least - elsewhere, most, measure, steps=_ERROR_STEPS)
     if trials.best is None or trials.best.errors.model < trials.best.errors.largest:
         _move_tolerances(job, sharing, trials, why)
-    job.keeps_statistics = False
+    job.forget_statistics()
     best = trials.best
     if best is None:
         raise _no_plan("output error", max_error, trials.least)

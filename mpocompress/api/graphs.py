@@ -192,9 +192,7 @@ def compress_graph(
         for done, (site, entry) in enumerate(planned.items()):
             if progress is not None:
                 progress(site.name, done, len(planned))
-            weight, outcomes[site.name] = factorize_site(entry, fitted, seed)
-            if isinstance(weight, MPO):
-                weights[site] = weight
+            weights[site], outcomes[site.name] = factorize_site(entry, fitted, seed)
     report = collect_report(
         inventory, plan, outcomes, source=source, seconds=clock.total(), settings=settings
     )

@@ -215,6 +215,11 @@ class Job:
             found = take_statistics(self.opened, modules, self.calls, seed=self.seed)
             self.moments, self._energy = found.layers, found.output_energy
 
+    def forget_statistics(self) -> None:
+        """All plans have been made: free the largest thing that is no longer needed."""
+        self.keeps_statistics = False
+        self.moments = None
+
     def sharing(self) -> Sharing:
         """What a budget is shared among."""
         with self.clock("planning"):
@@ -402,7 +407,7 @@ class Job:
                 progress=self.progress,
             )
         if not self.keeps_statistics:
-            self.moments = None  # the largest thing that is no longer needed
+            self.forget_statistics()
         return fitted
 
 

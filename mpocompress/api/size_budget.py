@@ -42,7 +42,8 @@ def plan_for_size(job: Job, max_size: int, onnx_bytes: OnnxBytes) -> tuple[Plan,
     written: dict[tuple[str, ...], int] = {}
 
     def measure(parameters: float) -> float:
-        plan = sharing.of_model(parameters, f"an ONNX file of {max_size} bytes")
+        with job.clock("planning"):
+            plan = sharing.of_model(parameters, f"an ONNX file of {max_size} bytes")
         plans[parameters] = plan
         choice = tuple(layer.choice for layer in plan.layers)
         if choice not in written:

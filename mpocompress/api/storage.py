@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mpocompress.errors import PlanError
 from mpocompress.layers import MPOLayer
-from mpocompress.mpo import MPO
+from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.identity_gauge import IdentityGauge
 from mpocompress.mpo.integers import Stored, StoredHalf, StoredIntegers, StoredRows
 from mpocompress.mpo.precision import Precision, bits_of
@@ -82,16 +82,20 @@ def blank(weight: MPO | IdentityGauge, storage: Storage) -> Rounded:
     """A layer stored like one of these sizes, of no particular values."""
     stored: dict[str, Stored] = {}
     for name, tensor in stored_tensors(weight):
-        shape = tuple(tensor.shape)
-        if weight.layout.num_sites == 1:
-            stored[name] = _blank_rows(*weight.layout.pairs[0], storage, shape)
-            continue
-        # Free rows (F, R); cores (left * out * in, right), the last one (left, out * in).
-        last = len(shape) == 4 and shape[-1] == 1
-        rows = shape[0] if last else tensor.numel() // shape[-1]
-        columns = tensor.numel() // max(rows, 1)
-        stored[name] = _blank(rows, columns, storage.precision, storage.block, shape)
+        with tensor.device:
+            stored[name] = _blank_like(tensor, weight.layout, storage)
     return Rounded(weight=weight, stored=stored)
+
+
+def _blank_like(tensor: Tensor, layout: Layout, storage: Storage) -> Stored:
+    shape = tuple(tensor.shape)
+    if layout.num_sites == 1:
+        return _blank_rows(*layout.pairs[0], storage, shape)
+    # Free rows (F, R); cores (left * out * in, right), the last one (left, out * in).
+    last = len(shape) == 4 and shape[-1] == 1
+    rows = shape[0] if last else tensor.numel() // shape[-1]
+    columns = tensor.numel() // max(rows, 1)
+    return _blank(rows, columns, storage.precision, storage.block, shape)
 
 
 def _blank_rows(rows: int, columns: int, storage: Storage, shape: tuple[int, ...]) -> Stored:

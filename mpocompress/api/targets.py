@@ -15,7 +15,7 @@ from mpocompress.api.drop_budget import EvalFn, meet_drop
 from mpocompress.api.error_budget import meet_output_error, meet_weight_error
 from mpocompress.api.job import Built, Job
 from mpocompress.api.size_budget import OnnxBytes, plan_for_size, plan_storage_for_size
-from mpocompress.errors import DataError
+from mpocompress.errors import DataError, PlanError
 from mpocompress.loading import Batch
 from mpocompress.planning import Plan, PlanOptions
 
@@ -49,8 +49,14 @@ class Task:
         """Part the data as the target needs it, and see that there is something to measure with.
 
         Raises:
-            DataError: there is not, or the data has too few rows to be parted.
+            PlanError: a metric without a drop that it would measure.
+            DataError: there is nothing to measure with, or too few rows to be parted.
         """
+        if eval_fn is not None and options.max_drop is None:
+            raise PlanError(
+                "eval_fn is the metric that max_drop is about, and without it would not be looked "
+                "at. Give max_drop=0.01, or no eval_fn."
+            )
         if options.max_error is not None and calls is not None:
             calls = with_whole_batches(model, calls)
             fit, held = split_calls(calls, error_budget.HELD_OUT, seed=seed)

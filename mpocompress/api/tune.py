@@ -12,6 +12,7 @@ from mpocompress.api.calling import uncompiled, with_whole_batches
 from mpocompress.api.data import calls_of, few_rows
 from mpocompress.api.result import Clock, CompressionResult
 from mpocompress.errors import DataError
+from mpocompress.layers import MPOLayer
 from mpocompress.layers.gauges import plain_gauge
 from mpocompress.loading import Batch
 from mpocompress.planning import Progress
@@ -136,11 +137,13 @@ def _distill(
     halves = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in both)
     if halves:  # copies no longer show it
         check_apart(model, reference)
-    ours = copy.deepcopy(model).float() if halves else model
+    ours, theirs = model, reference
+    if halves:
+        ours, theirs, calls = in_float32(model, reference, calls)
     found = distill_(
         ours,
-        copy.deepcopy(reference).float() if halves else reference,
-        [call.cast(torch.float32) for call in calls] if halves else calls,
+        theirs,
+        calls,
         steps=steps,
         options=options,
         checkpoint=checkpoint,
@@ -148,7 +151,21 @@ def _distill(
     )
     if halves and found.best_step:
         model.load_state_dict(ours.state_dict())
+        for mine, healed in zip(model.modules(), ours.modules(), strict=True):
+            if isinstance(mine, MPOLayer) and isinstance(healed, MPOLayer):
+                mine.stored = healed.stored
     return found
+
+
+def in_float32(
+    model: nn.Module, reference: nn.Module, calls: Sequence[Batch]
+) -> tuple[nn.Module, nn.Module, list[Batch]]:
+    """Copies of two models, and batches, in which both give comparable outputs."""
+    return (
+        copy.deepcopy(model).float(),
+        copy.deepcopy(reference).float(),
+        [call.cast(torch.float32) for call in calls],
+    )
 
 
 def heal(
@@ -219,7 +236,11 @@ def _of_trained(
         if reference is None:
             note = f"not measured since the model was {trained} without the dense one"
             return found.model_copy(update={"measured": None, "note": note})
-        change = output_errors(reference, model, (), few_rows(calls)).model
+        calls_seen: Sequence[Batch] = few_rows(calls)
+        ours, theirs = model, reference
+        if {p.dtype for p in model.parameters()} != {p.dtype for p in reference.parameters()}:
+            ours, theirs, calls_seen = in_float32(model, reference, calls_seen)
+        change = output_errors(theirs, ours, (), calls_seen).model
         note = f"measured on rows that were {trained} on"
         return found.model_copy(update={"measured": change, "note": note})
 

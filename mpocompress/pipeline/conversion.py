@@ -98,7 +98,8 @@ def convert(
     # A run that began with `force` goes on with `resume` alone; a finished one is not replaced.
     state = RunState(directory, force=force) if resume else None
     force = force if state is None else state.force
-    with saving.staged_output(directory, force=force) as scratch, state or nullcontext():
+    # The state goes when the result is in its place, not before.
+    with state or nullcontext(), saving.staged_output(directory, force=force) as scratch:
         with clock("loading"):
             opened = open_model(path, factory=request.factory, trust_pickle=request.trust_pickle)
             batches = read_batches(opened, request)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +16,8 @@ from mpocompress.pipeline.request import Request
 from mpocompress.tuning.state_file import check_same_run
 
 _RECORD_FILE = "run.json"
-# What only the files that are written depend on may change before a run goes on.
-_OF_FILES = ("inputs", "trust_pickle", "form")
+# What only the files depend on that are written at the end may change before a run goes on.
+_OF_FILES = ("inputs", "form", "quantize")
 
 
 class _Record(BaseModel):
@@ -90,7 +91,9 @@ class RunState:
         record = _Record(force=self.force, arguments=arguments)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file.write_text(record.model_dump_json(indent=2), encoding="utf-8")
+            aside = self.folder / f".{_RECORD_FILE}.{os.getpid()}"
+            aside.write_text(record.model_dump_json(indent=2), encoding="utf-8")
+            os.replace(aside, self._file)
         except OSError as error:
             raise SaveError(
                 f"cannot keep the state of the run in {str(self.folder)!r}: {error.strerror}."
@@ -110,10 +113,11 @@ class RunState:
 
 def _arguments(request: Request, model: str) -> dict[str, Any]:
     """What fits and healing depend on, as JSON has it; files by their hashes."""
-    found = {name: value for name, value in asdict(request).items() if name not in _OF_FILES}
+    found = asdict(request)
+    if request.max_size is None:  # which is measured on files before anything is fitted
+        found = {name: value for name, value in found.items() if name not in _OF_FILES}
+    del found["trust_pickle"]
     found["model"] = model
-    # Which layers are rounded is decided before the fit; the rounding of a file is not.
-    found["quantize"] = "auto" if request.quantize == "auto" else "none"
     if request.data is not None and (file := Path(request.data)).is_file():
         with file.open("rb") as opened:
             found["data"] = hashlib.file_digest(opened, "sha256").hexdigest()

@@ -213,7 +213,7 @@ class Sharing:
         """Of the layers that are not the same in all plans, added up; infinite if not known."""
         same = set.intersection(*(set(found.bonds.items()) for found in plans))
         return [
-            sum(self._distance(part, bond) for part, bond in {*found.bonds.items()} - same)
+            sum(self._distance(*choice) for choice in found.bonds.items() if choice not in same)
             for found in plans
         ]
 

@@ -18,6 +18,7 @@ from mpocompress.mpo.core_gradient import OpenCore
 from mpocompress.mpo.cores import Cores, bond_dims_of
 from mpocompress.mpo.spectra import entropy_nats, schmidt_spectra
 from mpocompress.mpo.truncate import Truncation, choose_bond_dim
+from mpocompress.surgery.match import select
 
 
 class Chain:
@@ -164,6 +165,35 @@ def find_chains(model: nn.Module) -> dict[str, Chain]:
                 "Convert the model with .float() first."
             )
         chains[name] = Chain(name, [member for _, member in members])
+    return chains
+
+
+def trainable_chains(
+    model: nn.Module,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    *,
+    may_be_none: bool = False,
+) -> list[Chain]:
+    """Those of `find_chains` that the patterns mean and whose cores are not all frozen.
+
+    Raises:
+        NoLayerMatched: the model has no MPO layer, a pattern matches none, or all are frozen and
+            that may not be.
+        ConversionError: see `find_chains`.
+    """
+    found = find_chains(model)
+    names = select(tuple(found), include, exclude)
+    chains = [
+        chain
+        for name, chain in found.items()
+        if name in names and any(core.requires_grad for core in chain.layers[0].cores)
+    ]
+    if not chains and not may_be_none:
+        raise NoLayerMatched(
+            f"all MPO layers ({', '.join(sorted(names)[:3])}) are frozen. Switch requires_grad on "
+            "for the cores that may change."
+        )
     return chains
 
 

@@ -33,8 +33,9 @@ from mpocompress.tuning.learning_rates import LEARNING_RATES, peak_from_trials, 
 from mpocompress.tuning.lockstep import Call, main_output
 from mpocompress.tuning.minibatches import TrainingData
 from mpocompress.tuning.moments import keep_mask
+from mpocompress.tuning.objectives import in_full
 from mpocompress.tuning.schedule import warm_cosine
-from mpocompress.tuning.state_file import fingerprint
+from mpocompress.tuning.state_file import identity
 
 _EVALUATIONS = 25
 # A tenth of 60 rows chose weights that were worse on others (KL .020 to .021); a third did not.
@@ -122,12 +123,9 @@ def distill_(
         blocks = find_blocks(model)
         _check_blocks(reference, blocks)
         start = [parameter.detach().clone() for parameter in parameters]
-        arguments = {
-            **asdict(options),
-            "steps": steps,
-            "rows of data": data.rows,
-            "the SHA-256 of the weights at the start": fingerprint(start),
-        }
+        arguments = {**asdict(options), "steps": steps, "rows of data": data.rows}
+        if checkpoint is not None:
+            arguments |= identity(start, calls, reference)
         try:
             balance_cores_(model)
             whole = Distance(model, reference, blocks, options.output_loss, options.hidden_weight)
@@ -194,7 +192,6 @@ class _Trainer:
         self._checkpoint = checkpoint
         self._arguments = arguments
         self._progress = progress
-        self._rates: dict[str, float] = {}
 
     def run(self, phases: Sequence[_Phase], blocks: tuple[str, ...]) -> DistillResult:
         state = None
@@ -216,14 +213,14 @@ class _Trainer:
                 state.learning_rate, state.current, state.moments = None, [], []
             self._run_phase(phases[index], state)
             _assign(self._parameters, state.best)
-        return _result(state, phases, self._rates, blocks)
+        return _result(state, phases, blocks)
 
     def _run_phase(self, phase: _Phase, state: DistillState) -> None:
         if phase.steps == 0:
             return
         if state.learning_rate is None:
             state.learning_rate = self._choose_rate(phase, state.best_loss)
-        self._rates[phase.name] = state.learning_rate
+        state.learning_rates[phase.name] = state.learning_rate
         optimizer = HealingOptimizer(self._model, self._parameters)
         if state.current:
             _assign(self._parameters, state.current)
@@ -270,6 +267,9 @@ class _Trainer:
                 "no gradient reaches the parameters of the model: its forward may run under "
                 "torch.no_grad() or inference_mode(). Take that off for the healing."
             )
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.grad = in_full(parameter.grad)
         nn.utils.clip_grad_norm_(self._parameters, self._options.clip_norm)
         optimizer.step(rate)
         return total
@@ -322,7 +322,6 @@ def _record(
 def _result(
     state: DistillState,
     phases: Sequence[_Phase],
-    rates: dict[str, float],
     blocks: tuple[str, ...],
 ) -> DistillResult:
     best = state.history[state.best_record]
@@ -336,7 +335,7 @@ def _result(
         best_step=before + best.step,
         start_loss=state.history[0].held_out_loss,
         end_loss=state.best_loss,
-        learning_rates=dict(rates),
+        learning_rates=dict(state.learning_rates),
         blocks=blocks,
     )
 

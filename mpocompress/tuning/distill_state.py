@@ -12,7 +12,7 @@ from torch import Tensor
 from mpocompress.errors import LoadError
 from mpocompress.tuning.state_file import check_same_run, read_tensors, write_tensors
 
-_FORMAT_VERSION = 2  # 1 had Adam's moments of cores
+_FORMAT_VERSION = 3  # 1 had Adam's moments of cores, 2 nothing of the data
 _METADATA_KEY = "mpocompress.distillation"
 
 
@@ -44,6 +44,7 @@ class DistillState:
         phase: index of the phase.
         step: optimizer steps done in it.
         learning_rate: peak of the phase; None if it has not been chosen yet.
+        learning_rates: those that have been chosen, by phase.
         stale: evaluations since the best one.
         best_loss: held-out loss of the best weights.
         best_record: index of the best evaluation in the history.
@@ -56,6 +57,7 @@ class DistillState:
     phase: int = 0
     step: int = 0
     learning_rate: float | None = None
+    learning_rates: dict[str, float] = field(default_factory=dict)
     stale: int = 0
     best_loss: float = float("inf")
     best_record: int = 0
@@ -73,6 +75,7 @@ class _Metadata(BaseModel):
     phase: int
     step: int
     learning_rate: float | None
+    learning_rates: dict[str, float]
     stale: int
     best_loss: float
     best_record: int
@@ -96,6 +99,7 @@ def write_state(path: Path, state: DistillState, arguments: Mapping[str, Any]) -
         phase=state.phase,
         step=state.step,
         learning_rate=state.learning_rate,
+        learning_rates=state.learning_rates,
         stale=state.stale,
         best_loss=state.best_loss,
         best_record=state.best_record,
@@ -142,6 +146,7 @@ def read_state(path: Path, arguments: Mapping[str, Any]) -> DistillState | None:
         phase=found.phase,
         step=found.step,
         learning_rate=found.learning_rate,
+        learning_rates=found.learning_rates,
         stale=found.stale,
         best_loss=found.best_loss,
         best_record=found.best_record,

@@ -14,7 +14,7 @@ from mpocompress.errors import LoadError, SaveError
 from mpocompress.mpo import MPO
 from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan
 from mpocompress.tuning.lockstep import Call
-from mpocompress.tuning.state_file import fingerprint, read_tensors, write_tensors
+from mpocompress.tuning.state_file import fingerprint, read_tensors, tensors_of, write_tensors
 
 _METADATA_KEY = "mpocompress.fitted_layer"
 _FORMAT_VERSION = 2
@@ -66,9 +66,7 @@ class FitStore:
             ) from None
         # The order of the metrics is that of the model's modules, not that of a mapping.
         metrics = [output_metrics[m] for m in model.modules() if m in output_metrics]
-        tensors = [*model.parameters(), *model.buffers()]
-        for call in calls:
-            tensors += [*call.args, *(call.kwargs[name] for name in sorted(call.kwargs))]
+        tensors = [*model.parameters(), *model.buffers(), *tensors_of(calls)]
         names = [name for name, _ in model.named_parameters()]
         text = json.dumps([_FORMAT_VERSION, names, asdict(options), len(calls)])
         self._prefix = hashlib.sha256(text.encode())

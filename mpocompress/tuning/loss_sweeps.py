@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from mpocompress.errors import DataError, LoadError, NoLayerMatched
 from mpocompress.layers.modes import evaluation_mode
 from mpocompress.mpo.truncate import Truncation
-from mpocompress.surgery.match import select
-from mpocompress.tuning.chains import Chain, find_chains
+from mpocompress.tuning.chains import Chain, trainable_chains
 from mpocompress.tuning.local_problem import (
     LocalProblem,
     dense_parameters,
@@ -35,8 +34,9 @@ from mpocompress.tuning.local_problem import (
     only_gradients_of,
 )
 from mpocompress.tuning.lockstep import Call
-from mpocompress.tuning.objectives import Loss
+from mpocompress.tuning.objectives import Loss, gradients_of, scalar_loss
 from mpocompress.tuning.prefix import FrozenPrefix
+from mpocompress.tuning.state_file import identity
 from mpocompress.tuning.sweep_options import LossSweepOptions, LossSweepRecord, Progress
 from mpocompress.tuning.sweep_state import SweepState, read_state, write_state
 
@@ -86,18 +86,7 @@ def sweep_on_loss(
     options = options or LossSweepOptions()
     if not calls:
         raise DataError("there are no batches to sweep on.")
-    found = find_chains(model)
-    names = select(tuple(found), include, exclude)
-    chains = [
-        chain
-        for name, chain in found.items()
-        if name in names and any(core.requires_grad for core in chain.layers[0].cores)
-    ]
-    if not chains:
-        raise NoLayerMatched(
-            f"all MPO layers ({', '.join(sorted(names)[:3])}) are frozen. Switch requires_grad on "
-            "for the cores that may change."
-        )
+    chains = trainable_chains(model, include, exclude)
     dense = dense_parameters(model) if options.train_dense else {}
     with evaluation_mode(model), only_gradients_of(model, chains, list(dense.values())):
         return _Run(model, chains, dense, loss, calls, options, state, progress).run()
@@ -133,6 +122,13 @@ class _Run:
         self._history: list[LossSweepRecord] = []
         self._chains, self._loss = self._in_order_of_calls(chains)
         self._caps = {chain.name: self._cap(chain) for chain in self._chains}
+        self._identity: dict[str, str] = {}
+        if state is not None:
+            # A model that was interrupted has other cores than at the start; the rest is the same.
+            changing = {id(p) for p in dense.values()}
+            changing |= {id(p) for chain in chains for lay in chain.layers for p in lay.cores}
+            rest = [p for p in model.parameters() if id(p) not in changing]
+            self._identity = identity([*rest, *model.buffers()], calls, of="what is not swept")
 
     def run(self) -> tuple[LossSweepRecord, ...]:
         if self._state is not None and self._state.exists():
@@ -179,14 +175,7 @@ class _Run:
 
     def _loss_of(self, number: int) -> Tensor:
         def compute() -> Tensor:
-            loss = self._loss_function(self._model, self._calls[number])
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-                raise DataError(
-                    f"the loss is {shape}, not a scalar tensor. Average it over the batch: "
-                    "loss.mean()."
-                )
-            return loss.reshape(())
+            return scalar_loss(self._loss_function, self._model, self._calls[number])
 
         return compute() if self._prefix is None else self._prefix.run(number, compute)
 
@@ -303,10 +292,7 @@ class _Run:
         self._gradients += 1
         with torch.enable_grad():
             loss = self._loss_of(number)
-        found: Sequence[Tensor | None] = [None] * len(parameters)
-        if loss.requires_grad:  # a batch need not reach the layer
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, found, strict=True):
+        for parameter, gradient in zip(parameters, gradients_of(loss, parameters), strict=True):
             parameter.grad = (
                 # L-BFGS wants to see it as a vector.
                 torch.zeros_like(parameter) if gradient is None else gradient.contiguous()
@@ -319,7 +305,9 @@ class _Run:
         settings = {
             **self._options.settings(),
             "layers": [chain.name for chain in self._chains],
+            "layouts": [str(chain.layers[0].layout) for chain in self._chains],
             "batches": len(self._calls),
+            **self._identity,
         }
         found: dict[str, Any] = json.loads(json.dumps(settings))
         return found

@@ -57,8 +57,8 @@ class TrainingData:
             single one, into minibatches of 64.
         held_out: share of the rows (of batches that are not cut: of the batches) that is never
             trained on, at least one; 0 for none.
-        least_held: so many rows of those that are cut are held out at least, up to a third of
-            them, if any are: what a share of few rows says is noise.
+        least_held: so many rows of those that are cut, and of those that are not, are held out at
+            least, up to a third of them, if any are: what a share of few rows says is noise.
         seed: of the order and of what is held out.
         labelled: whether the batches' labels go along.
 
@@ -101,8 +101,12 @@ class TrainingData:
         self._pools = _pooled(parts)
         self.rows = sum(batch.rows for batch in given)
         generator = self._generator(-1)
-        self._train_whole, self._held_whole = _split(len(whole), held_out, generator)
-        self._rows = [_split(pool.rows, held_out, generator, least_held) for pool in self._pools]
+        sizes = torch.tensor([batch.rows for batch in whole], dtype=torch.int64)
+        self._train_whole, self._held_whole = _split(sizes, held_out, generator, least_held)
+        self._rows = [
+            _split(torch.ones(pool.rows, dtype=torch.int64), held_out, generator, least_held)
+            for pool in self._pools
+        ]
         self._order: tuple[int, list[tuple[Minibatch, Tensor | None]]] | None = None
         if self.minibatches_per_epoch == 0:
             raise DataError(
@@ -199,11 +203,21 @@ def _labels(batch: Minibatch) -> tuple[Tensor, ...]:
 
 
 def _split(
-    count: int, share: float, generator: torch.Generator, least: int = 1
+    rows: Tensor, share: float, generator: torch.Generator, least: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Numbers 0 to count - 1 to train on, and held out; at least one each if there are two."""
+    """Numbers to train on, and held out; at least one each if there are two.
+
+    Args:
+        rows: of each number, int64.
+        share: of the numbers that is held out.
+        generator: of which these are.
+        least: so many rows at least, up to a third of all.
+    """
+    count = len(rows)
     order = torch.randperm(count, generator=generator)
     held = 0
     if share > 0 and count > 1:
-        held = min(max(1, round(share * count), min(least, count // 3)), count - 1)
+        wanted = min(least, int(rows.sum()) // 3)
+        enough = 1 + int((rows[order].cumsum(0) < wanted).sum())
+        held = min(max(round(share * count), enough), count - 1)
     return order[held:].sort().values, order[:held].sort().values

@@ -15,6 +15,34 @@ Loss = Callable[[nn.Module, Any], Tensor]
 """`loss(model, batch)`, a scalar to be minimized; the batch has `args`, `kwargs` and `labels`."""
 
 
+def scalar_loss(loss: Loss, model: nn.Module, batch: Any) -> Tensor:
+    """The loss of a batch, of shape ().
+
+    Raises:
+        DataError: it is no scalar tensor.
+    """
+    found: object = loss(model, batch)
+    if not isinstance(found, Tensor) or found.numel() != 1:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise DataError(
+            f"the loss is {shape}, not a scalar tensor. Average it over the batch: loss.mean()."
+        )
+    return found.reshape(())
+
+
+def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of a loss with all their entries; None where a batch does not reach a parameter."""
+    if not loss.requires_grad:
+        return [None] * len(parameters)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [None if gradient is None else in_full(gradient) for gradient in found]
+
+
+def in_full(gradient: Tensor) -> Tensor:
+    """The gradient itself or, of a table that gives the rows that were looked up, all of it."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
 class Distillation:
     """The distance of a model's outputs to those of a reference, padding left out.
 

@@ -40,7 +40,7 @@ def gain_of_bonds(
     """
     if any(adapter_of(module).looks_up for module in site.modules):
         return _gain_of_table(site, moments, ridge)
-    found = _moments_of(site, moments)
+    found = moments_of(site, moments)
     if found is None:
         return None
     inputs, gradients, centered = found
@@ -68,10 +68,16 @@ def tied_heads(site: WeightSite, moments: Mapping[nn.Module, LayerMoments]) -> t
     return tuple(use for use in found if use is not None)
 
 
-def _gain_of_table(
-    site: WeightSite, moments: Mapping[nn.Module, LayerMoments], ridge: float
-) -> Tensor | None:
-    """The same for a table: by its lookups, weighed as its fit weighs them."""
+def lookups_of(
+    site: WeightSite, moments: Mapping[nn.Module, LayerMoments]
+) -> tuple[RowCounts, Tensor] | None:
+    """How often rows of a table were looked up, and G (columns, columns) where they went.
+
+    Output layers that are tied to the table have gradients of another size; they are no lookups.
+
+    Returns:
+        None without lookups, or where no gradient came back.
+    """
     seen = [moments[module] for module in site.modules if module in moments]
     seen = [moment for moment in seen if moment.counts.rows and moment.gradients.rows]
     if not seen:
@@ -80,8 +86,17 @@ def _gain_of_table(
     for moment in seen:
         counts.merge(moment.counts)
     output_II = CrossMoment.sum_of([moment.gradients for moment in seen]).mean(centered=False)[0]
-    if not bool(output_II.any()):
+    return (counts, output_II) if bool(output_II.any()) else None
+
+
+def _gain_of_table(
+    site: WeightSite, moments: Mapping[nn.Module, LayerMoments], ridge: float
+) -> Tensor | None:
+    """The same for a table: by its lookups, weighed as its fit weighs them."""
+    seen = lookups_of(site, moments)
+    if seen is None:
         return None
+    counts, output_II = seen
     heads = tied_heads(site, moments)
     weights_O, metric_II = table_weights(counts.frequencies(), output_II, ridge=ridge, heads=heads)
     return counts.rows * table_gains(site.matrix(), weights_O, metric_II)
@@ -105,7 +120,7 @@ def output_error_curve(
     """
     if any(adapter_of(module).looks_up for module in site.modules):
         return None
-    found = _moments_of(site, moments)
+    found = moments_of(site, moments)
     if found is None:
         return None
     inputs, _, centered = found
@@ -126,7 +141,7 @@ def output_error_curve(
     return (lost_D / norm).sqrt()
 
 
-def _moments_of(
+def moments_of(
     site: WeightSite, moments: Mapping[nn.Module, LayerMoments]
 ) -> tuple[CrossMoment, CrossMoment, bool] | None:
     """Of inputs and of gradients, and whether the mean is taken up by a bias."""

@@ -2,16 +2,17 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpocompress.errors import DataError, SaveError
+from mpocompress.tuning.lockstep import Call
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str, text: str) -> None:
@@ -77,7 +78,43 @@ def check_same_run(path: Path, recorded: Mapping[str, Any], given: Mapping[str, 
             )
 
 
-def fingerprint(tensors: Sequence[Tensor]) -> str:
+def identity(
+    start: Iterable[Tensor],
+    calls: Iterable[Call],
+    reference: nn.Module | None = None,
+    *,
+    of: str = "the weights at the start",
+) -> dict[str, str]:
+    """What tells two runs with equal options apart, by what to call it.
+
+    Args:
+        start: weights before the run.
+        calls: all data, with its labels if it has any.
+        reference: the model whose outputs are the target.
+        of: what `start` is.
+    """
+    calls = list(calls)
+    labels = [getattr(call, "labels", None) for call in calls]
+    data = [*tensors_of(calls), *(label for label in labels if isinstance(label, Tensor))]
+    found = {
+        f"the SHA-256 of {of}": fingerprint(start),
+        "the SHA-256 of the data": fingerprint(data),
+    }
+    if reference is not None:
+        theirs = [*reference.parameters(), *reference.buffers()]
+        found["the SHA-256 of the reference"] = fingerprint(theirs)
+    return found
+
+
+def tensors_of(calls: Iterable[Call]) -> Iterator[Tensor]:
+    """All arguments of batches that are tensors, in a fixed order."""
+    for call in calls:
+        for value in (*call.args, *(call.kwargs[name] for name in sorted(call.kwargs))):
+            if isinstance(value, Tensor):
+                yield value
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
     """SHA-256, in hex, of shapes, dtypes and values: whether two runs start at the same weights."""
     digest = hashlib.sha256()
     for tensor in tensors:

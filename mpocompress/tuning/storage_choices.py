@@ -22,9 +22,9 @@ from mpocompress.planning.storage_choice import StorageChoice
 from mpocompress.surgery import WeightSite
 from mpocompress.tuning.gradients import LayerMoments
 from mpocompress.tuning.layer_rows import adapter_of
-from mpocompress.tuning.moments import CrossMoment, RowCounts
+from mpocompress.tuning.moments import RowCounts
 from mpocompress.tuning.rounding import Storage, round_weight, shrunk, stored_tensors
-from mpocompress.tuning.sensitivity import _moments_of, tied_heads
+from mpocompress.tuning.sensitivity import lookups_of, moments_of, tied_heads
 from mpocompress.tuning.shrinkage import shrunk_metric
 from mpocompress.tuning.table_fit import table_weights
 
@@ -165,7 +165,7 @@ def _metric(
     site: WeightSite, moments: Mapping[nn.Module, LayerMoments] | None, ridge: float
 ) -> tuple[Metric | None, float]:
     """The metric of a layer's errors and what a unit of it costs."""
-    seen = None if moments is None else _moments_of(site, moments)
+    seen = None if moments is None else moments_of(site, moments)
     if seen is not None:
         inputs, gradients, centered = seen
         input_II = inputs.mean(centered=centered)[0]
@@ -186,15 +186,11 @@ def _of_table(
     size = float(torch.sum(table_OI.double() ** 2))
     weights_O = torch.full((rows,), site.parameters / size / rows if size > 0 else 1.0)
     weights_O, metric_II = weights_O.double() * rows, None
-    counts = _counts(site, moments)
-    if counts is not None and moments is not None:
-        merged = CrossMoment.sum_of([moments[m].gradients for m in site.modules if m in moments])
-        frequencies_O = smoothed_frequencies(counts)
+    seen = None if moments is None else lookups_of(site, moments)
+    if seen is not None and moments is not None:
+        counts, output_II = seen
         weights_O, metric_II = table_weights(
-            frequencies_O,
-            merged.mean(centered=False)[0],
-            ridge=0.0,
-            heads=tied_heads(site, moments),
+            smoothed_frequencies(counts), output_II, ridge=0.0, heads=tied_heads(site, moments)
         )
         weights_O = weights_O * counts.rows
     yield StorageChoice(layout=dense, bytes=4 * rows * columns, loss=0.0)
@@ -214,7 +210,7 @@ def _of_table(
             bytes=round(rows * each),
             loss=error * float(weights_O.sum()),
         )
-    if counts is not None:
+    if seen is not None:
         yield from _tiers(dense, weights_O.sort(descending=True).values, levels)
 
 
@@ -223,8 +219,8 @@ def _tiers(
 ) -> Iterator[StorageChoice]:
     """Rows by weight, each in the precision with the least loss plus price, at many prices."""
     rows = len(weights_O)
-    bytes_L = torch.tensor([level[1] for level in levels], dtype=torch.float64)
-    errors_L = torch.tensor([level[2] for level in levels], dtype=torch.float64)
+    bytes_L = weights_O.new_tensor([level[1] for level in levels])
+    errors_L = weights_O.new_tensor([level[2] for level in levels])
     top = float(weights_O[0] * errors_L.max())
     known: set[tuple[tuple[int, Precision], ...]] = set()
     for power in range(_RATES):
@@ -253,14 +249,6 @@ def _rounded_rows(rows_OI: Tensor, precision: Precision, metric_II: Tensor | Non
     bits = int(precision.removeprefix("int"))
     shape = (rows_OI.shape[0], rows_OI.shape[1])
     return round_matrix(rows_OI, bits, None, shape=shape, gram_YY=metric_II).dequantized()
-
-
-def _counts(site: WeightSite, moments: Mapping[nn.Module, LayerMoments] | None) -> RowCounts | None:
-    total = RowCounts()
-    for module in site.modules:
-        if moments is not None and module in moments:
-            total.merge(moments[module].counts)
-    return total if total.rows else None
 
 
 def _named(bits: int) -> Precision:

@@ -19,7 +19,7 @@ from mpocompress.tuning.state_file import read_tensors, write_tensors
 from mpocompress.tuning.sweep_options import LossSweepRecord
 
 _KEY = "mpocompress.loss_sweeps"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,20 +12,20 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mpocompress.errors import DataError, DecompositionError, NoLayerMatched
+from mpocompress.errors import DataError, DecompositionError
 from mpocompress.layers import MPOLinear
 from mpocompress.layers.modes import evaluation_mode
-from mpocompress.surgery.match import select
-from mpocompress.tuning.chains import Chain, find_chains
+from mpocompress.tuning.chains import Chain, find_chains, trainable_chains
 from mpocompress.tuning.local_problem import dense_parameters, only_gradients_of
 from mpocompress.tuning.lockstep import Call
 from mpocompress.tuning.minibatches import Minibatch, TrainingData
-from mpocompress.tuning.objectives import Loss
-from mpocompress.tuning.state_file import fingerprint
+from mpocompress.tuning.objectives import Loss, scalar_loss
+from mpocompress.tuning.state_file import identity
 from mpocompress.tuning.supervised import Supervised
 from mpocompress.tuning.sweep_options import Progress
 from mpocompress.tuning.train_methods import AdamMethod, SweepMethod, TrainMethod
@@ -83,7 +83,17 @@ def train_(
     held_out = _validation(data, validation, options)
     start = _values(model)
     try:
-        return _Trainer(model, chains, loss, data, held_out, options, checkpoint, progress).run()
+        arguments = {}
+        if checkpoint is not None:
+            arguments = {
+                **asdict(options),
+                "rows of data": data.rows,
+                **identity(start.values(), [*calls, *validation]),
+            }
+        trainer = _Trainer(
+            model, chains, loss, data, held_out, options, checkpoint, arguments, progress
+        )
+        return trainer.run()
     except BaseException:
         _restore(model, start)
         raise
@@ -96,19 +106,7 @@ def _chains(
     any_layer = any(isinstance(module, MPOLinear) for module in model.modules())
     if options.method == "adam" and not any_layer and not include and not exclude:
         return []
-    found = find_chains(model)
-    names = select(tuple(found), include, exclude)
-    chains = [
-        chain
-        for name, chain in found.items()
-        if name in names and any(core.requires_grad for core in chain.layers[0].cores)
-    ]
-    if not chains and options.method == "dmrg":
-        raise NoLayerMatched(
-            f"all MPO layers ({', '.join(sorted(names)[:3])}) are frozen. Switch requires_grad on "
-            "for the cores that may change."
-        )
-    return chains
+    return trainable_chains(model, include, exclude, may_be_none=options.method == "adam")
 
 
 def _validation(
@@ -156,20 +154,13 @@ class _Trainer:
         held_out: Sequence[Minibatch],
         options: TrainOptions,
         checkpoint: Path | None,
+        arguments: dict[str, Any],
         progress: Progress | None,
     ) -> None:
         self._model, self._chains, self._loss = model, chains, loss
         self._data, self._held_out, self._options = data, held_out, options
         self._checkpoint, self._progress = checkpoint, progress
-        self._arguments = {}
-        if checkpoint is not None:
-            self._arguments = {
-                **asdict(options),
-                "rows of data": data.rows,
-                "the SHA-256 of the weights at the start": fingerprint(
-                    list(_values(model).values())
-                ),
-            }
+        self._arguments = arguments
 
     def run(self) -> TrainResult:
         dense = self._dense()
@@ -272,13 +263,7 @@ class _Trainer:
         return TrainState(best_loss=best_loss, history=[record], best=_values(self._model))
 
     def _scalar_loss(self, batch: Minibatch) -> Tensor:
-        loss = self._loss(self._model, batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise DataError(
-                f"the loss is {shape}, not a scalar tensor. Average it over the batch: loss.mean()."
-            )
-        return loss.reshape(())
+        return scalar_loss(self._loss, self._model, batch)
 
     def _record(self, epoch: float, train_loss: float | None) -> TrainRecord:
         validation_loss = score = None

@@ -14,6 +14,7 @@ from mpocompress.mpo.truncate import Truncation
 from mpocompress.tuning.chains import Chain
 from mpocompress.tuning.local_problem import LocalProblem
 from mpocompress.tuning.minibatches import Minibatch, TrainingData
+from mpocompress.tuning.objectives import gradients_of
 from mpocompress.tuning.schedule import cosine, warm_cosine
 from mpocompress.tuning.state_file import moment_on
 from mpocompress.tuning.train_options import TrainOptions
@@ -84,13 +85,6 @@ class _Moments:
                 self._optimizer.state[parameter][name] = moment_on(parameter, name, value)
 
 
-def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """None where a batch does not reach a parameter."""
-    if not loss.requires_grad:
-        return [None] * len(parameters)
-    return torch.autograd.grad(loss, parameters, allow_unused=True)
-
-
 class AdamMethod:
     """All cores and all other parameters at once; an epoch is a segment."""
 
@@ -113,7 +107,9 @@ class AdamMethod:
         for number in range(step, step + self._data.minibatches_per_epoch):
             loss = self._loss(self._data.minibatch(number))
             parameters = self._moments.parameters
-            self._moments.step(_gradients(loss, parameters), warm_cosine(number, self._total, 1.0))
+            self._moments.step(
+                gradients_of(loss, parameters), warm_cosine(number, self._total, 1.0)
+            )
             losses.append(loss.detach())
         return step + len(losses), float(torch.stack(losses).mean())
 
@@ -224,7 +220,7 @@ class SweepMethod:
             for number in steps:
                 share = cosine(number / self._total)
                 loss = self._loss(self._data.minibatch(number))
-                found = _gradients(loss, [*cores, *self._moments.parameters])
+                found = gradients_of(loss, [*cores, *self._moments.parameters])
                 for core, gradient in zip(cores, found, strict=False):
                     core.grad = None if gradient is None else gradient.contiguous()
                 for group, visit in zip(optimizer.param_groups, visits, strict=True):

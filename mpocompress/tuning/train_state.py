@@ -14,7 +14,7 @@ from mpocompress.tuning.state_file import check_same_run, read_tensors, write_te
 from mpocompress.tuning.train_options import TrainRecord
 
 _KEY = "mpocompress.training"
-_VERSION = 2
+_VERSION = 3
 _GROUPS = ("current", "best", "method")
 
 
