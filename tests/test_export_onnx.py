@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 
 import onnx
@@ -11,9 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+import mpocompress as mpo
 from mpocompress.errors import DataError, ExportError, SaveError
 from mpocompress.export import export_onnx, graph_stats, onnx_file, verify
 from mpocompress.layers import MPOLinear
+from mpocompress.surgery import find_weights
 
 pytestmark = pytest.mark.onnx
 
@@ -86,6 +89,41 @@ def test_images(tmp_path):
     # Height and width meet in the flattened size: the file must not promise that they are free.
     assert exported.inputs[0].shape == ("batch", 1, 12, 12)
     verify(exported.path, model).raise_if_failed()
+
+
+class Viewed(nn.Module):
+    """A convolution whose outputs are seen as rows, as most classifiers of images do."""
+
+    def __init__(self, conv: nn.Module, features: int) -> None:
+        super().__init__()
+        self.conv, self.head = conv, nn.Linear(features, 5)
+
+    def forward(self, x):
+        return self.head(self.conv(x).view(x.size(0), -1))
+
+
+@pytest.mark.parametrize(
+    ("conv", "sizes"),
+    [
+        (nn.Conv1d(3, 16, 3, padding=1), (6,)),
+        (nn.Conv2d(3, 16, 3, padding=1), (6, 6)),
+        (nn.Conv2d(4, 16, 1), (6, 6)),
+        (nn.Conv2d(8, 16, 3, padding=1, groups=2), (6, 6)),
+        (nn.Conv3d(3, 16, 3, padding=1), (4, 4, 4)),
+        (nn.ConvTranspose2d(3, 16, 3, padding=1), (6, 6)),
+    ],
+    ids=str,
+)
+def test_outputs_of_every_chain_of_convolutions_can_be_viewed(tmp_path, conv, sizes):
+    torch.manual_seed(0)
+    model = Viewed(conv, 16 * prod(sizes))
+    x = torch.randn(2, conv.in_channels, *sizes)
+    (site,) = (site for site in find_weights(model).sites if site.name == "conv")
+    for layout in site.layouts():
+        options = {"bond_dim": 8, "layout": layout, "include": ["conv"], "if_smaller": False}
+        small = mpo.compress(model, **options).model
+        exported = export_onnx(small, tmp_path / "m.onnx", x)
+        verify(exported.path, small).raise_if_failed()
 
 
 def test_images_of_any_size(tmp_path):

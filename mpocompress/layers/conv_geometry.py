@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -146,10 +147,13 @@ class ConvStep:
         left, out, in_, right = core.shape
         spatial = prod(self.kernel_size)
         if transposed:  # from (in, right) to (left, channels)
-            moved = core.permute(2, 3, 0, 1)
-            return moved.reshape(in_ * right, left * out // spatial, *self.kernel_size)
-        moved = core.permute(1, 3, 0, 2)  # from (left, channels) to (out, right)
-        return moved.reshape(out * right, left * in_ // spatial, *self.kernel_size)
+            moved, rows, channels = core.permute(2, 3, 0, 1), in_ * right, left * out // spatial
+        else:  # from (left, channels) to (out, right)
+            moved, rows, channels = core.permute(1, 3, 0, 2), out * right, left * in_ // spatial
+        kernel = moved.reshape(rows, channels, *self.kernel_size)
+        # By the strides of its sizes of 1 torch takes a permuted kernel for one with channels last,
+        # and so would give outputs that `view` and exported `flatten` refuse.
+        return kernel.clone(memory_format=torch.contiguous_format)
 
 
 def conv_steps(layout: Layout, geometry: ConvGeometry) -> tuple[ConvStep, ...] | None:
