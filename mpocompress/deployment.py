@@ -142,9 +142,14 @@ def export_again(
     Raises:
         OutputExistsError: there is such a file, without `force`.
         LoadError: a foreign directory or checkpoint.
-        DataError: the shape of the inputs is not known.
+        DataError: the shape of the inputs is not known, or the output is no `.onnx` file.
         ParityError: ONNX Runtime and PyTorch disagree; the output is not written.
     """
+    if output.suffix.lower() != ".onnx":
+        raise DataError(
+            f"the output {str(output)!r} does not end in .onnx, which is what is written. Give one "
+            "that does with -o."
+        )
     if output.exists() and not force:
         raise OutputExistsError(f"{str(output)!r} exists. Use --force to replace it.")
     report = CompressionReport.load(directory)

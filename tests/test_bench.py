@@ -79,6 +79,8 @@ def test_refusals(files, tmp_path):
     other = export_onnx(nn.Linear(3, 2), tmp_path / "o.onnx", torch.randn(2, 3)).path
     with pytest.raises(DataError, match=r"takes 'input': float32 \(batch, 3\)"):
         bench([files[0], other])
+    with pytest.raises(DataError, match="no open size 'sequence'; it has none besides the batch"):
+        bench([other], sizes={"sequence": 3})
     with pytest.raises(ExportError, match="process of its own"):
         probe_session(files[0], {"wrong": torch.zeros(1).numpy()})
 
@@ -95,6 +97,7 @@ def test_command_line(files, capsys):
     assert found["files"][0]["latency_seconds"]["1"]["repeats"] == 1
     assert _run("bench", small, "--batch", "one") == 2
     assert "Try --batch 1,16,128" in capsys.readouterr().err
+    assert _run("bench", small, "--length", "0") == 2
 
 
 def _run(*arguments):

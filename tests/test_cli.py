@@ -270,12 +270,27 @@ BAD = {
     "unwritable output": (lambda: "model.pt", ("-o", "model.pt/out"), "cannot write to"),
     "output is a file": (lambda: "model.pt", ("-o", "model.pt"), "is a file"),
     "wrong input": (lambda: "model.pt", ("--input", "1x47"), "1x47"),
+    "missing data of a plan": (
+        lambda: _onnx("graph.onnx"),
+        ("--dry-run", "--data", "no.npz"),
+        "no.npz does not exist",
+    ),
+    "input of a plan": (
+        lambda: _onnx("graph.onnx"),
+        ("--dry-run", "--input", "1x47"),
+        "47",
+    ),
     "missing data": (lambda: "model.pt", ("--data", "no.npz"), "no.npz does not exist"),
 }
 
 
 def _write(name: str, content: bytes) -> str:
     Path(name).write_bytes(content)
+    return name
+
+
+def _onnx(name: str) -> str:
+    mpo.export_onnx(network(), name, torch.randn(2, 48))
     return name
 
 
@@ -310,6 +325,13 @@ def test_usage_errors(here, capsys):
     assert run(capsys, "model.pt", "--bond-dim", "many")[0] == 2
     assert run(capsys, "model.pt", "--no-such-option")[0] == 2
     assert run(capsys, "densify")[0] == 2
+    for wrong in ("--bond-dim=many", "--no-such-option"):
+        code, out, err = run(capsys, "model.pt", wrong, "--json")
+        found = json.loads(out)["error"]
+        assert (code, found["exit_code"], found["type"]) == (2, 2, "UsageError")
+        assert wrong.split("=")[0] in found["message"]
+        assert found["message"] in err
+    assert run(capsys, "report", "--help", "--json")[0] == 0
     code, _, err = run(capsys, "report", "nowhere")
     assert code == 2
     assert "report.json" in err

@@ -81,6 +81,13 @@ def test_export_again(here, capsys):
     code, _, err = run(capsys, *base, "--form", "dense", "--quantize", "int4")
     assert code == 2
     assert "Use --force" in err
+    for options, message in (
+        (("-o", "model.pt", "--force"), "does not end in .onnx"),
+        (("-o", "x.onnx", "--quantize", "auto"), "writes layers as they were rounded"),
+    ):
+        code, _, err = run(capsys, *base, *options)
+        assert code == 2
+        assert message in err
     # The same cores in the same form give the same file as the first time.
     assert run(capsys, *base, "--form", "chain", "-o", "again.onnx")[0] == 0
     first = (here / "model-mpo" / "model.onnx").read_bytes()

@@ -229,6 +229,11 @@ def test_names_of_inputs_and_outputs(tmp_path):
     verify(exported.path, model, [{"x": torch.randn(4, 3)}]).raise_if_failed()
     with pytest.raises(DataError, match=r"output_names \['a'\] must be 4 different names"):
         export_onnx(model, tmp_path / "n.onnx", torch.randn(2, 3), output_names=["a"])
+    with pytest.raises(DataError, match="'a' is an input's name, too"):
+        export_onnx(
+            nn.Linear(3, 2), tmp_path / "n.onnx", torch.randn(2, 3),
+            input_names=["a"], output_names=["a"],
+        )  # fmt: skip
 
 
 def tiny_bert() -> nn.Module:

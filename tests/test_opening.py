@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 
 import mpocompress as mpo
-from mpocompress.errors import ContractionError, DataError
+from mpocompress.errors import BudgetError, ContractionError, DataError, NoLayerMatched
 from mpocompress.layers.attention import OpenAttention, OpenEncoderLayer
 from mpocompress.layers.opened import layers_called
 from mpocompress.layers.recurrent import OpenRecurrent
@@ -23,6 +23,29 @@ EXACT = TOL[torch.float64]["apply"]
 def seeded(make):
     torch.manual_seed(0)
     return make().double().eval()
+
+
+def test_recurrent_weights_are_small_in_the_file_and_no_faster():
+    model = nn.Sequential(nn.LSTM(32, 64, batch_first=True))
+    result = mpo.compress(model, bond_dim=4, layout="svd")
+    rows = {layer.name: layer for layer in result.report.compressed_layers}
+    assert {layer.kind for layer in rows.values()} == {"recurrent"}
+    assert rows["0.ih_l0"].macs.compressed == rows["0.ih_l0"].macs.dense == 4 * 64 * 32
+    assert rows["0.hh_l0"].parameters.compressed < rows["0.hh_l0"].parameters.dense / 8
+    assert result.plan.layers[0].macs == 4 * 64 * 32
+    for options in ({"bond_dim": 4}, {"bond_dim": 4, "layout": "svd"}, {"ratio": 4}):
+        with pytest.raises((NoLayerMatched, BudgetError), match="a recurrent operator reads it"):
+            mpo.compress(model, objective="macs", **options)
+
+
+@pytest.mark.onnx
+@pytest.mark.parametrize("form", ["dense", "auto"])
+def test_recurrent_weights_have_no_form(tmp_path, form):
+    model = nn.Sequential(nn.LSTM(32, 64, batch_first=True))
+    small = mpo.compress(model, bond_dim=4, layout="svd").model
+    exported = mpo.export_onnx(small, tmp_path / "m.onnx", torch.randn(2, 5, 32), form=form)
+    assert exported.forms == {}
+    mpo.verify(exported.path, small).raise_if_failed()
 
 
 def test_the_copy_shares_all_weights_and_the_model_is_untouched():

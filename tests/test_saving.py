@@ -156,7 +156,7 @@ def test_a_linear_alone(tmp_path):
 def test_refusals_on_load(tied, tmp_path):
     out = tmp_path / "out"
     mpo.save(mpo.compress(tied, bond_dim=6), out)
-    with pytest.raises(LoadError, match=r"there is no 'model\.mpo\.safetensors'"):
+    with pytest.raises(LoadError, match=r"there is no file '.*model\.mpo\.safetensors'"):
         mpo.load(tmp_path, model=tied)
     other = Tied()
     other.first = nn.Linear(32, 40)
@@ -213,6 +213,34 @@ def test_existing_output_needs_force_and_foreign_files_survive(tied, tmp_path):
     assert (out / "notes.txt").read_text() == "mine"
     assert not (out / saving.ONNX_FILE).exists(), "a stale ONNX file of another run was left"
     assert [p.name for p in tmp_path.iterdir()] == ["out"], "scratch files were left"
+
+
+@pytest.mark.parametrize("name", [saving.ONNX_FILE, "report.html"])
+def test_files_of_others_are_not_replaced_by_force(tied, tmp_path, name):
+    (tmp_path / name).write_text("not ours")
+    with pytest.raises(OutputExistsError, match="no run of mpocompress has written it"):
+        mpo.save(mpo.compress(tied, bond_dim=6), tmp_path, force=True)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["not ours"]
+
+
+def test_what_is_read_is_not_replaced(tied, tmp_path):
+    mpo.save(mpo.compress(tied, bond_dim=6), tmp_path / "out")
+    cores = tmp_path / "out" / saving.CORES_FILE
+    before = cores.read_bytes()
+    with (
+        pytest.raises(OutputExistsError, match="is what is read"),
+        saving.staged_output(tmp_path / "out", force=True, source=cores),
+    ):
+        pass
+    assert cores.read_bytes() == before
+
+
+def test_the_folder_where_one_is(tied, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    mpo.save(mpo.compress(tied, bond_dim=6), ".")
+    assert (tmp_path / "here" / saving.CORES_FILE).exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
 def test_an_empty_directory_needs_no_force(tied, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import mpocompress as mpo
-from mpocompress.errors import BudgetError, ExportError, PlanError
+from mpocompress.errors import BudgetError, DataError, ExportError, PlanError
 from mpocompress.export import quantize_cores
 from mpocompress.export.graph_integers import pack_fields
 from mpocompress.layers import MPOLinear
@@ -548,7 +548,7 @@ def test_refusals(tmp_path):
         LayerPlan(**row, precision="int2", tiers=((4, "int8"),)).sites()
     with pytest.raises(PlanError, match="block 8 is of integers that share a scale"):
         LayerPlan(**row, block=8).sites()
-    with pytest.raises(ExportError, match='"auto" writes layers as they were rounded, and none'):
+    with pytest.raises(DataError, match='"auto" writes layers as they were rounded, and none'):
         quantize_cores(model, "auto")
     half = nn.Sequential(nn.Linear(8, 8)).half()
     with pytest.raises(PlanError, match="precision 'int4' is for float32 weights"):

@@ -185,6 +185,20 @@ def test_no_batches(path, model):
         verify(path, model, [])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_sizes": ()}, r"batch_sizes \[\]: give one or more"),
+        ({"batch_sizes": (3, 0)}, r"batch_sizes \[3, 0\]"),
+        ({"tolerance": float("nan")}, "tolerance nan: it is a relative difference"),
+        ({"tolerance": -1.0}, "tolerance -1.0"),
+    ],
+)
+def test_numbers_that_nothing_can_be_held_against(path, model, options, message):
+    with pytest.raises(DataError, match=message):
+        verify(path, model, **options)
+
+
 def test_models_that_do_not_belong_to_the_file(path):
     with pytest.raises(DataError, match=r"does not run on inputs made up for .*m\.onnx"):
         verify(path, nn.Linear(3, 3))

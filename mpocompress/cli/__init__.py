@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
+from typer.exceptions import TyperException
 
 from mpocompress.cli.app import app
 from mpocompress.cli.compression import compress
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments.insert(0, "compress")
     try:
         with _leaving_nothing_when_ended():
-            app(args=arguments, prog_name="mpocompress")
+            _run(arguments)
     except MPOCompressError as error:
         _fail(error, error.exit_code, "--json" in arguments)
     except Exception as error:
@@ -43,6 +44,18 @@ def main(arguments: list[str] | None = None) -> None:
         text = f"unexpected {type(error).__name__}: {error}"
         hint = "Set MPOCOMPRESS_TRACEBACK=1 to see where, and please report it."
         _fail(LoadError(f"{text}. {hint}"), 1, "--json" in arguments)
+
+
+def _run(arguments: list[str]) -> None:
+    if "--json" not in arguments:
+        app(args=arguments, prog_name="mpocompress")
+        return
+    try:
+        code = app(args=arguments, prog_name="mpocompress", standalone_mode=False)
+    except TyperException as error:  # mistakes in usage: in plain text and as an object, too
+        _fail(error, error.exit_code, True, kind="UsageError")
+    else:
+        raise SystemExit(code if isinstance(code, int) else 0)
 
 
 @contextmanager
@@ -62,9 +75,10 @@ def _leaving_nothing_when_ended() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _fail(error: MPOCompressError, code: int, as_json: bool) -> None:
+def _fail(error: Exception, code: int, as_json: bool, *, kind: str | None = None) -> None:
+    text = error.format_message() if isinstance(error, TyperException) else str(error)
     if as_json:
-        what = {"type": type(error).__name__, "message": str(error), "exit_code": code}
+        what = {"type": kind or type(error).__name__, "message": text, "exit_code": code}
         typer.echo(json.dumps({"error": what}))
-    typer.echo(f"mpocompress: {error}", err=True)
+    typer.echo(f"mpocompress: {text}", err=True)
     raise SystemExit(code)

@@ -21,11 +21,12 @@ def report(directory: ResultArgument, as_json: JsonOption = False) -> None:
     from mpocompress.report import CompressionReport
 
     found = CompressionReport.load(directory)
-    write_report(found, directory if directory.is_dir() else directory.parent)
+    folder = directory if directory.is_dir() else directory.parent
+    write_report(found, folder)
     if as_json:
         typer.echo(found.to_json(), nl=False)
     else:
-        show_report(found, directory)
+        show_report(found, folder)
 
 
 @app.command()

@@ -206,6 +206,7 @@ def bench(
         typer.Option(
             "--length",
             metavar="N",
+            min=1,
             help="Sequence length. Default: that of the example at the export.",
         ),
     ] = None,

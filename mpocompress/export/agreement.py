@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 
 import numpy as np
 
@@ -28,6 +29,16 @@ class OutputAgreement:
     cosine: float | None
     argmax_agreement: float | None
     vectors: int
+
+
+def check_tolerance(tolerance: float) -> None:
+    """Refuse what is no tolerance of a relative difference.
+
+    Raises:
+        DataError: below 0, infinite or NaN.
+    """
+    if not (isfinite(tolerance) and tolerance >= 0):
+        raise DataError(f"tolerance {tolerance}: it is a relative difference, 0 or more. Try 1e-4.")
 
 
 def differences(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:

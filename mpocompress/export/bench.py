@@ -126,11 +126,20 @@ def bench(
     import onnxruntime
 
     files = [OnnxFile(path, threads=threads) for path in paths]
+    known = _open_sizes(files[0], {})
+    unknown = next((name for name in sizes or {} if name not in known), None)
+    if unknown is not None:
+        raise DataError(
+            f"{paths[0]} has no open size {unknown!r}; it has {', '.join(known) or 'none'} besides "
+            "the batch. Leave it out."
+        )
     feeds = {rows: _feeds(files, rows, sizes or {}, seed) for rows in sorted(set(batch_sizes))}
     latencies: dict[int, list[list[float]]] = {}
     for done, (rows, batch_feeds) in enumerate(feeds.items()):
         if progress is not None:
             progress(f"latency at batch {rows}", done, len(feeds) + processes)
+        for file, feed in zip(files, batch_feeds, strict=True):
+            file.run(feed)  # says what is wrong with the inputs; the timed runs do not
         runs = [
             (lambda file=file, feed=feed: file.session.run(None, feed))
             for file, feed in zip(files, batch_feeds, strict=True)

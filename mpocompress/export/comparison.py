@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import DataError, ParityError
-from mpocompress.export.agreement import Agreement, LabelScore, OutputAgreement
+from mpocompress.export.agreement import Agreement, LabelScore, OutputAgreement, check_tolerance
 from mpocompress.export.calls import ForwardCall, Slot, first_line, inference_copy, run
 from mpocompress.export.session import OnnxFile
 from mpocompress.tuning.moments import keep_mask
@@ -98,9 +98,12 @@ def compare(
 
     Raises:
         LoadError: a file cannot be read.
-        DataError: the data does not fit one of the sides, or there are no batches.
+        DataError: the data does not fit one of the sides, there are no batches, or a tolerance
+            that is not a share.
         ParityError: outputs differ in number or shape. Mere differences are in the result.
     """
+    if tolerance is not None:
+        check_tolerance(tolerance)
     file = OnnxFile(path)
     other: _Side = (
         _Module(reference) if isinstance(reference, nn.Module) else _File(OnnxFile(reference))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mpocompress.errors import ExportError
 from mpocompress.layers import MPOLinear
 from mpocompress.layers.gauged_cores import GaugedCores
+from mpocompress.layers.recurrent import layers_of_recurrences
 
 Form = Literal["chain", "dense"]
 FormChoice = Literal["auto", "chain", "dense"]
@@ -67,9 +68,16 @@ def transposed_matrix(cores: Sequence[Tensor], shape: tuple[int, int]) -> Tensor
     return state.reshape(ins, outs)[: shape[1], : shape[0]]
 
 
-def layers_of(model: nn.Module) -> dict[str, MPOLinear]:
-    """The layers that have a form, by their first name in the model."""
+def linear_layers(model: nn.Module) -> dict[str, MPOLinear]:
+    """The MPO layers of vectors, by their first name in the model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MPOLinear)}
+
+
+def layers_of(model: nn.Module) -> dict[str, MPOLinear]:
+    """The layers that have a form: not those of recurrences, whose operators take dense weights."""
+    recurrent = layers_of_recurrences(model)
+    found = linear_layers(model)
+    return {name: layer for name, layer in found.items() if id(layer) not in recurrent}
 
 
 def set_forms_(model: nn.Module, forms: Mapping[str, Form]) -> nn.Module:

@@ -146,6 +146,12 @@ def export_onnx(
     outputs = tuple(_run_example(copied, call))
     input_names = _chosen("input", input_names, call.names)
     output_names = _chosen("output", output_names, _apart(outputs, input_names))
+    both = sorted({*input_names} & {*output_names})
+    if both:
+        raise DataError(
+            f"output_names {list(output_names)}: {both[0]!r} is an input's name, too, and a graph "
+            "has one value of a name. Choose another."
+        )
     forms = _forms(copied, call, form, form_batch)
     first_names = _first_names(copied)
     copied = set_forms_(copied, {name: layer.form for name, layer in forms.items()})

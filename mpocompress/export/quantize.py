@@ -16,9 +16,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from mpocompress.errors import ExportError
+from mpocompress.errors import DataError, ExportError
 from mpocompress.export.calls import Batch, ForwardCall, inference_copy, run
-from mpocompress.export.forms import layers_of
+from mpocompress.export.forms import linear_layers
 from mpocompress.layers import MPOLayer, MPOLinear
 from mpocompress.layers.gauged_cores import GaugedCores
 from mpocompress.mpo import linalg
@@ -84,8 +84,8 @@ def quantize_cores(
         data: batches of forward arguments.
 
     Raises:
-        ExportError: no such way, a model that cannot be copied, or "auto" without rounded layers.
-        DataError: batches that do not fit the model.
+        ExportError: no such way, or a model that cannot be copied.
+        DataError: "auto" without rounded layers, or batches that do not fit the model.
     """
     check_quantize(quantize)
     copied, _ = inference_copy(model)
@@ -95,14 +95,14 @@ def quantize_cores(
     if quantize == "auto":
         found = as_stored(copied)
         if found.kind == "none":
-            raise ExportError(
+            raise DataError(
                 'quantize "auto" writes layers as they were rounded, and none of these are: a plan '
                 'with max_size and quantize="auto" rounds them; what was saved has float32 cores. '
                 'Compress again, or take "int8" or "int4".'
             )
         return found
     bits = _BITS[quantize]
-    layers = layers_of(copied)
+    layers = linear_layers(copied)
     moments = {} if data is None else _input_moments(copied, data)
     replaced: dict[int, nn.Parameter] = {}
     with torch.no_grad():
@@ -166,7 +166,7 @@ def _input_moments(model: nn.Module, data: Iterable[Batch]) -> dict[nn.Module, C
         rows = real_rows(args[0].detach(), keep[0])
         moments.setdefault(layer, CrossMoment()).add(rows, rows)
 
-    handles = [layer.register_forward_pre_hook(watch) for layer in layers_of(model).values()]
+    handles = [layer.register_forward_pre_hook(watch) for layer in linear_layers(model).values()]
     try:
         for batch in data:
             call = ForwardCall.from_batch(model, batch)

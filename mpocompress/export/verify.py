@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mpocompress.errors import DataError, ParityError
 from mpocompress.export import inputs
-from mpocompress.export.agreement import differences
+from mpocompress.export.agreement import check_tolerance, differences
 from mpocompress.export.calls import Batch, ForwardCall, first_line, inference_copy, run
 from mpocompress.export.inputs import InputSpec
 from mpocompress.export.session import described_inputs, open_session
@@ -95,10 +95,16 @@ def verify(
 
     Raises:
         LoadError: the file cannot be read.
-        DataError: a batch does not fit the graph's inputs or the model, or there are no batches.
+        DataError: a batch does not fit the graph's inputs or the model, there are no batches, or
+            impossible batch sizes or tolerances.
         ParityError: ONNX Runtime does not run on a batch on which PyTorch does, or the outputs
             differ in number or shape. A mere difference of values is in the result.
     """
+    check_tolerance(tolerance)
+    if min(batch_sizes, default=1 if data is not None else 0) < 1:
+        raise DataError(
+            f"batch_sizes {list(batch_sizes)}: give one or more, each 1 or more. Try (1, 3, 7)."
+        )
     model, _ = inference_copy(reference)
     graph = _Graph(Path(onnx_path), model)
     comparison = Comparison()

@@ -317,6 +317,16 @@ class OpenRecurrent(Opened):
         return state
 
 
+def layers_of_recurrences(model: nn.Module) -> set[int]:
+    """The ids of layers whose dense weights torch's kernels and exported operators read."""
+    return {
+        id(layer)
+        for module in model.modules()
+        if isinstance(module, OpenRecurrent)
+        for layer in module.children()
+    }
+
+
 def _weight_shape(layer: Any) -> tuple[int, ...]:
     if isinstance(layer, MPOLayer):
         return (layer.out_features, layer.in_features)

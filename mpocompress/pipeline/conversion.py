@@ -44,11 +44,13 @@ def plan_model(
         MPOCompressError: bad input, see `load_source`, `load_onnx` and `plan`.
     """
     if is_onnx(path):
-        from mpocompress.api.graphs import plan_graph
+        from mpocompress.api.graphs import calls_of_graph, plan_graph
 
         request.check_for_graph()
         graph = open_graph(path, request.factory)
         options = PlanOptions(**request.plan_options())
+        data = None if request.data is None else load_batches(request.data)
+        calls_of_graph(graph.source.model, data=data, shapes=request.inputs)  # or says why not
         plan, inventory = plan_graph(graph.source.model, options, progress=progress)
         return plan, graph, inventory
     opened = open_model(path, factory=request.factory, trust_pickle=request.trust_pickle)
@@ -99,7 +101,10 @@ def convert(
     state = RunState(directory, force=force) if resume else None
     force = force if state is None else state.force
     # The state goes when the result is in its place, not before.
-    with state or nullcontext(), saving.staged_output(directory, force=force) as scratch:
+    with (
+        state or nullcontext(),
+        saving.staged_output(directory, force=force, source=path) as scratch,
+    ):
         with clock("loading"):
             opened = open_model(path, factory=request.factory, trust_pickle=request.trust_pickle)
             batches = read_batches(opened, request)
@@ -172,7 +177,7 @@ def _convert_graph(
 
     request.check_for_graph()
     clock = api.Clock()
-    with saving.staged_output(directory, force=force) as scratch:
+    with saving.staged_output(directory, force=force, source=path) as scratch:
         with clock("loading"):
             opened = open_graph(path, request.factory)
             source = opened.source

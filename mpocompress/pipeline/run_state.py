@@ -46,7 +46,7 @@ class RunState:
     """
 
     def __init__(self, directory: str | Path, *, force: bool) -> None:
-        target = Path(directory)
+        target = Path(os.path.abspath(directory))
         self.folder = target.with_name(f"{target.name}.state")
         self._file = self.folder / _RECORD_FILE
         self._record = self._read()

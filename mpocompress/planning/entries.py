@@ -37,8 +37,12 @@ def keep_entry(site: WeightSite, reason: str, *, selected: bool = True) -> Layer
         shape=site.shape,
         action="keep",
         reason=reason,
-        corrects=selected and site.kind == "linear" and len(site.modules) == 1,
+        corrects=selected and site.adapter.kind == "linear" and len(site.modules) == 1,
     )
+
+
+REBUILT = "a recurrent operator reads it dense: as an MPO it needs no fewer multiply-adds"
+"""Why a weight stays dense that is small in the file only, where that is not what is asked for."""
 
 
 def why_kept(

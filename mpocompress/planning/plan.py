@@ -12,6 +12,7 @@ from mpocompress.mpo.identity_gauge import Gauge, index_dtype, stored_parameters
 from mpocompress.mpo.integers import place_bytes
 from mpocompress.mpo.precision import Precision, bits_of, matrix_bytes
 from mpocompress.planning.layouts import Candidate, chain_macs
+from mpocompress.surgery.inventory import RECURRENT
 
 FORMAT_VERSION = 1
 
@@ -189,8 +190,8 @@ class LayerPlan(_Frozen):
 
     @property
     def macs(self) -> int:
-        """Multiply-adds for one input row afterwards."""
-        if self.action == "keep":
+        """Multiply-adds for one input row afterwards; of recurrent weights those of dense ones."""
+        if self.action == "keep" or self.kind == RECURRENT:
             return self.shape[0] * self.shape[1]
         layout = self.sites()
         return chain_macs(layout, layout.clip(self.bond_dims or ()))

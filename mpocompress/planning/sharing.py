@@ -19,7 +19,7 @@ from mpocompress.planning.allocation import (
     least_numbers,
 )
 from mpocompress.planning.bottleneck import find_bottleneck
-from mpocompress.planning.entries import compress_entry, keep_entry, why_kept
+from mpocompress.planning.entries import REBUILT, compress_entry, keep_entry, why_kept
 from mpocompress.planning.layout_rules import LayoutChoice, LayoutRules, describe_layout
 from mpocompress.planning.layouts import make_candidate
 from mpocompress.planning.objective import Objective
@@ -277,6 +277,9 @@ class Sharing:
         return found.bond > 0 and not distance < limit * self._distance(factors, narrow)
 
     def _part(self, site: WeightSite, layout: Layout, gains: Gains | None) -> Part | None:
+        if site.rebuilt and self.objective.name != "size":
+            self._refuse(site, REBUILT)
+            return None
         stored = cache(partial(stored_at, layout, self.gauge))  # asked for thousands of times
         dense = site.shape[0] * site.shape[1]
         bare = Share(
@@ -291,9 +294,7 @@ class Sharing:
             return None
         top = self.objective.largest(site.shape, layout, smaller)
         if top == 0:
-            refusal = self.objective.refusal(site.shape, layout)
-            self.kept[site] = keep_entry(site, refusal)
-            self._refused.append(f"{site.name}: {refusal}")
+            self._refuse(site, self.objective.refusal(site.shape, layout))
             return None
         known = None
         if gains is not None and layout.pairs == Layout.svd(*site.shape).pairs:
@@ -311,6 +312,10 @@ class Sharing:
             price=price,
         )
         return Part(site=site, layout=layout, share=share)
+
+    def _refuse(self, site: WeightSite, why: str) -> None:
+        self.kept[site] = keep_entry(site, why)
+        self._refused.append(f"{site.name}: {why}")
 
     def _price(self, shape: tuple[int, int], layout: Layout, top: int, bond: int) -> float:
         return self.objective.cost(shape, None if bond > top else layout, bond)

@@ -29,6 +29,7 @@ from mpocompress.report.schema import (
 )
 from mpocompress.report.wording import CORRECTED
 from mpocompress.surgery import Inventory, KeptEntry, WeightSite
+from mpocompress.surgery.inventory import RECURRENT
 
 if TYPE_CHECKING:
     from mpocompress.export.verify import ParityResult
@@ -38,7 +39,7 @@ SWEPT_ALONG = "its values were trained along in sweeps on the loss"
 
 # Kinds whose tensors are matrices that meet every row of an input once. Lookups cost nothing, and
 # what a convolution costs depends on the size of its input.
-_MULTIPLIED = frozenset({"linear", "matrix", "attention", "recurrent", "mpo"})
+_MULTIPLIED = frozenset({"linear", "matrix", "attention", RECURRENT, "mpo"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,7 +201,9 @@ def remeasure(
             }
             if list(mpo.bond_dims) != layer.bond_dims:
                 stored = sum(parameter.numel() for parameter in module.cores.parameters())
-                macs = chain_macs(mpo.layout, mpo.bond_dims) if layer.macs.compressed else 0
+                macs = layer.macs.compressed
+                if macs and layer.kind != RECURRENT:
+                    macs = chain_macs(mpo.layout, mpo.bond_dims)
                 update |= {
                     "bond_dims": list(mpo.bond_dims),
                     "parameters": Size(dense=layer.parameters.dense, compressed=stored),
@@ -302,7 +305,7 @@ def _weight(site: WeightSite, plan: LayerPlan, outcome: Outcome | None, kind: st
         bond_dims=list(outcome.bond_dims),
         precision=plan.storage if plan.rounds else None,
         parameters=Size(dense=dense, compressed=outcome.parameters),
-        macs=Size(dense=macs, compressed=outcome.macs if multiplied else 0),
+        macs=Size(dense=macs, compressed=outcome.macs if multiplied and not site.rebuilt else macs),
         relative_weight_error=outcome.relative_weight_error,
         relative_output_error=outcome.relative_output_error,
         discarded_weight_bound=outcome.discarded_weight_bound,

@@ -21,25 +21,34 @@ _OUR_FILES = (CORES_FILE, ONNX_DATA_FILE, ONNX_FILE, *reversed(REPORT_FILES))
 
 
 @contextmanager
-def staged_output(directory: str | Path, *, force: bool = False) -> Iterator[Path]:
+def staged_output(
+    directory: str | Path, *, force: bool = False, source: str | Path | None = None
+) -> Iterator[Path]:
     """A scratch directory whose files appear in `directory` only if the block succeeds.
 
     The scratch directory stands beside the target, so that every file moves by a rename: a killed
     run leaves each file either old or new. In an existing directory only files that we write are
     replaced or, if stale, removed; a failed run leaves it as it was.
 
+    Args:
+        directory: the target; made if missing.
+        force: whether it may exist.
+        source: what the run reads, which it must not replace.
+
     Raises:
-        OutputExistsError: the directory exists, and is not empty, without `force`.
+        OutputExistsError: the directory exists, and is not empty, without `force`; or what would be
+            replaced in it is not ours, or is the source.
         SaveError: the target cannot be written.
     """
-    target = Path(directory)
+    target = Path(os.path.abspath(directory))  # "." has no name and no parent
     if target.is_dir() and any(target.iterdir()) and not force:
         raise OutputExistsError(
-            f"the output directory {str(target)!r} exists. Use --force (force=True) to replace the "
+            f"the output directory {str(directory)!r} exists. Use --force (force=True) to replace the "
             "files in it that mpocompress writes, or choose another with -o."
         )
     if target.exists() and not target.is_dir():
-        raise SaveError(f"the output {str(target)!r} is a file; give a directory with -o.")
+        raise SaveError(f"the output {str(directory)!r} is a file; give a directory with -o.")
+    _check_ours(target, None if source is None else Path(source))
     made = [parent for parent in target.absolute().parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -59,6 +68,24 @@ def staged_output(directory: str | Path, *, force: bool = False) -> Iterator[Pat
                 parent.rmdir()
         raise
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_ours(target: Path, source: Path | None) -> None:
+    """Refuse to replace files of these names that no run has written, or that this one reads."""
+    there = [name for name in _OUR_FILES if (target / name).exists()]
+    if source is not None and source.exists():
+        read = next((name for name in there if source.samefile(target / name)), None)
+        if read is not None:
+            raise OutputExistsError(
+                f"{str(target / read)!r} is what is read, and would be replaced. Choose another "
+                "directory with -o."
+            )
+    if there and not {CORES_FILE, "report.json"} & set(there):
+        raise OutputExistsError(
+            f"{str(target / there[0])!r} would be replaced, and without {CORES_FILE} and "
+            "report.json beside it no run of mpocompress has written it. Choose another directory "
+            "with -o, or move it away."
+        )
 
 
 def _publish(scratch: Path, target: Path) -> None:
@@ -87,6 +114,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         SaveError: the file cannot be written.
     """
+    if not path.absolute().parent.is_dir():
+        raise SaveError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}.")
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield scratch

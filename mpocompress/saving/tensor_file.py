@@ -118,8 +118,7 @@ def cores_path(path: str | Path) -> Path:
         path = path / CORES_FILE
     if not path.is_file():
         raise LoadError(
-            f"there is no {path.name!r} in {str(path.parent)!r}. Give the directory that "
-            "`mpocompress compress` wrote."
+            f"there is no file {str(path)!r}. Give the directory that `mpocompress compress` wrote."
         )
     return path
 

@@ -15,8 +15,9 @@ from torch.nn.parameter import is_lazy
 
 from mpocompress.errors import ConversionError
 from mpocompress.layers.attention import OpenEncoderLayer
+from mpocompress.layers.recurrent import layers_of_recurrences
 from mpocompress.surgery.adapter import WeightAdapter, adapter_for
-from mpocompress.surgery.inventory import Inventory, KeptEntry, WeightSite, label
+from mpocompress.surgery.inventory import RECURRENT, Inventory, KeptEntry, WeightSite, label
 from mpocompress.surgery.kept import (
     BIAS_REASON,
     BUFFER_REASON,
@@ -105,6 +106,7 @@ class _Survey:
             for use in _registered(name, module):
                 self.uses[id(use.tensor)].append(use)
         self.loose = self._loose_parameters()
+        self.recurrent = layers_of_recurrences(model)
         self.refused = self._refusals()
 
     def _loose_parameters(self) -> dict[int, str]:
@@ -227,7 +229,7 @@ class _Survey:
         return WeightSite(
             name=uses[0].owner_name,
             names=tuple(use.owner_name for use in uses),
-            kind=adapter.kind,
+            kind=RECURRENT if id(module) in self.recurrent else adapter.kind,
             shape=(matrix_OI.shape[0], matrix_OI.shape[1]),
             dtype=weight.dtype,
             device=weight.device,

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from mpocompress.mpo import Layout
 from mpocompress.surgery.adapter import WeightAdapter, adapter_for
 
+RECURRENT = "recurrent"
+"""Kind of the weights that recurrent operators read dense."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class WeightSite:
@@ -18,7 +21,8 @@ class WeightSite:
     Attributes:
         name: qualified name of the module that comes first in the model; "" is the model itself.
         names: every qualified name under which one of `modules` appears, `name` first.
-        kind: of the adapter of the first module, such as "linear".
+        kind: of the adapter of the first module, such as "linear"; "recurrent" for every weight of
+            a recurrent layer.
         shape: (out, in).
         dtype: of the weight.
         device: of the weight.
@@ -36,6 +40,14 @@ class WeightSite:
     parameters: int
     modules: tuple[nn.Module, ...] = field(repr=False)
     adapter: WeightAdapter = field(repr=False)
+
+    @property
+    def rebuilt(self) -> bool:
+        """Whether its dense matrix is made again for an operator that reads it.
+
+        Compressed it is small, but needs no fewer multiply-adds.
+        """
+        return self.kind == RECURRENT
 
     @property
     def label(self) -> str:

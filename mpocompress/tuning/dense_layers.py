@@ -38,7 +38,7 @@ def correction_plans(
     candidates = {
         site.modules[0]: site
         for site in sites
-        if site.kind == "linear"
+        if site.adapter.kind == "linear"
         and len(site.modules) == 1
         and max(site.shape) <= MAX_FEATURES
         and uses[id(site.modules[0].get_parameter("weight"))] == 1
