@@ -43,8 +43,8 @@ def staged_output(
     target = Path(os.path.abspath(directory))  # "." has no name and no parent
     if target.is_dir() and any(target.iterdir()) and not force:
         raise OutputExistsError(
-            f"the output directory {str(directory)!r} exists. Use --force (force=True) to replace the "
-            "files in it that mpocompress writes, or choose another with -o."
+            f"the output directory {str(directory)!r} exists. Use --force (force=True) to replace "
+            "the files in it that mpocompress writes, or choose another with -o."
         )
     if target.exists() and not target.is_dir():
         raise SaveError(f"the output {str(directory)!r} is a file; give a directory with -o.")
