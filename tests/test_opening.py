@@ -39,6 +39,42 @@ def test_recurrent_weights_are_small_in_the_file_and_no_faster():
 
 
 @pytest.mark.onnx
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (nn.LSTM, {"num_layers": 2}),
+        (nn.LSTM, {"bidirectional": True, "bias": False}),
+        (nn.GRU, {"bidirectional": True}),
+        (nn.RNN, {"num_layers": 2, "bidirectional": True}),
+        (nn.RNN, {"nonlinearity": "relu", "bias": False}),
+    ],
+    ids=str,
+)
+def test_graphs_of_recurrent_layers_take_any_length(tmp_path, cls, options, batch_first):
+    import onnxruntime
+
+    torch.manual_seed(0)
+    dense = cls(8, 16, batch_first=batch_first, **options).eval()
+    small = mpo.compress(dense, bond_dim=3, layout="svd").model
+    for model in (dense, small):
+        path = tmp_path / "m.onnx"
+        exported = mpo.export_onnx(model, path, torch.randn(3, 7, 8))
+        assert exported.inputs[0].shape == ("batch", "sequence", 8)
+        mpo.verify(path, model).raise_if_failed()
+        session = onnxruntime.InferenceSession(path)
+        assert {node.name for node in session.get_inputs()} == {"input"}
+        for sizes in ((1, 1), (2, 13)):
+            x = torch.randn(*sizes, 8)
+            found = session.run(None, {"input": x.numpy()})
+            with torch.no_grad():
+                output, states = model(x)
+            wanted = [output, *(states if isinstance(states, tuple) else (states,))]
+            for ours, theirs in zip(found, wanted, strict=True):
+                assert_close(torch.from_numpy(ours), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.onnx
 @pytest.mark.parametrize("form", ["dense", "auto"])
 def test_recurrent_weights_have_no_form(tmp_path, form):
     model = nn.Sequential(nn.LSTM(32, 64, batch_first=True))

@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 from mpocompress.errors import ExportError
 from mpocompress.export.calls import ForwardCall, TensorForward, first_line, run
 from mpocompress.export.inputs import BATCH, SEQUENCE
+from mpocompress.export.recurrence import OpenLengths, translations
 from mpocompress.mpo.integers import Stored
 
 if TYPE_CHECKING:
@@ -119,7 +120,8 @@ def trace(model: nn.Module, call: ForwardCall) -> Trace:
             raise ExportError(
                 f"the batch dimension (0) of input {name!r} is fixed to {tensor.shape[0]}, the "
                 f"size it was traced with, by code in {type(model).__name__}.forward. Take sizes "
-                "from x.shape[0] or -1 in reshape and expand, not from constants."
+                "from x.shape[0] or -1 in reshape and expand, not from constants; where dimension "
+                "0 is time, give recurrent layers with a projection batch_first=True."
             )
     return traced
 
@@ -131,7 +133,7 @@ def _trace_once(model: nn.Module, call: ForwardCall, open_axes: Sequence[set[int
     )
     try:
         # On failure torch prints the graph that it has so far.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), OpenLengths():
             program = torch.export.export(
                 TensorForward(model, call),
                 call.tensors,
@@ -244,7 +246,12 @@ def translate(
     try:
         with torch.no_grad(), _quiet():
             translated = torch.onnx.export(
-                traced.program, opset_version=opset, dynamo=True, optimize=False, verbose=False
+                traced.program,
+                opset_version=opset,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                custom_translation_table=translations(),
             )
             if translated is None:
                 raise RuntimeError("torch's exporter returned no graph")
@@ -271,6 +278,8 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         for module in (r"torch\.", "onnxscript", "onnx_ir", "copyreg"):
             warnings.filterwarnings("ignore", module=module)
+        # Of the list in which recurrent modules keep their weights.
+        warnings.filterwarnings("ignore", message="The tensor attributes self.model")
         for name in levels:
             logging.getLogger(name).setLevel(logging.ERROR)
         try:

@@ -138,7 +138,7 @@ class MPORecurrentWeight(Recurrence, MPOLayer):
 class OpenRecurrent(Opened):
     """Computes what an `nn.RNN`, `nn.LSTM` or `nn.GRU` does, with layers for its weights.
 
-    In ONNX that is one LSTM or GRU operator for any length; projections are unrolled.
+    In ONNX that is one LSTM, GRU or RNN operator for any length; projections are unrolled.
 
     The layers are `ih_l0`, `hh_l0`, `hr_l0` (a projection), `ih_l0_reverse`, ... for the parameters
     `weight_ih_l0`, ... An ordinary forward rebuilds dense weights and runs torch's own kernel, and
