@@ -38,6 +38,11 @@ class Call(Protocol):
         ...
 
 
+def rows_of(call: Call) -> int:
+    """Size of the first dimension of the first argument that has one."""
+    return next(t.shape[0] for t in (*call.args, *call.kwargs.values()) if t.ndim)
+
+
 @dataclass(slots=True)
 class Arrival:
     """One batch at one layer.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mpocompress.errors import DataError
-from mpocompress.tuning.lockstep import Call
+from mpocompress.tuning.lockstep import Call, rows_of
 
 # Without a batch size, batches of more rows than this are cut, into minibatches of the size below.
 LARGE_BATCH = 128
@@ -34,7 +34,7 @@ class Minibatch:
     @property
     def rows(self) -> int:
         """Size of the first dimension of the first argument that has one."""
-        return next(t.shape[0] for t in (*self.args, *self.kwargs.values()) if t.ndim)
+        return rows_of(self)
 
     def take(self, rows: Tensor) -> "Minibatch":
         """Some of the rows, by their numbers; the batch must be divisible."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mpocompress.errors import DataError
 from mpocompress.layers.modes import evaluation_mode
-from mpocompress.tuning.lockstep import Call, floating_outputs
+from mpocompress.tuning.lockstep import Call, floating_outputs, rows_of
 from mpocompress.tuning.moments import keep_mask, real_rows
 
 
@@ -79,11 +79,6 @@ def output_errors(
         model=whole.relative,
         rows=rows,
     )
-
-
-def rows_of(call: Call) -> int:
-    """Size of the first dimension of the first argument that has one."""
-    return next(t.shape[0] for t in (*call.args, *call.kwargs.values()) if t.ndim)
 
 
 class _Sum:

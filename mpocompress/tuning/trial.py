@@ -16,8 +16,8 @@ from mpocompress.mpo.identity_gauge import IdentityGauge
 from mpocompress.surgery import WeightSite, copy_with_replacements
 from mpocompress.tuning.distill_loss import Distance
 from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan
-from mpocompress.tuning.lockstep import Call
-from mpocompress.tuning.output_errors import output_errors, rows_of
+from mpocompress.tuning.lockstep import Call, rows_of
+from mpocompress.tuning.output_errors import output_errors
 from mpocompress.tuning.sequential import fit_in_sequence
 
 
