@@ -364,6 +364,15 @@ def test_files_hold_every_precision(tmp_path, bits, block):
     assert mpo.verify(plain.path, result.model).max_relative_difference < 1e-5
 
 
+def bytes_of_layers(model: nn.Module) -> int:
+    """A file that holds nothing but the layers that are rounded."""
+    return sum(
+        stored.num_bytes
+        for layer in model.modules()
+        for stored in (getattr(layer, "stored", None) or {}).values()
+    )
+
+
 def test_plans_in_bytes_prefer_what_the_data_need():
     """Of two equal layers the one whose outputs hardly matter is stored in fewer bits."""
 
@@ -382,11 +391,7 @@ def test_plans_in_bytes_prefer_what_the_data_need():
     plan = mpo.plan(
         model,
         **with_bytes,
-        onnx_bytes=lambda found: sum(
-            stored.num_bytes
-            for layer in found.modules()
-            for stored in (getattr(layer, "stored", None) or {}).values()
-        ),
+        onnx_bytes=bytes_of_layers,
     )
     bytes_of = {layer.name: layer.bytes for layer in plan.layers}
     assert bytes_of["quiet"] < bytes_of["loud"]
@@ -422,11 +427,7 @@ def test_tables_have_precisions_with_a_tied_head_and_without_gradients(tied, wit
         max_size=size,
         quantize="auto",
         data=data,
-        onnx_bytes=lambda found: sum(
-            stored.num_bytes
-            for layer in found.modules()
-            for stored in (getattr(layer, "stored", None) or {}).values()
-        ),
+        onnx_bytes=bytes_of_layers,
     )
     assert {layer.precision for layer in plan.compressed} - {"float32"}
     assert "table" in {layer.name for layer in plan.compressed}
@@ -441,11 +442,7 @@ def test_healing_against_a_half_precision_model_keeps_scales_and_cores_together(
         max_size="4kB",
         quantize="auto",
         data=data,
-        onnx_bytes=lambda found: sum(
-            stored.num_bytes
-            for layer in found.modules()
-            for stored in (getattr(layer, "stored", None) or {}).values()
-        ),
+        onnx_bytes=bytes_of_layers,
     )
     before = {name: value.clone() for name, value in result.model.state_dict().items()}
     half = copy.deepcopy(model).half()

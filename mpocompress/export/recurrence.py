@@ -12,107 +12,37 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# The arguments are those of torch's kernels, in their order.
+_WEIGHTS_AND_OPTIONS = (
+    "Tensor[] params, bool has_biases, int num_layers, float dropout, bool train, "
+    "bool bidirectional, bool batch_first"
+)
 
 
-@torch.library.custom_op("mpocompress::lstm", mutates_args=())
-def _lstm(
-    input: Tensor,
-    hx: Sequence[Tensor],
-    params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.lstm(
-        input,
-        list(hx),
-        list(params),
-        has_biases,
-        num_layers,
-        dropout,
-        train,
-        bidirectional,
-        batch_first,
+def _operator(kernel: Any, states: str, outputs: int) -> Any:
+    """An operator that does what a kernel does, with its arguments in their order."""
+    operator = torch.library.custom_op(
+        f"mpocompress::{kernel.__name__}",
+        lambda *args: kernel(*args),
+        mutates_args=(),
+        schema=f"(Tensor input, {states} hx, {_WEIGHTS_AND_OPTIONS}) "
+        f"-> ({', '.join(['Tensor'] * outputs)})",
     )
 
+    @operator.register_fake
+    def _(input: Tensor, hx: Tensor | list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+        last = [hx] if isinstance(hx, Tensor) else hx
+        directions = 2 if rest[5] else 1
+        output = input.new_empty(*input.shape[:2], last[0].shape[2] * directions)
+        return output, *(torch.empty_like(state) for state in last)
 
-@torch.library.custom_op("mpocompress::gru", mutates_args=())
-def _gru(
-    input: Tensor,
-    hx: Tensor,
-    params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
-) -> tuple[Tensor, Tensor]:
-    return torch.gru(
-        input,
-        hx,
-        list(params),
-        has_biases,
-        num_layers,
-        dropout,
-        train,
-        bidirectional,
-        batch_first,
-    )
+    return operator
 
 
-@torch.library.custom_op("mpocompress::rnn", mutates_args=())
-def _rnn(
-    input: Tensor,
-    hx: Tensor,
-    params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
-    relu: bool,
-) -> tuple[Tensor, Tensor]:
-    kernel = torch.rnn_relu if relu else torch.rnn_tanh
-    return kernel(
-        input,
-        hx,
-        list(params),
-        has_biases,
-        num_layers,
-        dropout,
-        train,
-        bidirectional,
-        batch_first,
-    )
-
-
-def _outputs(input: Tensor, state: Tensor, bidirectional: bool) -> Tensor:
-    return input.new_empty(*input.shape[:2], state.shape[2] * (2 if bidirectional else 1))
-
-
-@_lstm.register_fake
-def _(input: Tensor, hx: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    output = _outputs(input, hx[0], rest[5])
-    return output, torch.empty_like(hx[0]), torch.empty_like(hx[1])
-
-
-@_gru.register_fake
-@_rnn.register_fake
-def _(input: Tensor, hx: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _outputs(input, hx, rest[5]), torch.empty_like(hx)
-
-
-_KERNELS: Mapping[Any, Callable[..., Any]] = {
-    torch.lstm: _lstm,
-    torch.gru: _gru,
-    torch.rnn_tanh: lambda *args: _rnn(*args, relu=False),
-    torch.rnn_relu: lambda *args: _rnn(*args, relu=True),
+_OPERATORS: Mapping[Any, Any] = {
+    torch.lstm: _operator(torch.lstm, "Tensor[]", 3),
+    torch.gru: _operator(torch.gru, "Tensor", 2),
+    torch.rnn_tanh: _operator(torch.rnn_tanh, "Tensor", 2),
+    torch.rnn_relu: _operator(torch.rnn_relu, "Tensor", 2),
 }
 
 
@@ -129,8 +59,8 @@ class OpenLengths(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func in _KERNELS and not kwargs and _is_plain(args):
-            return _KERNELS[func](*args)
+        if func in _OPERATORS and not kwargs and _is_plain(args):
+            return _OPERATORS[func](*args)
         return func(*args, **(kwargs or {}))
 
 
@@ -145,11 +75,12 @@ def translations() -> dict[Any, Callable[..., Any]]:
     """How the operators are spelled in ONNX, for `torch.onnx.export`."""
     from onnxscript.function_libs.torch_lib.ops import core
 
-    from mpocompress.export.rnn_operator import onnx_rnn
+    from mpocompress.export.rnn_operator import relu_rnn, tanh_rnn
 
     operators = torch.ops.mpocompress
     return {
         operators.lstm.default: core.aten_lstm,
         operators.gru.default: core.aten_gru,
-        operators.rnn.default: onnx_rnn,
+        operators.rnn_tanh.default: tanh_rnn,
+        operators.rnn_relu.default: relu_rnn,
     }
