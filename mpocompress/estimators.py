@@ -40,7 +40,7 @@ class _TensorNetwork(BaseEstimator):  # type: ignore[misc, unused-ignore]
 
     def __init__(
         self,
-        hidden_layer_sizes: Sequence[int] = (256, 256),
+        hidden_layer_sizes: int | Sequence[int] = (256, 256),
         *,
         n_sites: int = 2,
         bond_dim: int = 8,
@@ -69,6 +69,7 @@ class _TensorNetwork(BaseEstimator):  # type: ignore[misc, unused-ignore]
         self.random_state = random_state
         self.device = device
 
+    @torch.inference_mode(False)
     def _fit(self, rows_NF: np.ndarray, labels_N: Tensor, outputs: int) -> None:
         """Train on rows (count, features) in float64 and labels as `train` takes them."""
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
@@ -100,13 +101,18 @@ class _TensorNetwork(BaseEstimator):  # type: ignore[misc, unused-ignore]
         if self.activation not in _ACTIVATIONS:
             raise DataError(f"activation {self.activation!r}: there are 'relu' and 'tanh'.")
         activation, gain = _ACTIVATIONS[self.activation]
-        sizes = tuple(self.hidden_layer_sizes)
-        if not sizes:
-            raise DataError("hidden_layer_sizes is empty. Give at least one, as in (256,).")
+        given = self.hidden_layer_sizes
+        sizes = (given,) if isinstance(given, int) else tuple(given)
+        whole = all(isinstance(size, (int, np.integer)) and size >= 1 for size in sizes)
+        if not sizes or not whole:
+            raise DataError(
+                f"hidden_layer_sizes {given!r}: give one size of 1 or more, or several, as in "
+                "(256,)."
+            )
         generator = torch.Generator().manual_seed(seed)
         layers: list[nn.Module] = []
         width = features
-        for size in sizes:
+        for size in map(int, sizes):
             layer = MPOLinear(
                 width,
                 size,
@@ -144,7 +150,7 @@ class MPOClassifier(ClassifierMixin, _TensorNetwork):  # type: ignore[misc, unus
     cross-entropy.
 
     Args:
-        hidden_layer_sizes: width of each hidden layer.
+        hidden_layer_sizes: width of each hidden layer, or of the only one.
         n_sites: sites of each MPO.
         bond_dim: bond dimension of each MPO, clipped to the maximal one; with `grow` the largest.
         activation: "relu" or "tanh".
@@ -201,7 +207,7 @@ class MPORegressor(RegressorMixin, _TensorNetwork):  # type: ignore[misc, unused
     Like `MPOClassifier`, with the squared error of standardized targets, one or several.
 
     Args:
-        hidden_layer_sizes: width of each hidden layer.
+        hidden_layer_sizes: width of each hidden layer, or of the only one.
         n_sites: sites of each MPO.
         bond_dim: bond dimension of each MPO, clipped to the maximal one; with `grow` the largest.
         activation: "relu" or "tanh".

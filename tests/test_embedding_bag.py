@@ -405,3 +405,15 @@ def test_it_is_counted_loaded_and_given_inputs(tmp_path):
     (ids,) = example_inputs(loaded, specs=[parse_input_spec("5x9:int64")]).args
     assert ids.unique().numel() > 2
     assert int(ids.max()) < 30
+
+
+def test_padding_of_a_table_counts_from_the_end_and_is_in_it():
+    torch.manual_seed(0)
+    table = MPOEmbedding(20, 8, padding_idx=-1)
+    table(torch.tensor([19])).sum().backward()
+    assert not table.cores[0].grad.any()
+    again = MPOEmbedding.from_mpo(table.to_mpo(), padding_idx=-20)
+    assert again.padding_idx == 0
+    for wrong in (20, -21):
+        with pytest.raises(ContractionError, match="padding_idx .* in a table of 20 rows"):
+            MPOEmbedding(20, 8, padding_idx=wrong)

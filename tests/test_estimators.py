@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from sklearn.datasets import load_breast_cancer, make_friedman1
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, train_test_split
@@ -71,7 +72,9 @@ def test_pipelines_and_grid_searches():
     ("change", "message"),
     [
         ({"activation": "gelu"}, "activation 'gelu'"),
-        ({"hidden_layer_sizes": ()}, "hidden_layer_sizes is empty"),
+        ({"hidden_layer_sizes": ()}, r"hidden_layer_sizes \(\): give one size"),
+        ({"hidden_layer_sizes": (8.0,)}, r"hidden_layer_sizes \(8.0,\): give one size"),
+        ({"hidden_layer_sizes": 0}, "hidden_layer_sizes 0: give one size"),
         ({"bond_dim": 0}, "bond dimension"),
         ({"epochs": 0}, "epochs 0"),
         ({"method": "sgd"}, "method 'sgd'"),
@@ -81,6 +84,14 @@ def test_impossible_parameters_are_value_errors_at_fit(change, message):
     X, y = make_friedman1(50, random_state=0)
     with pytest.raises(ValueError, match=message):
         MPORegressor(**change).fit(X, y)
+
+
+@torch.inference_mode()
+def test_one_size_alone_and_fits_under_inference_mode():
+    X, y = make_friedman1(50, random_state=0)
+    found = MPORegressor(hidden_layer_sizes=8, epochs=1, random_state=0).fit(X, y)
+    assert found.network_[0].out_features == 8
+    assert not any(parameter.is_inference() for parameter in found.network_.parameters())
 
 
 def test_bad_data_gives_scikit_learns_kind_of_error():

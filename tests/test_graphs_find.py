@@ -76,6 +76,10 @@ REFUSED = {
     "is also read by Gather 'node_z'": matmul(
         {**W, "i": np.array([1])}, node("Gather", "W i", "z"), outputs=("y", "z")
     ),
+    "is also read by Identity 'node_unused'": matmul(W, node("Identity", "W", "unused")),
+    "is also read by Transpose 'node_z'": matmul(
+        W, node("Transpose", "W", "z"), outputs=("y", "z")
+    ),
     "it is an output of the graph, too": matmul(W, outputs=("y", "W")),
     "in different forms": matmul(
         W,

@@ -147,3 +147,12 @@ def test_what_does_not_fit_is_refused():
         TensorRegressionLayer((3, 4), 2, (2, 5, 1))
     with pytest.raises(LayoutError, match=r"ranks \(2, 2\)"):
         TensorRegressionLayer((3, 4), 2, (2, 2))
+
+
+def test_contraction_layers_compile_as_one_graph():
+    torch.manual_seed(0)
+    layer = TensorContractionLayer((4, 5, 6), (2, 3, 2))
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    for rows in (7, 3):
+        x = torch.randn(rows, 4, 5, 6)
+        torch.testing.assert_close(compiled(x), layer(x))

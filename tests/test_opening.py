@@ -84,6 +84,54 @@ def test_recurrent_weights_have_no_form(tmp_path, form):
     mpo.verify(exported.path, small).raise_if_failed()
 
 
+class HalfStep(nn.TransformerEncoderLayer):
+    """A subclass stays as it is; its attention is opened."""
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return super()._ff_block(x) * 0.5
+
+
+@pytest.mark.filterwarnings("ignore")  # of nested tensors
+def test_subclasses_of_encoder_layers_take_opened_attention():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(HalfStep(32, 4, 64, batch_first=True), 2).eval()
+    x = torch.randn(3, 7, 32)
+    options = {"bond_dim": 32, "layout": "svd", "if_smaller": False}
+    for given in ({}, {"data": [x]}):
+        small = mpo.compress(model, **options, **given).model
+        assert isinstance(small.layers[0].self_attn, OpenAttention)
+        mask = torch.arange(7)[None] >= torch.tensor([7, 5, 2])[:, None]
+        for options_of_call in ({}, {"src_key_padding_mask": mask}):
+            keep = ~mask if options_of_call else torch.ones_like(mask)
+            found, wanted = (net(x, **options_of_call)[keep] for net in (small, model))
+            assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_models_may_flatten_and_read_what_was_opened():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(24, 16, batch_first=True)
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+            self.pair = nn.Bilinear(16, 16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.rnn.flatten_parameters()
+            y = self.rnn(x)[0]
+            y = self.attention(y, y, y)[0][:, -1]
+            penalty = self.rnn.weight_hh_l0.square().mean() + self.pair.weight.square().mean()
+            return self.pair(y, y) + penalty + self.attention.in_proj_weight.square().mean()
+
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(8, 5, 24)
+    for given in ({}, {"data": [x]}):
+        small = mpo.compress(model, bond_dim=24, layout="svd", if_smaller=False, **given).model
+        assert isinstance(small.rnn, OpenRecurrent)
+        assert_close(small(x), model(x), rtol=1e-3, atol=1e-4)
+        with pytest.raises(AttributeError, match="weight_hh_l1"):
+            _ = small.rnn.weight_hh_l1
+
+
 def test_the_copy_shares_all_weights_and_the_model_is_untouched():
     model = seeded(lambda: nn.Sequential(nn.LSTM(4, 3), nn.ReLU()))
     model[0].extra = "kept"

@@ -276,6 +276,38 @@ def test_unwritable_outputs(tied, tmp_path):
         mpo.save(result, tmp_path / "file" / "out")
 
 
+def test_what_was_trained_from_scratch_is_loaded_into_its_own_architecture(tmp_path):
+    def network():
+        return nn.Sequential(MPOLinear(16, 32, bond_dim=2), nn.ReLU(), nn.Linear(32, 2))
+
+    torch.manual_seed(0)
+    trained = network()
+    data = (torch.randn(64, 16), torch.randn(64, 2))
+    mpo.train(trained, data, loss="mse", epochs=2, sites="grow", bond_dim=6)
+    assert trained[0].bond_dims != (2,)
+    mpo.save(trained, tmp_path / "out")
+    skeleton = network()
+    before = {name: value.clone() for name, value in skeleton.state_dict().items()}
+    found = mpo.load(tmp_path / "out", model=skeleton)
+    assert found[0].bond_dims == trained[0].bond_dims
+    assert torch.equal(found(data[0]), trained(data[0]))
+    assert all(torch.equal(before[name], v) for name, v in skeleton.state_dict().items())
+    other = nn.Sequential(MPOLinear(16, 30, bond_dim=2), nn.ReLU(), nn.Linear(30, 2))
+    with pytest.raises(LoadError, match="'0' is 32x16 in the saved result, but 30x16"):
+        mpo.load(tmp_path / "out", model=other)
+
+
+@pytest.mark.parametrize(
+    "buffer", [torch.zeros(2, dtype=torch.complex128), torch.eye(2).to_sparse()], ids=str
+)
+def test_tensors_that_the_format_does_not_know_are_refused(tmp_path, buffer):
+    network = nn.Sequential(MPOLinear(12, 20, bond_dim=3))
+    network.register_buffer("odd", buffer)
+    with pytest.raises(SaveError, match="state entry 'odd' is torch"):
+        mpo.save(network, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_state_that_is_no_tensor_is_refused(tmp_path):
     class Extra(nn.Module):
         def get_extra_state(self):

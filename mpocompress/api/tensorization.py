@@ -19,6 +19,7 @@ from mpocompress.surgery import (
 )
 
 
+@torch.inference_mode(False)
 def tensorize(
     model: nn.Module,
     *,

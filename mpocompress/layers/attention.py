@@ -23,6 +23,11 @@ class OpenAttention(Opened):
         attention: its weights are shared, not copied; the packed one as three views.
     """
 
+    # What `nn.TransformerEncoderLayer`, of which subclasses stay as they are, asks before it takes
+    # a path that reads packed weights.
+    in_proj_bias = None
+    _qkv_same_embed_dim = False
+
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         self.embed_dim = attention.embed_dim

@@ -1,5 +1,6 @@
 """`MPOLayer`: what layers of every kind have in common, a matrix that is stored as cores."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Self
 
@@ -57,6 +58,13 @@ class MPOLayer(nn.Module):
             )
         self._layout = weight.layout
         self._plan_forward()
+
+    def with_weight(self, weight: MPO | IdentityGauge) -> Self:
+        """A copy with another weight of this shape, whatever its layout and bond dimensions."""
+        layer = copy.deepcopy(self)
+        layer._set_cores(weight)
+        layer.stored = None
+        return layer
 
     def _plan_forward(self) -> None:
         """Called when layout or bond dimensions have changed."""

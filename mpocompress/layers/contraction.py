@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mpocompress.errors import ContractionError, LayoutError
 from mpocompress.layers.linear import check_gain
 from mpocompress.mpo import MPO, Layout, apply_cores
+from mpocompress.mpo.contract import ContractionPlans, plans_for
 from mpocompress.mpo.initialize import initial_cores
 
 
@@ -55,6 +56,8 @@ class TensorContractionLayer(nn.Module):
             layout, 1, variance=variance, dtype=dtype, device=device, generator=generator
         )
         self.factors = nn.ParameterList(nn.Parameter(core[0, :, :, 0].clone()) for core in cores)
+        # Made here, as it is no business of a compiled graph.
+        self._plans: ContractionPlans = plans_for(cores)
         self.bias: nn.Parameter | None = None
         if bias:
             bound = layout.in_features**-0.5
@@ -76,7 +79,9 @@ class TensorContractionLayer(nn.Module):
         lead = input.shape[:-modes]
         cores = [factor[None, :, :, None] for factor in self.factors]
         shape = (prod(self.out_shape), prod(self.in_shape))
-        flat = apply_cores(cores, input.reshape(*lead, shape[1]), shape=shape)
+        exporting = torch.compiler.is_exporting()
+        plan = self._plans.chain if exporting else self._plans.best(prod(lead))
+        flat = apply_cores(cores, input.reshape(*lead, shape[1]), shape=shape, plan=plan)
         output = flat.reshape(*lead, *self.out_shape)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mpocompress.errors import ContractionError
 from mpocompress.layers.base import MPOLayer, in_gauge
 from mpocompress.mpo import MPO, LayoutLike
 from mpocompress.mpo.factors import resolve_layout
@@ -21,7 +22,8 @@ class MPOEmbedding(MPOLayer):
     Args:
         num_embeddings: rows.
         embedding_dim: columns.
-        padding_idx: as in `nn.Embedding`: this row gets no gradient where it is looked up.
+        padding_idx: as in `nn.Embedding`: this row gets no gradient where it is looked up; negative
+            ones count from the end.
         layout: "svd", "balanced", (out, in) pairs, text or a `Layout`, of the table.
         bond_dim: as in `MPOLinear`.
         device: where the parameters live.
@@ -30,6 +32,7 @@ class MPOEmbedding(MPOLayer):
     Raises:
         LayoutError: the layout does not fit the table.
         BondDimError: a bond dimension below 1.
+        ContractionError: a padding index beyond the table.
 
     Entries start with variance 1, as in `nn.Embedding`.
     """
@@ -56,7 +59,7 @@ class MPOEmbedding(MPOLayer):
             dtype=dtype,
         )
         self._set_up(MPO(mpo.cores, shape=(num_embeddings, embedding_dim)), None)
-        self.padding_idx = padding_idx
+        self.padding_idx = checked_padding(padding_idx, num_embeddings)
 
     @classmethod
     def from_mpo(
@@ -73,7 +76,7 @@ class MPOEmbedding(MPOLayer):
         """
         layer = cls.__new__(cls)
         layer._set_up(in_gauge(mpo, gauge), None)
-        layer.padding_idx = padding_idx
+        layer.padding_idx = checked_padding(padding_idx, layer.num_embeddings)
         return layer
 
     @property
@@ -108,3 +111,19 @@ class MPOEmbedding(MPOLayer):
             f"{self.num_embeddings}, {self.embedding_dim}, {padding}layout={self._layout}, "
             f"bond_dims={list(self.bond_dims)}{gauge}"
         )
+
+
+def checked_padding(padding_idx: int | None, rows: int) -> int | None:
+    """The row that is padding, counted from the first.
+
+    Raises:
+        ContractionError: beyond the table.
+    """
+    if padding_idx is None:
+        return None
+    if not -rows <= padding_idx < rows:
+        raise ContractionError(
+            f"padding_idx {padding_idx} in a table of {rows} rows: it is one of them, or counts "
+            "from the end. Give one within the table."
+        )
+    return padding_idx % rows

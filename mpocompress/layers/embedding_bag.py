@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpocompress.errors import ContractionError
-from mpocompress.layers.embedding import MPOEmbedding
+from mpocompress.layers.embedding import MPOEmbedding, checked_padding
 from mpocompress.layers.opened import Opened, Origin
 from mpocompress.mpo import LayoutLike
 
@@ -65,10 +65,6 @@ class MPOEmbeddingBag(Opened):
     ) -> None:
         if mode not in get_args(BagMode):
             raise ContractionError(f"mode {mode!r}: bags are reduced by sum, mean or max.")
-        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
-            raise ContractionError(
-                f"padding_idx {padding_idx} in a table of {num_embeddings} rows."
-            )
         super().__init__()
         self.table = MPOEmbedding(
             num_embeddings,
@@ -80,7 +76,7 @@ class MPOEmbeddingBag(Opened):
         )
         self.mode = mode
         self.include_last_offset = include_last_offset
-        self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
+        self.padding_idx = checked_padding(padding_idx, num_embeddings)
 
     @classmethod
     def around(cls, bag: nn.EmbeddingBag) -> Self:

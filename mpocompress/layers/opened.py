@@ -9,7 +9,10 @@ are found, fitted and replaced like any other.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -38,6 +41,26 @@ class Opened(nn.Module):
     def origins(self) -> Mapping[str, Origin]:
         """Parameters of the opened module by name, where they have other names or shapes here."""
         return {}
+
+    def __getattr__(self, name: str) -> Any:
+        """Parameters under the names that they had, made anew, for models that read them."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            origin = None if "_asks_origins" in self.__dict__ else self._origin(name)
+            if origin is None:
+                raise
+        parts = [attrgetter(part)(self) for part in origin.parts]
+        return torch.cat([part.reshape(-1) for part in parts]).reshape(origin.shape)
+
+    def _origin(self, name: str) -> Origin | None:
+        self.__dict__["_asks_origins"] = True  # which may ask for what is not there yet
+        try:
+            return self.origins().get(name)
+        except (AttributeError, KeyError):
+            return None
+        finally:
+            del self.__dict__["_asks_origins"]
 
 
 @contextmanager

@@ -181,6 +181,9 @@ class OpenRecurrent(Opened):
             f"_l{layer}{direction}" for layer in range(self.num_layers) for direction in directions
         ]
 
+    def flatten_parameters(self) -> None:
+        """As `nn.RNNBase` has it, for models that call it; weights have no common memory here."""
+
     def origins(self) -> Mapping[str, Origin]:
         """Every parameter of the dense module has the name of its layer."""
         found = {}

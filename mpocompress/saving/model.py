@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import LoadError, SaveError
+from mpocompress.layers import MPOLayer
 from mpocompress.mpo import MPO
 from mpocompress.saving.manifest import LayerRecord, Manifest, layer_records, opened_records
 from mpocompress.saving.tensor_file import (
@@ -45,6 +46,11 @@ def save_model(
             raise SaveError(
                 f"state entry {name!r} is a {type(tensor).__name__}, not a tensor; it cannot be "
                 "saved without a pickle. Remove the module that keeps it, or convert it first."
+            )
+        if tensor.layout != torch.strided or tensor.dtype == torch.complex128:
+            raise SaveError(
+                f"state entry {name!r} is {tensor.layout} of {tensor.dtype}, which the file format "
+                "does not know. Convert it, or register the buffer with persistent=False."
             )
         if id(tensor) in first_name:
             aliases[name] = first_name[id(tensor)]
@@ -101,7 +107,9 @@ def load_model(path: str | Path, skeleton: nn.Module) -> nn.Module:
 
     Args:
         path: the directory, or `model.mpo.safetensors` itself.
-        skeleton: a dense model of the same architecture, with any weights; it is not changed.
+        skeleton: a model of the same architecture with any weights; it is not changed. Where the
+            result has MPO layers it has dense ones or, as one that was trained from scratch, MPO
+            layers, whose layouts and bond dimensions do not matter.
 
     Returns:
         A copy of the skeleton with MPO layers and the saved state: bit-identical outputs.
@@ -119,10 +127,12 @@ def load_model(path: str | Path, skeleton: nn.Module) -> nn.Module:
     for record in manifest.layers:
         for name in record.names:
             _check_skeleton(record, name, modules.get(name))
-        dense = modules[record.names[0]]
-        adapter = adapter_for(dense)
-        if adapter is not None:
-            replacements[dense] = adapter.build(dense, weight_of(record, tensors))
+        found = modules[record.names[0]]
+        adapter = adapter_for(found)
+        if isinstance(found, MPOLayer):
+            replacements[found] = found.with_weight(weight_of(record, tensors))
+        elif adapter is not None:
+            replacements[found] = adapter.build(found, weight_of(record, tensors))
     model = copy_with_replacements(skeleton, replacements)
     _assign_state(model, tensors, manifest.aliases)
     return model
@@ -131,7 +141,12 @@ def load_model(path: str | Path, skeleton: nn.Module) -> nn.Module:
 def _check_skeleton(record: LayerRecord, name: str, module: nn.Module | None) -> None:
     """The module of the skeleton is what was compressed."""
     adapter = None if module is None else adapter_for(module)
-    if module is None or adapter is None or adapter.kind != record.kind:
+    shape: tuple[int, ...] | None = None
+    if isinstance(module, MPOLayer) and module.kind == record.kind:
+        shape = (module.out_features, module.in_features)
+    elif module is not None and adapter is not None and adapter.kind == record.kind:
+        shape = tuple(adapter.matrix(module).shape)
+    if shape is None:
         found = "nothing" if module is None else f"a {type(module).__name__}"
         wanted = _DENSE.get(record.kind, f"a layer of the kind {record.kind!r}")
         raise LoadError(
@@ -139,7 +154,6 @@ def _check_skeleton(record: LayerRecord, name: str, module: nn.Module | None) ->
             f"{found} there instead of {wanted}. Give the architecture that was "
             "compressed, or use `mpocompress densify`."
         )
-    shape = tuple(adapter.matrix(module).shape)
     if shape != record.shape:
         raise LoadError(
             f"layer {name!r} is {record.shape[0]}x{record.shape[1]} in the saved result, "

@@ -100,7 +100,9 @@ def open_modules(model: nn.Module, only: Collection[str] | None = None) -> nn.Mo
     for module in opened.modules():
         # Its fast path packs rows for the one of its layers, which are not on it any more.
         if isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(layer, OpenEncoderLayer) for layer in module.layers
+            isinstance(layer, OpenEncoderLayer)
+            or isinstance(getattr(layer, "self_attn", None), OpenAttention)
+            for layer in module.layers
         ):
             module.use_nested_tensor = False
     return opened

@@ -177,6 +177,12 @@ def trainable_chains(
 ) -> list[Chain]:
     """Those of `find_chains` that the patterns mean and whose cores are not all frozen.
 
+    Args:
+        model: with MPO layers.
+        include: patterns of layer names; default: all.
+        exclude: likewise; they win.
+        may_be_none: whether all of them may be frozen.
+
     Raises:
         NoLayerMatched: the model has no MPO layer, a pattern matches none, or all are frozen and
             that may not be.

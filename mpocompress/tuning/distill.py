@@ -260,7 +260,7 @@ class _Trainer:
         for batch in batches:
             loss = phase.loss(batch) * (batch.rows / rows)
             if loss.requires_grad:
-                loss.backward()
+                _backward(loss)
             total += float(loss.detach())
         if all(parameter.grad is None for parameter in self._parameters):
             raise DataError(
@@ -303,6 +303,18 @@ class _Trainer:
     def _report(self, what: str, done: int, total: int) -> None:
         if self._progress is not None:
             self._progress(what, done, total)
+
+
+def _backward(loss: Tensor) -> None:
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise DataError(
+            "the model changes tensors in place that its gradients need, as x += layer(x) does, so "
+            "that it cannot be trained. Write x = x + layer(x), or leave the healing out."
+        ) from error
 
 
 def _record(

@@ -21,7 +21,7 @@ from mpocompress.layers.modes import evaluation_mode
 from mpocompress.layers.opened import layers_called
 from mpocompress.mpo import linalg
 from mpocompress.tuning.layer_rows import adapter_of, row_pieces
-from mpocompress.tuning.lockstep import Call, floating_outputs
+from mpocompress.tuning.lockstep import Call, floating_outputs, version_of
 from mpocompress.tuning.moments import (
     MAX_FEATURES,
     CrossMoment,
@@ -108,22 +108,41 @@ def take_statistics(
     Raises:
         DataError: the model has no floating output, or its gradients are not finite.
     """
+    try:
+        return _statistics(model, layers, calls, seed, all_data)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+    # As x += layer(x) does, which runs but cannot be trained: what gradients need is copied.
+    # (torch's allow_mutation_on_saved_tensors does not see changes through views.)
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda copied: copied):
+        return _statistics(model, layers, calls, seed, all_data)
+
+
+def _statistics(
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    calls: Sequence[Call],
+    seed: int,
+    all_data: bool,
+) -> Statistics:
     moments = {layer: LayerMoments() for layer in layers}
     generator = torch.Generator().manual_seed(seed)
     energy, no_gradients = 0.0, set[nn.Module]()
     keep: list[Tensor | None] = [None]
-    latest: list[tuple[Tensor, CrossMoment]] = []
+    latest: list[tuple[Tensor, int, CrossMoment]] = []
 
     def moment_of(layer: nn.Module, value: Tensor) -> CrossMoment:
         """Of one batch of inputs; formed once for layers that are called with the same tensor."""
         plain = adapter_of(layer).takes_rows
-        if plain and latest and latest[0][0] is value:
-            return latest[0][1]
+        # A model may change a tensor in place between two layers that read it.
+        if plain and latest and latest[0][0] is value and latest[0][1] == version_of(value):
+            return latest[0][2]
         moment = moments[layer].inputs.empty_like()
         for (rows,) in row_pieces(layer, (value.detach(),), keep[0]):
             moment.add(rows, rows)
         if plain:
-            latest[:] = [(value, moment)]
+            latest[:] = [(value, version_of(value), moment)]
         return moment
 
     def watch(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
@@ -138,7 +157,8 @@ def take_statistics(
             else:
                 moments[layer].inputs.merge(moment_of(layer, values[0]))
         if not output.requires_grad:
-            output = output.detach().requires_grad_()
+            # No leaf, which a model may not change in place.
+            output = output.detach().requires_grad_().clone()
         watched = values[0] if adapter.watches_input else output
         outputs = adapter.output_rows(layer, watched.detach())
         if outputs is None or outputs.shape[-1] > MAX_FEATURES:

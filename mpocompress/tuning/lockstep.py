@@ -38,6 +38,11 @@ class Call(Protocol):
         ...
 
 
+def version_of(value: Tensor) -> int:
+    """How often a tensor has been changed in place; of those that torch does not count, 0."""
+    return 0 if value.is_inference() else value._version
+
+
 def rows_of(call: Call) -> int:
     """Size of the first dimension of the first argument that has one."""
     return next(t.shape[0] for t in (*call.args, *call.kwargs.values()) if t.ndim)

@@ -117,7 +117,7 @@ def _outputs_of(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, l
     def keeper(name: str) -> Any:
         def keep(_layer: nn.Module, _args: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                found[name].append(output)
+                found[name].append(output.clone())  # a model may change it in place
 
         return keep
 

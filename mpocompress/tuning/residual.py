@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mpocompress.tuning.lockstep import OperationRecorder, main_output
+from mpocompress.tuning.lockstep import OperationRecorder, main_output, version_of
 
 _ADDS = frozenset({"aten::add", "aten::add_"})
 # Operations that hand a tensor on unchanged, up to its shape.
@@ -38,11 +38,17 @@ class StreamWatcher(OperationRecorder):
         super().__init__()
         self._made: dict[int, tuple[int, weakref.ref[Tensor]]] = {}
         self._from: dict[int, tuple[nn.Module, int, weakref.ref[Tensor]]] = {}
-        self._streams: dict[nn.Module, tuple[int, Tensor]] = {}
+        self._streams: dict[nn.Module, tuple[int, Tensor, int]] = {}
 
     def take_stream(self, layer: nn.Module) -> tuple[int, Tensor] | None:
-        """Number and value of the stream that the layer's latest output went into, once."""
-        return self._streams.pop(layer, None)
+        """Number and value of the stream that the layer's latest output went into, once.
+
+        None also if the model has changed that value in place since.
+        """
+        number, stream, version = self._streams.pop(layer, (0, None, 0))
+        if stream is None or version_of(stream) != version:
+            return None
+        return number, stream
 
     def note(self, output: Any) -> int:
         """Number one operation."""
@@ -61,19 +67,19 @@ class StreamWatcher(OperationRecorder):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, number it, and see whether it adds a layer's output to a stream."""
+        name = func._schema.name
+        if name in _ADDS and len(args) >= 2 and not self._inside:
+            self._look_at_addition(args[0], args[1], in_place=name.endswith("_"))
         output = super().__torch_dispatch__(func, types, args, kwargs)
         if self._inside or not args:
             return output
-        name = func._schema.name
         if name in _PASSES:
             source, value = self._source(args[0]), main_output(output)
             if source is not None and value is not None:
                 self._from[id(value)] = (*source, weakref.ref(value))
-        elif name in _ADDS and len(args) >= 2:
-            self._look_at_addition(args[0], args[1])
         return output
 
-    def _look_at_addition(self, left: Any, right: Any) -> None:
+    def _look_at_addition(self, left: Any, right: Any, *, in_place: bool) -> None:
         if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
             return
         if left.shape != right.shape:
@@ -86,7 +92,8 @@ class StreamWatcher(OperationRecorder):
             layer, called = source
             # Of two layers that are added to each other, the later one corrects the earlier.
             if made[0] < called:
-                self._streams[layer] = (made[0], stream)
+                before = stream.clone() if in_place and stream is left else stream
+                self._streams[layer] = (made[0], before, version_of(before))
                 return
 
     def _source(self, value: Any) -> tuple[nn.Module, int] | None:

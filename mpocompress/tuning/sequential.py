@@ -40,7 +40,13 @@ from mpocompress.tuning.fit_plan import (
 )
 from mpocompress.tuning.fit_state import FitStore
 from mpocompress.tuning.layer_rows import adapter_of
-from mpocompress.tuning.lockstep import Call, OperationRecorder, Runner, stopping_layers
+from mpocompress.tuning.lockstep import (
+    Call,
+    OperationRecorder,
+    Runner,
+    stopping_layers,
+    version_of,
+)
 from mpocompress.tuning.moments import RowCounts, keep_mask
 from mpocompress.tuning.residual import StreamWatcher
 from mpocompress.tuning.rounding import Rounded, Storage, round_table, round_weight, shrunk
@@ -85,7 +91,30 @@ def fit_in_sequence(
     """
     if not calls:
         raise DataError("there are no batches to fit on.")
-    options = options or FitOptions()
+    given = (model, plans, calls, output_metrics, heads, options or FitOptions(), store, progress)
+    try:
+        return _fit_in_sequence(*given, copies=False)
+    except _OverwrittenError:
+        return _fit_in_sequence(*given, copies=True)
+
+
+class _OverwrittenError(Exception):
+    """The dense model has changed what a layer read before it could be looked at."""
+
+
+def _fit_in_sequence(
+    model: nn.Module,
+    plans: Sequence[SitePlan],
+    calls: Sequence[Call],
+    output_metrics: Mapping[nn.Module, Tensor] | None,
+    heads: Mapping[WeightSite, Sequence[HeadUse]] | None,
+    options: FitOptions,
+    store: FitStore | None,
+    progress: Callable[[str, int, int], None] | None,
+    *,
+    copies: bool,
+) -> dict[WeightSite, FittedWeight]:
+    """The same; with copies of what the dense layers read."""
     if options.output_metric == "auto":
         swept = [
             plan.site.shape for plan in plans if not (plan.stays_dense or _is_svd(plan.layout))
@@ -137,7 +166,7 @@ def fit_in_sequence(
             plan = by_module[layer]
             if progress is not None:
                 progress(plan.site.name, len(fitted), len(plans))
-            places = [_place(layer, pair, options.repair_streams) for pair in pairs]
+            places = [_place(layer, pair, options.repair_streams, copies) for pair in pairs]
             output_metric = (output_metrics or {}).get(layer)
             done = None if store is None else store.reach(plan)
             if done is None:
@@ -163,16 +192,26 @@ def fit_in_sequence(
     return fitted
 
 
-def _place(layer: nn.Module, pair: tuple[Runner, Runner], repair_streams: bool) -> Place:
+def _place(
+    layer: nn.Module, pair: tuple[Runner, Runner], repair_streams: bool, copies: bool
+) -> Place:
     """Read where a pair waits, and let the dense runner go on to the next layer.
 
     It runs one layer ahead: only what follows the layer tells which stream its output goes into.
+
+    Raises:
+        _OverwrittenError: on its way it has changed what it was to be read, and there is no copy.
     """
     dense, ours = pair
     if dense.arrival is None or ours.arrival is None:
         raise DataError("a batch ended before it reached the layer that others wait at.")
     dense_input, our_input = dense.arrival.input, ours.arrival.input
+    if copies:
+        dense_input = dense_input.clone()
+    version = version_of(dense_input)
     dense.resume(_dense_forward(layer))
+    if version_of(dense_input) != version:
+        raise _OverwrittenError
     streams = None
     watcher = dense.recorder
     if repair_streams and isinstance(watcher, StreamWatcher):

@@ -149,7 +149,10 @@ class _Survey:
         """Who reads a stored tensor in the end, and along which path."""
         value = nodes[-1].output[0] if nodes else name
         for consumer in self.model.consumers.get(value, ()):
-            if continues(consumer.node, consumer.position, self.model):
+            # A path that nothing multiplies by at its end is a reader itself.
+            output = consumer.node.output[0]
+            goes_on = output in self.model.consumers and output not in self.model.outputs
+            if goes_on and continues(consumer.node, consumer.position, self.model):
                 yield from self._readers(name, (*nodes, consumer.node))
             else:
                 yield consumer, WeightPath(name, nodes)
