@@ -7,7 +7,7 @@ Trains a small hybrid network on scikit-learn's 8x8 digits and draws
     spectra.png    the Schmidt values behind that
     state.png      a network as a quantum state: what depth does, and an Ising ground state
 
-It takes half a minute, and needs scikit-learn (pip install '.[test]').
+It takes half a minute, and needs scikit-learn (pip install '.[sklearn]').
 """
 
 import argparse

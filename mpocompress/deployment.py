@@ -202,8 +202,16 @@ def export_again(
         exported=replace(exported, path=output),
         parity=parity,
         forms=forms,
-        notes=tuple(opened.notes),
+        notes=(*opened.notes, *_lost_precisions(report, quantize)),
     )
+
+
+def _lost_precisions(report: CompressionReport, quantize: Quantize) -> Iterator[str]:
+    if report.settings.get("quantize") == "auto" and quantize == "none":
+        yield (
+            "the result's own file has a precision for each layer, which its cores do not keep: "
+            "this one has float32 cores"
+        )
 
 
 _FORMS: tuple[FormChoice, ...] = ("chain", "dense", "auto")

@@ -1,5 +1,7 @@
 """Models as users have them: what they take, whether rows stand for themselves, what they keep."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ import mpocompress as mpo
 from mpocompress.api.calling import check_calls, with_whole_batches
 from mpocompress.api.data import calls_of, split_calls
 from mpocompress.cli import main
-from mpocompress.errors import DataError
+from mpocompress.errors import DataError, LoadError
 from mpocompress.loading import Batch
 
 
@@ -308,3 +310,17 @@ def test_models_and_labels_of_inference_mode():
     (call,) = calls_of([{"input": rows(), "labels": labels}], net())
     assert call.labels is not None
     assert not call.labels.is_inference()
+
+
+@pytest.mark.parametrize("given", ["model.pt", Path("model.pt"), {"weight": 1}], ids=str)
+def test_what_is_no_model_is_refused_with_what_to_do(given, tmp_path):
+    calls = [
+        lambda: mpo.plan(given, bond_dim=4),
+        lambda: mpo.compress(given, bond_dim=4),
+        lambda: mpo.save(given, tmp_path / "out"),
+        lambda: mpo.load(tmp_path, model=given),
+    ]
+    for call in calls:
+        with pytest.raises(LoadError, match="a model is an nn.Module, and this is .*torch.load"):
+            call()
+    assert list(tmp_path.iterdir()) == []

@@ -133,6 +133,10 @@ def test_force_replaces_and_report_redraws(here, capsys):
 def test_densify_gives_an_ordinary_checkpoint(here, capsys):
     assert run(capsys, "model.pt", "--bond-dim", "8")[0] == 0
     assert run(capsys, "densify", "model-mpo", "-o", "dense.pt")[0] == 0
+    code, out, _ = run(capsys, "densify", "model-mpo", "-o", "again.pt", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found == {"file": "again.pt", "bytes": (here / "again.pt").stat().st_size}
     dense = network()
     dense.load_state_dict(torch.load("dense.pt", weights_only=True))
     x = torch.randn(3, 48)

@@ -83,7 +83,7 @@ def test_export_again(here, capsys):
     assert "Use --force" in err
     for options, message in (
         (("-o", "model.pt", "--force"), "does not end in .onnx"),
-        (("-o", "x.onnx", "--quantize", "auto"), "writes layers as they were rounded"),
+        (("-o", "x.onnx", "--quantize", "auto"), "int4"),
     ):
         code, _, err = run(capsys, *base, *options)
         assert code == 2

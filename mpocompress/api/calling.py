@@ -3,12 +3,13 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mpocompress.errors import DataError, MPOCompressError
+from mpocompress.errors import DataError, LoadError, MPOCompressError
 from mpocompress.layers.modes import evaluation_mode
 from mpocompress.loading import Batch
 from mpocompress.tuning.lockstep import floating_outputs
@@ -23,7 +24,17 @@ def uncompiled(model: nn.Module) -> nn.Module:
     """The module that `torch.compile(model)` wraps, or the model: names and hooks are the module's.
 
     What is made of it is not compiled; compile it again.
+
+    Raises:
+        LoadError: it is no module.
     """
+    if not isinstance(model, nn.Module):
+        is_path = isinstance(model, str | Path)
+        what = f"the path {str(model)!r}" if is_path else f"a {type(model).__name__}"
+        raise LoadError(
+            f"a model is an nn.Module, and this is {what}. Load it first, as with torch.load, or "
+            "use the command line: mpocompress MODEL --bond-dim 16."
+        )
     found = getattr(model, "_orig_mod", None)
     # The class is not imported for this: that would load the whole compiler.
     return found if type(model).__name__ == "OptimizedModule" and found is not None else model

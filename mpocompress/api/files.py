@@ -42,7 +42,8 @@ def load(directory: str | Path, *, model: nn.Module) -> nn.Module:
 
     Args:
         directory: that `save` or the command line wrote.
-        model: a skeleton: the dense architecture with any weights; untouched.
+        model: a skeleton: the dense architecture with any weights, or one with MPO layers, as what
+            was trained from scratch has; untouched.
 
     Returns:
         The compressed model, with bit-identical outputs, in the mode of the skeleton.

@@ -15,6 +15,14 @@ class Form(StrEnum):
     DENSE = "dense"
 
 
+class ExportQuantize(StrEnum):
+    """How cores are stored in an ONNX file that is written again."""
+
+    NONE = "none"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
 class Quantize(StrEnum):
     """How cores are stored in ONNX."""
 
@@ -43,6 +51,10 @@ QuantizeOption = Annotated[
         "precision for each layer, dense or factorized.",
     ),
 ]
+ExportQuantizeOption = Annotated[
+    ExportQuantize,
+    typer.Option("--quantize", help="Store cores in ONNX as integers; a session unpacks them."),
+]
 InputOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -55,8 +67,8 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A .pt or .pth file (state dict or module), .pt2, .safetensors, .onnx, or a Hugging "
-        "Face folder.",
+        help="A .pt, .pth, .ckpt or .bin file (state dict or module), .pt2, .safetensors, .onnx, "
+        "or a Hugging Face folder.",
     ),
 ]
 ResultArgument = Annotated[
@@ -79,7 +91,7 @@ IncludeOption = Annotated[
     typer.Option(
         "--include",
         metavar="PATTERN",
-        help="Compress only layers that match: a glob, or re:REGEX. Repeatable.",
+        help="Only layers that match: a glob, or re:REGEX. Repeatable.",
     ),
 ]
 ExcludeOption = Annotated[

@@ -1,5 +1,6 @@
 """The commands on what `compress` has written: `report` and `densify`; and its table."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,6 +43,7 @@ def densify(
         ),
     ] = None,
     force: ForceOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Turn a result back into an ordinary dense checkpoint."""
     from mpocompress.api import save_dense
@@ -50,7 +52,11 @@ def densify(
     if target.exists() and not force:
         raise OutputExistsError(f"{str(target)!r} exists. Use --force to replace it.")
     save_dense(directory, target)
-    typer.echo(f"{target}  {target.stat().st_size} bytes")
+    size = target.stat().st_size
+    if as_json:
+        typer.echo(json.dumps({"file": str(target), "bytes": size}))
+    else:
+        typer.echo(f"{target}  {size} bytes")
 
 
 def show_report(report: "CompressionReport", directory: Path) -> None:

@@ -10,14 +10,14 @@ import typer
 from mpocompress.cli.app import app
 from mpocompress.cli.options import (
     BatchOption,
+    ExportQuantize,
+    ExportQuantizeOption,
     FactoryOption,
     ForceOption,
     Form,
     FormOption,
     InputOption,
     JsonOption,
-    Quantize,
-    QuantizeOption,
     ResultArgument,
     TrustOption,
 )
@@ -55,7 +55,7 @@ def export(
     ] = None,
     form: FormOption = Form.AUTO,
     batch: BatchOption = 1,
-    quantize: QuantizeOption = Quantize.NONE,
+    quantize: ExportQuantizeOption = ExportQuantize.NONE,
     data: Annotated[
         str | None,
         typer.Option(
@@ -83,7 +83,7 @@ def export(
     """Write the ONNX file of a result again: in another form, or with cores as integers."""
     from mpocompress.deployment import export_again
 
-    suffix = "" if quantize is Quantize.NONE else f"-{quantize.value}"
+    suffix = "" if quantize is ExportQuantize.NONE else f"-{quantize.value}"
     target = output or Path(f"{directory.resolve().name}-{form.value}{suffix}.onnx")
     with progress_bar() as progress:
         done = export_again(

@@ -52,8 +52,9 @@ class MPOLinear(MPOLayer):
             None stands for.
         gain: the weights start with the mean square gain^2 / in_features: then activations of
             mean square v come out with gain^2 v, whatever the number of sites and the bond
-            dimension (`mpo.initialize` has the derivation, for gradients too). 1 keeps them, 2**0.5
-            keeps them before a ReLU. None: 3**-0.5, which is what `nn.Linear` starts with.
+            dimension (`mpocompress.mpo.initialize` has the derivation, for gradients too). 1 keeps
+            them, 2**0.5 keeps them before a ReLU. None: 3**-0.5, which is what `nn.Linear` starts
+            with.
         generator: of the start; torch's global one by default, as in `nn.Linear`.
         device: where the parameters live.
         dtype: of the parameters.

@@ -15,6 +15,7 @@ from mpocompress.planning.storage_choice import (
     lower_hull,
 )
 from mpocompress.surgery import Inventory, WeightSite, check_finite, select_sites
+from mpocompress.surgery.match import as_patterns
 
 
 class ByteSharing:
@@ -46,8 +47,8 @@ class ByteSharing:
     ) -> None:
         self.inventory = inventory
         self.settings = {
-            "include": list(include),
-            "exclude": list(exclude),
+            "include": list(as_patterns(include)),
+            "exclude": list(as_patterns(exclude)),
             "quantize": "auto",
         }
         self._energy = output_energy

@@ -18,6 +18,7 @@ from mpocompress.planning.layouts import (
 from mpocompress.planning.objective import Objective
 from mpocompress.planning.plan import CandidateFigures, LayerPlan, Plan
 from mpocompress.surgery import Inventory, WeightSite, check_finite, select_sites
+from mpocompress.surgery.match import as_patterns
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being worked on, how many are done, and of how many."""
@@ -83,8 +84,8 @@ def plan_bond_dim(
         "bond_dim": bond_dim,
         "layout": describe_layout(layout),
         "sites": sites,
-        "include": list(include),
-        "exclude": list(exclude),
+        "include": list(as_patterns(include)),
+        "exclude": list(as_patterns(exclude)),
         "if_smaller": if_smaller,
         "gauge": gauge,
     }

@@ -27,6 +27,7 @@ from mpocompress.planning.parts import Bonds, Gains, Part, Trial, Trials, filled
 from mpocompress.planning.plan import LayerPlan, Plan
 from mpocompress.planning.planner import Progress
 from mpocompress.surgery import Inventory, WeightSite, check_finite, select_sites
+from mpocompress.surgery.match import as_patterns
 
 # Trials are of single layers, on the data that is fitted to: what is hardly better may be worse.
 # With healing ahead, more sites are taken unless they are clearly worse: they heal better.
@@ -101,8 +102,8 @@ class Sharing:
         self.settings = {
             "layout": describe_layout(layout),
             "sites": sites,
-            "include": list(include),
-            "exclude": list(exclude),
+            "include": list(as_patterns(include)),
+            "exclude": list(as_patterns(exclude)),
             "gauge": gauge,
         }
         if self.objective.name != "size":

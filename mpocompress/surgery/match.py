@@ -45,7 +45,7 @@ def select(
     """
     refused = refused or {}
     aliases = aliases or {}
-    include, exclude = _as_patterns(include), _as_patterns(exclude)
+    include, exclude = as_patterns(include), as_patterns(exclude)
     all_names = {name: (name, *aliases.get(name, ())) for name in names}
     if not all_names:
         raise NoLayerMatched(
@@ -95,8 +95,8 @@ def select_sites(
     return tuple(site for site in sites if site.name in chosen)
 
 
-def _as_patterns(patterns: Sequence[str]) -> tuple[str, ...]:
-    # A string is a sequence of strings too; nobody means its letters.
+def as_patterns(patterns: Sequence[str]) -> tuple[str, ...]:
+    """Patterns one by one. A string is a sequence of strings, too; nobody means its letters."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
