@@ -324,7 +324,8 @@ def main() -> int:
                     print(f"seed {seed}, {ratio:g}: {method}", file=sys.stderr, flush=True)
     for seed in {run.seed for run in runs.reported} - runs.dense.keys():
         runs.dense[seed] = judge(problem(seed).dense, problem(seed))[0]
-    runs.write()
+    if not options.table_only:  # which is not what made the runs
+        runs.write()
     print_results(runs)
     print_claims(runs)
     print_starts(runs)
