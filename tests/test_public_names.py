@@ -106,7 +106,7 @@ OPTIONS = {
         }
     ),
     "bench": frozenset({"--against", "--batch", "--json", "--length", "--repeats", "--threads"}),
-    "densify": frozenset({"--force", "--output", "-o"}),
+    "densify": frozenset({"--force", "--json", "--output", "-o"}),
 }
 
 
