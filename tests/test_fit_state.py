@@ -120,6 +120,13 @@ def test_a_truncated_fit_is_named(tmp_path):
         compress(tmp_path / "state")
 
 
+def interrupt(model, out, request, *, force=False):
+    """A run with `--resume` that ends in the middle of its healing."""
+    stop = stop_at("distillation (model)", 30)
+    with pytest.raises(InterruptedRunError):
+        convert(model, out, request, force=force, resume=True, progress=stop)
+
+
 class TestCommand:
     """`--resume`, by its function."""
 
@@ -139,14 +146,7 @@ class TestCommand:
     def test_the_state_goes_when_the_run_is_done(self, files, tmp_path):
         model, data = files
         out, whole = tmp_path / "out", tmp_path / "whole"
-        with pytest.raises(InterruptedRunError):
-            convert(
-                model,
-                out,
-                self.request(data),
-                resume=True,
-                progress=stop_at("distillation (model)", 30),
-            )
+        interrupt(model, out, self.request(data))
         assert not out.exists()
         assert len(fits(tmp_path / "out.state")) == 3
         convert(model, out, self.request(data), resume=True)
@@ -161,18 +161,14 @@ class TestCommand:
         model, data = files
         out = tmp_path / "out"
         convert(model, out, Request(bond_dim=4, sites=2, trust_pickle=True))
-        stop = stop_at("distillation (model)", 30)
-        with pytest.raises(InterruptedRunError):
-            convert(model, out, self.request(data), force=True, resume=True, progress=stop)
+        interrupt(model, out, self.request(data), force=True)
         report = convert(model, out, self.request(data), resume=True).report
         assert report.settings["distill"]["steps"] == 50
 
     def test_a_result_that_came_after_is_not_replaced(self, files, tmp_path):
         model, data = files
         out = tmp_path / "out"
-        stop = stop_at("distillation (model)", 30)
-        with pytest.raises(InterruptedRunError):
-            convert(model, out, self.request(data), resume=True, progress=stop)
+        interrupt(model, out, self.request(data))
         convert(model, out, Request(bond_dim=4, sites=2, trust_pickle=True))
         with pytest.raises(OutputExistsError, match="--force"):
             convert(model, out, self.request(data), resume=True)
@@ -190,9 +186,7 @@ class TestCommand:
     ):
         model, data = files
         out = tmp_path / "out"
-        stop = stop_at("distillation (model)", 30)
-        with pytest.raises(InterruptedRunError):
-            convert(model, out, self.request(data), resume=True, progress=stop)
+        interrupt(model, out, self.request(data))
         before = fits(tmp_path / "out.state")
         other = replace(self.request(data), **change)
         with pytest.raises(DataError, match=f"out.state' belongs to a run with {named}"):
@@ -204,9 +198,7 @@ class TestCommand:
 
         model, data = files
         out = tmp_path / "out"
-        stop = stop_at("distillation (model)", 30)
-        with pytest.raises(InterruptedRunError):
-            convert(model, out, self.request(data), resume=True, progress=stop)
+        interrupt(model, out, self.request(data))
         save_file({"input": 2 * torch.cat(batches())}, tmp_path / "twice.safetensors")
         with pytest.raises(DataError, match="belongs to a run with data = "):
             convert(model, out, self.request(tmp_path / "twice.safetensors"), resume=True)
@@ -231,9 +223,7 @@ class TestCommand:
         model, data = files
         out = tmp_path / "out"
         request = replace(self.request(data), bond_dim=None, sites=None, max_size="8kB")
-        stop = stop_at("distillation (model)", 30)
-        with pytest.raises(InterruptedRunError):
-            convert(model, out, request, resume=True, progress=stop)
+        interrupt(model, out, request)
         with pytest.raises(DataError, match="a run with form = 'auto', and this one has 'dense'"):
             convert(model, out, replace(request, form="dense"), resume=True)
 

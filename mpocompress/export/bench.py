@@ -126,12 +126,12 @@ def bench(
     import onnxruntime
 
     files = [OnnxFile(path, threads=threads) for path in paths]
-    known = _open_sizes(files[0], {})
-    unknown = next((name for name in sizes or {} if name not in known), None)
+    open_sizes = _open_sizes(files[0])
+    unknown = next((name for name in sizes or {} if name not in open_sizes), None)
     if unknown is not None:
         raise DataError(
-            f"{paths[0]} has no open size {unknown!r}; it has {', '.join(known) or 'none'} besides "
-            "the batch. Leave it out."
+            f"{paths[0]} has no open size {unknown!r}; it has {', '.join(open_sizes) or 'none'} "
+            "besides the batch. Leave it out."
         )
     feeds = {rows: _feeds(files, rows, sizes or {}, seed) for rows in sorted(set(batch_sizes))}
     latencies: dict[int, list[list[float]]] = {}
@@ -145,7 +145,6 @@ def bench(
             for file, feed in zip(files, batch_feeds, strict=True)
         ]
         latencies[rows] = interleaved_seconds(runs, repeats)
-    open_sizes = _open_sizes(files[0], sizes or {})
     del files  # their memory would be in the way of the processes
     starts: list[list[float]] = [[] for _ in paths]
     memory: list[list[float]] = [[] for _ in paths]
@@ -170,7 +169,7 @@ def bench(
             for index, path in enumerate(paths)
         ),
         threads=threads,
-        sizes=open_sizes,
+        sizes={**open_sizes, **(sizes or {})},
         versions={"onnxruntime": onnxruntime.__version__, "python": sys.version.split()[0]},
     )
 
@@ -243,9 +242,10 @@ def _feeds(
     return feeds
 
 
-def _open_sizes(file: OnnxFile, sizes: Mapping[str, int]) -> dict[str, int]:
+def _open_sizes(file: OnnxFile) -> dict[str, int]:
+    """Of other dimensions than the batch, by name: what the file was exported with."""
     return {
-        size: sizes.get(size, example)
+        size: example
         for spec in file.specs
         for size, example in zip(spec.shape[1:], spec.example_shape[1:], strict=True)
         if isinstance(size, str)

@@ -79,8 +79,7 @@ class TensorContractionLayer(nn.Module):
         lead = input.shape[:-modes]
         cores = [factor[None, :, :, None] for factor in self.factors]
         shape = (prod(self.out_shape), prod(self.in_shape))
-        exporting = torch.compiler.is_exporting()
-        plan = self._plans.chain if exporting else self._plans.best(prod(lead))
+        plan = self._plans.for_call(prod(lead))
         flat = apply_cores(cores, input.reshape(*lead, shape[1]), shape=shape, plan=plan)
         output = flat.reshape(*lead, *self.out_shape)
         return output if self.bias is None else output + self.bias.to(output.dtype)

@@ -180,9 +180,7 @@ class MPOLinear(MPOLayer):
         Raises:
             ContractionError: the last dimension of the input is not `in_features`.
         """
-        # An exported graph must not depend on the batch that it was traced with.
-        exporting = torch.compiler.is_exporting()
-        plan = self._plans.chain if exporting else self._plans.best(prod(input.shape[:-1]))
+        plan = self._plans.for_call(prod(input.shape[:-1]))
         output = apply_cores(
             list(self.cores), input, shape=(self.out_features, self.in_features), plan=plan
         )

@@ -1,6 +1,5 @@
 """Reading ONNX files that somebody else wrote, and refusing what is damaged, by name."""
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ import onnx
 
 from mpocompress.errors import LoadError
 from mpocompress.export.graphs import OnnxModel, external_files, flaw, tensors_of
+from mpocompress.loading.hashes import file_sha256, listing_sha256
 from mpocompress.loading.safe_pickle import describe_foreign_file
 
 OLDEST_OPSET = 11
@@ -60,7 +60,7 @@ def load_onnx(path: str | os.PathLike[str]) -> OnnxSource:
     return OnnxSource(
         model=model,
         name=place.name,
-        sha256=_sha256(place) if not files else _listing_sha256([place, *files]),
+        sha256=file_sha256(place) if not files else listing_sha256([place, *files]),
     )
 
 
@@ -97,13 +97,3 @@ def _check(model: OnnxModel, size: int) -> None:
             f"{model.name} is no valid graph: the value {double!r} has two sources. Export it "
             "again."
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _listing_sha256(paths: list[Path]) -> str:
-    listing = "".join(f"{_sha256(p)}  {p.name}\n" for p in sorted(paths, key=lambda p: p.name))
-    return hashlib.sha256(listing.encode()).hexdigest()

@@ -1,8 +1,6 @@
 """`load_source`: any supported model file or folder to one `Source`."""
 
-import hashlib
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +16,7 @@ from mpocompress.loading.checkpoint import (
 )
 from mpocompress.loading.exported_program import PT2_SUFFIX, read_program
 from mpocompress.loading.factory import build_module, fill_module
+from mpocompress.loading.hashes import file_sha256, listing_sha256
 from mpocompress.loading.huggingface import find_folder, load_folder, read_folder_weights
 from mpocompress.loading.safe_pickle import check_layers, read_pickle
 
@@ -118,7 +117,7 @@ def load_source(
         state = model.state_dict() if isinstance(model, nn.Module) else model
         model, fill_notes = _build(factory, state, place)
         notes += fill_notes
-    return _source(model, name=name, sha256=_file_sha256(place), format=kind_of_file, notes=notes)
+    return _source(model, name=name, sha256=file_sha256(place), format=kind_of_file, notes=notes)
 
 
 def read_torch_file(
@@ -152,7 +151,7 @@ def _load_folder(place: Path, name: str, *, factory: str | None, trust_pickle: b
     return _source(
         module,
         name=name,
-        sha256=_listing_sha256([folder.config, *folder.weights]),
+        sha256=listing_sha256([folder.config, *folder.weights]),
         format="hugging face folder",
         notes=notes + more,
         tokenizer_folder=folder.path,
@@ -187,13 +186,3 @@ def _source(
         notes=notes,
         tokenizer_folder=tokenizer_folder,
     )
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _listing_sha256(paths: Iterable[Path]) -> str:
-    listing = "".join(f"{_file_sha256(p)}  {p.name}\n" for p in sorted(paths, key=lambda p: p.name))
-    return hashlib.sha256(listing.encode()).hexdigest()

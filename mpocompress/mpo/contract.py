@@ -120,6 +120,10 @@ class ContractionPlans:
                 cheapest = plan
         return cheapest
 
+    def for_call(self, rows: int) -> ContractionPlan:
+        """The cheapest; in an exported graph, which is for any batch, the one without merging."""
+        return self.chain if torch.compiler.is_exporting() else self.best(rows)
+
 
 @dataclass(frozen=True, slots=True)
 class _Chain:

@@ -1,6 +1,5 @@
 """The folder beside an output directory in which an interrupted run leaves what it has done."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,7 +11,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from mpocompress.errors import LoadError, SaveError
+from mpocompress.loading.hashes import file_sha256
 from mpocompress.pipeline.request import Request
+from mpocompress.saving import replacing
 from mpocompress.tuning.state_file import check_same_run
 
 _RECORD_FILE = "run.json"
@@ -91,13 +92,12 @@ class RunState:
         record = _Record(force=self.force, arguments=arguments)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            aside = self.folder / f".{_RECORD_FILE}.{os.getpid()}"
-            aside.write_text(record.model_dump_json(indent=2), encoding="utf-8")
-            os.replace(aside, self._file)
         except OSError as error:
             raise SaveError(
                 f"cannot keep the state of the run in {str(self.folder)!r}: {error.strerror}."
             ) from None
+        with replacing(self._file) as scratch:
+            scratch.write_text(record.model_dump_json(indent=2), encoding="utf-8")
 
     def _read(self) -> _Record | None:
         if not self._file.exists():
@@ -119,7 +119,6 @@ def _arguments(request: Request, model: str) -> dict[str, Any]:
     del found["trust_pickle"]
     found["model"] = model
     if request.data is not None and (file := Path(request.data)).is_file():
-        with file.open("rb") as opened:
-            found["data"] = hashlib.file_digest(opened, "sha256").hexdigest()
+        found["data"] = file_sha256(file)
     arguments: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return arguments

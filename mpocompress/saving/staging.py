@@ -49,7 +49,7 @@ def staged_output(
     if target.exists() and not target.is_dir():
         raise SaveError(f"the output {str(directory)!r} is a file; give a directory with -o.")
     _check_ours(target, None if source is None else Path(source))
-    made = [parent for parent in target.absolute().parents if not parent.exists()]
+    made = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

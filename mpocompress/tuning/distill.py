@@ -33,7 +33,7 @@ from mpocompress.tuning.learning_rates import LEARNING_RATES, peak_from_trials, 
 from mpocompress.tuning.lockstep import Call, main_output
 from mpocompress.tuning.minibatches import TrainingData
 from mpocompress.tuning.moments import keep_mask
-from mpocompress.tuning.objectives import in_full
+from mpocompress.tuning.objectives import in_full, is_of_changes_in_place
 from mpocompress.tuning.schedule import warm_cosine
 from mpocompress.tuning.state_file import identity
 
@@ -309,7 +309,7 @@ def _backward(loss: Tensor) -> None:
     try:
         loss.backward()
     except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
+        if not is_of_changes_in_place(error):
             raise
         raise DataError(
             "the model changes tensors in place that its gradients need, as x += layer(x) does, so "

@@ -30,6 +30,7 @@ from mpocompress.tuning.moments import (
     real_indices,
     real_rows,
 )
+from mpocompress.tuning.objectives import is_of_changes_in_place
 from mpocompress.tuning.table_fit import HeadUse
 
 # Rows for each feature of the widest layer, and share of all batches, after which more data is not
@@ -111,7 +112,7 @@ def take_statistics(
     try:
         return _statistics(model, layers, calls, seed, all_data)
     except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
+        if not is_of_changes_in_place(error):
             raise
     # As x += layer(x) does, which runs but cannot be trained: what gradients need is copied.
     # (torch's allow_mutation_on_saved_tensors does not see changes through views.)

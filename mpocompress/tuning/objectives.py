@@ -38,6 +38,11 @@ def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | No
     return [None if gradient is None else in_full(gradient) for gradient in found]
 
 
+def is_of_changes_in_place(error: RuntimeError) -> bool:
+    """Whether gradients needed a tensor that the model has changed in place, as x += f(x) does."""
+    return "modified by an inplace operation" in str(error)
+
+
 def in_full(gradient: Tensor) -> Tensor:
     """The gradient itself or, of a table that gives the rows that were looked up, all of it."""
     return gradient.to_dense() if gradient.is_sparse else gradient

@@ -95,7 +95,8 @@ def fit_in_sequence(
     try:
         return _fit_in_sequence(*given, copies=False)
     except _OverwrittenError:
-        return _fit_in_sequence(*given, copies=True)
+        pass  # with the activations that it holds
+    return _fit_in_sequence(*given, copies=True)
 
 
 class _OverwrittenError(Exception):
