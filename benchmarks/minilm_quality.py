@@ -13,7 +13,7 @@ and Spearman correlation of the similarities of all pairs. Every method has the 
     ours, identity gauge     the same with gauge="identity": larger bond dimensions
     ..., healed              then distill(steps=STEPS) of embeddings and hidden states on the
                              calibration's and --healing-sentences more sentences, 32 a step, at
-                             --healed-ratios
+                             --healed-ratios, for --healed-methods
 
 For comparison in bytes, the same layers quantized (simulated; weight only): int8 by rows, int4 in
 blocks of 32. Sentences: paragraphs of the `fortunes` package, split at random by the seed. Rows
@@ -127,7 +127,7 @@ METHODS: dict[str, Method] = {
     OURS: _ours("identity"),
 }
 DEFAULTS = [name for name in METHODS if name != "ours"]  # the whole table in under two hours
-HEALED = ("truncated SVD", OURS)
+HEALED = ["truncated SVD", OURS]  # likewise
 # A step of healing is on 4 minibatches of 8 sentences: those of one minibatch have one length.
 HEALING_ROWS, HEALING_ACCUMULATE = 8, 4
 
@@ -341,7 +341,11 @@ def run_seed(table: Table, seed: int, options: argparse.Namespace) -> None:
     healing_data = batches_of(tokenizer, calibration + more)
     for ratio in options.ratios:
         for method in options.methods:
-            steps = options.steps if method in HEALED and ratio in options.healed_ratios else 0
+            steps = (
+                options.steps
+                if method in options.healed_methods and ratio in options.healed_ratios
+                else 0
+            )
             healed = f"{method}, healed"
             missing_healed = steps > 0 and not table.has(healed, ratio, seed, steps)
             measured = table.has(method, ratio, seed, 0)
@@ -386,6 +390,7 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=1000, help="of healing; 0 for none")
     parser.add_argument("--healed-ratios", type=float, nargs="+", default=[2.0, 4.0])
+    parser.add_argument("--healed-methods", nargs="+", choices=METHODS, default=HEALED)
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1], help="of the split and of the methods"
     )

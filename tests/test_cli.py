@@ -182,6 +182,57 @@ def test_bare_state_dict(here, capsys):
     assert loaded[0](torch.randn(2, 48)).shape == (2, 64)
 
 
+BRANCHING = """
+from torch import nn
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(48, 64)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y if y.sum() > 0 else -y
+"""
+
+
+@pytest.mark.onnx
+def test_what_onnx_cannot_hold_is_written_without(here, capsys, monkeypatch):
+    (here / "branching_for_cli.py").write_text(BRANCHING)
+    monkeypatch.syspath_prepend(str(here))
+    from branching_for_cli import Branching
+
+    torch.manual_seed(1)
+    torch.save(Branching().state_dict(), here / "net.pt")
+    np.savez(here / "x.npz", x=np.random.default_rng(0).normal(size=(96, 48)).astype(np.float32))
+    given = ("net.pt", "--bond-dim", "8", "--model", "branching_for_cli:Branching")
+    given = (*given, "--data", "x.npz", "--resume")
+    code, _, err = run(capsys, *given)
+    assert code == 1
+    assert "--no-onnx" in err
+    assert (here / "net-mpo.state").is_dir()
+    assert run(capsys, *given, "--no-onnx")[0] == 0  # the same run, as far as fits go
+    found = sorted(file.name for file in (here / "net-mpo").iterdir())
+    assert found == ["model.mpo.safetensors", "report.html", "report.json", "report.md"]
+    assert "--no-onnx" in mpo.CompressionReport.load(here / "net-mpo").onnx_note
+    mpo.load("net-mpo", model=Branching())(torch.randn(2, 48))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--form", "dense"), "--form dense is for the ONNX file: --no-onnx writes none"),
+        (("--quantize", "int8"), "--quantize int8 is for the ONNX file: --no-onnx writes none"),
+        (("--max-size", "9kB"), "--max-size 9kB is for the ONNX file: --no-onnx writes none"),
+    ],
+)
+def test_no_onnx_refuses_what_is_of_the_file(here, capsys, options, said):
+    target = () if "--max-size" in options else ("--bond-dim", "4")
+    code, _, err = run(capsys, "model.pt", *target, *options, "--no-onnx")
+    assert code == 2
+    assert said in err
+
+
 def _with_table() -> nn.Module:
     model = network()
     model.add_module("embed_tokens", nn.Embedding(30, 16))

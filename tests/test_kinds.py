@@ -188,6 +188,16 @@ def test_onnx_runtime_agrees(kind, tmp_path):
         assert {1, 3, 7} <= set(found.batch_sizes)
 
 
+@pytest.mark.onnx
+@EVERY
+def test_onnx_runtime_agrees_where_it_stays_dense(kind, tmp_path):
+    dense = kind.make()
+    export_onnx(dense, tmp_path / "model.onnx", kind.batches(torch.float32)[0])
+    verify(
+        tmp_path / "model.onnx", dense, kind.batches(torch.float32), tolerance=1e-4
+    ).raise_if_failed()
+
+
 @EVERY
 def test_identity_gauge(kind):
     dense = kind.make().double()

@@ -63,6 +63,7 @@ OPTIONS = {
             "--json",
             "--layout",
             "--model",
+            "--no-onnx",
             "--output",
             "--seed",
             "--sites",

@@ -158,6 +158,12 @@ def compress(
     inputs: InputOption = None,
     form: FormOption = Form.AUTO,
     quantize: QuantizeOption = Quantize.NONE,
+    no_onnx: Annotated[
+        bool,
+        typer.Option(
+            "--no-onnx", help="Write cores and report only, as for models that ONNX cannot hold."
+        ),
+    ] = False,
     factory: FactoryOption = None,
     trust_pickle: TrustOption = False,
     dry_run: Annotated[
@@ -211,6 +217,7 @@ def compress(
         distill=distill,
         form=form.value,
         quantize=quantize.value,
+        onnx=not no_onnx,
         seed=seed,
     )
     if dry_run:

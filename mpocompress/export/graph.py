@@ -160,7 +160,8 @@ def strip(model: ir.Model) -> None:
         value.metadata_props.clear()
         value.doc_string = None
         if value.const_value is not None:
-            value.const_value.doc_string = None
+            if value.const_value.doc_string:  # which tensors read from a file cannot change
+                value.const_value = ir.Tensor(value.const_value.numpy(), name=value.name)
             value.const_value.metadata_props.clear()
         if not (value.is_graph_output() or value.is_graph_input()):
             value.shape = None

@@ -18,6 +18,7 @@ from mpocompress.export.calls import Batch, ForwardCall, first_line, inference_c
 from mpocompress.export.form_choice import LayerForm, choose_forms
 from mpocompress.export.forms import Form, FormChoice, check_form, layers_of, set_forms_
 from mpocompress.export.inputs import INPUTS_KEY, InputSpec
+from mpocompress.export.kernels import without_foreign_kernels
 from mpocompress.export.quantize import (
     Quantize,
     QuantizedModel,
@@ -141,6 +142,7 @@ def export_onnx(
     if quantized.model is not copied:
         copied, _ = inference_copy(quantized.model)
     quantization, integers = quantized.kind, quantized.integers
+    copied = without_foreign_kernels(copied)
     opset = _checked_opset(opset, any(map(has_four_bits, integers.values())))
     call = traceable(ForwardCall.from_batch(copied, example_inputs))
     outputs = tuple(_run_example(copied, call))

@@ -110,7 +110,7 @@ def convert(
             batches = read_batches(opened, request)
             examples = read_examples(opened, request, batches)
             if examples is None:
-                request.check_without_onnx(why_no_onnx(opened.source.kind))
+                request.check_without_onnx(why_no_onnx(opened.source.kind, request))
             if state is not None:
                 state.begin(request, model=opened.source.sha256)
         result = api.compress(
@@ -139,7 +139,7 @@ def convert(
         onnx_note = None
         parity = None
         if examples is None:
-            onnx_note = why_no_onnx(kind)
+            onnx_note = why_no_onnx(kind, request)
             notes.append(onnx_note)
         else:
             exported, parity = write_and_check(

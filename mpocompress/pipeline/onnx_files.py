@@ -11,6 +11,7 @@ from torch import nn
 from mpocompress import api, saving
 from mpocompress._version import __version__
 from mpocompress.api.data import forward_arguments
+from mpocompress.errors import ExportError
 from mpocompress.export import (
     ExportedModel,
     QuantizedModel,
@@ -59,7 +60,12 @@ def write_and_check(
     clock: "api.Clock",
     progress: Progress | None,
 ) -> tuple[ExportedModel, Parity]:
-    """Write the ONNX file and hold it against the compressed model in ONNX Runtime."""
+    """Write the ONNX file and hold it against the compressed model in ONNX Runtime.
+
+    Raises:
+        ExportError: the model has no ONNX file.
+        ParityError: the file and the model disagree.
+    """
     path = scratch / saving.ONNX_FILE
     if progress is not None:
         progress("writing ONNX", 0, 2)
@@ -69,15 +75,21 @@ def write_and_check(
         if request.quantize != "none":
             quantized = quantize_batches(result.model, request.quantize, batches)
             written = quantized.model
-        exported = export_onnx(
-            result.model,
-            path,
-            forward_arguments(result.model, Batch(examples.args, examples.kwargs)),
-            form=request.form,
-            form_batch=request.batch,
-            quantize=quantized or "none",
-            metadata=file_metadata(result.model, result.report.source),
-        )
+        try:
+            exported = export_onnx(
+                result.model,
+                path,
+                forward_arguments(result.model, Batch(examples.args, examples.kwargs)),
+                form=request.form,
+                form_batch=request.batch,
+                quantize=quantized or "none",
+                metadata=file_metadata(result.model, result.report.source),
+            )
+        except ExportError as error:
+            raise ExportError(
+                f"{error} With --no-onnx, cores and report are written without an ONNX file; after "
+                "a run with --resume nothing is fitted again for that."
+            ) from error
     if progress is not None:
         progress("verifying in ONNX Runtime", 1, 2)
     with clock("verification"):

@@ -23,6 +23,7 @@ from mpocompress.surgery import Inventory, find_weights, open_modules
 if TYPE_CHECKING:
     from mpocompress.loading.onnx_source import OnnxSource
 
+_NOT_ASKED = "--no-onnx was given, so no ONNX file was written; `mpocompress export` can write it"
 _NO_MODULE = (
     "a bare state dict cannot be run, so no ONNX file was written; give its architecture with "
     "--model MODULE:FACTORY"
@@ -127,25 +128,27 @@ def read_batches(opened: Opened, request: Request) -> Batches | None:
     return load_batches(request.data)
 
 
-def why_no_onnx(kind: str) -> str:
-    """Why no ONNX file can be written of a source of this kind, without examples."""
+def why_no_onnx(kind: str, request: Request) -> str:
+    """Why no ONNX file is written of a source of this kind, without examples."""
+    if not request.onnx:
+        return _NOT_ASKED
     return _NO_MODULE if kind == "state_dict" else _NO_INPUTS
 
 
 def read_examples(
     opened: Opened, request: Request, batches: Batches | None
 ) -> ExampleInputs | None:
-    """What to trace the model with; None where it cannot be traced.
+    """What to trace the model with; None where it cannot be traced, or is not to be.
 
     Raises:
         BudgetError: a size is asked for of a file that cannot be written.
     """
     examples = None
-    if opened.source.kind == "module":
+    if opened.source.kind == "module" and request.onnx:
         examples = example_inputs(opened.source, specs=request.inputs, batches=batches)
     if examples is None and request.max_size is not None:
         raise BudgetError(
             f"--max-size {request.max_size} is the size of the ONNX file: "
-            f"{why_no_onnx(opened.source.kind)}."
+            f"{why_no_onnx(opened.source.kind, request)}."
         )
     return examples

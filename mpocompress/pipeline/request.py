@@ -33,6 +33,7 @@ class Request:
     distill: int = 0
     form: FormChoice = "auto"
     quantize: Quantize = "none"
+    onnx: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,6 +56,8 @@ class Request:
                 f"'mpocompress export DIR --source MODEL --quantize {self.quantize}' writes the "
                 "rounded file, and 'mpocompress verify' says what that costs."
             )
+        if not self.onnx:
+            self.check_without_onnx("--no-onnx writes none")
 
     def check_for_graph(self) -> None:
         """Refuse what an ONNX graph cannot be given.
@@ -70,13 +73,15 @@ class Request:
             "--quantize": None if self.quantize == "none" else self.quantize,
             "--form": None if self.form in ("auto", "chain") else self.form,
             "--objective": None if self.objective != "latency" else self.objective,
+            "--no-onnx": None if self.onnx else "",
         }
         given = next((name for name, value in chosen.items() if value is not None), None)
         if given is None:
             return
         why = "trains with gradients, which an ONNX graph does not have"
         raise DataError(
-            f"{given} {chosen[given]} {why if given == '--distill' else 'is for PyTorch models'}. "
+            f"{f'{given} {chosen[given]}'.rstrip()} "
+            f"{why if given == '--distill' else 'is for PyTorch models'}. "
             "An ONNX graph takes --bond-dim or --ratio, and is written with float32 chains. Drop "
             f"{given}, or compress the PyTorch model that the file was made of."
         )
@@ -85,11 +90,12 @@ class Request:
         """Refuse what only an ONNX file can have, where none is written.
 
         Raises:
-            DataError: a form or a precision.
+            DataError: a form, a precision, or a size.
         """
         for name, value, default in (
             ("--form", self.form, "auto"),
             ("--quantize", self.quantize, "none"),
+            ("--max-size", self.max_size, None),
         ):
             if value != default:
                 raise DataError(f"{name} {value} is for the ONNX file: {why}. Or drop {name}.")

@@ -18,7 +18,7 @@ from mpocompress.tuning.state_file import check_same_run
 
 _RECORD_FILE = "run.json"
 # What only the files depend on that are written at the end may change before a run goes on.
-_OF_FILES = ("inputs", "form", "quantize")
+_OF_FILES = ("inputs", "form", "quantize", "onnx")
 
 
 class _Record(BaseModel):

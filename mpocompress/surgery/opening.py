@@ -174,7 +174,7 @@ def _bag_refusal(bag: nn.EmbeddingBag) -> str | None:
     return reason
 
 
-def _is_fused_experts(module: Any) -> bool:
+def is_fused_experts(module: Any) -> bool:
     """What transformers' decorator of fused experts leaves on a class."""
     down = getattr(module, "down_proj", None)
     return (
@@ -236,5 +236,5 @@ _OPENERS = (
     _Opener(_is(nn.TransformerEncoderLayer), _encoder_refusal, None),
     _Opener(_is(nn.Bilinear), _bilinear_refusal, OpenBilinear),
     _Opener(_is(nn.EmbeddingBag), _bag_refusal, MPOEmbeddingBag.around, keeps_parameters=True),
-    _Opener(_is_fused_experts, _experts_refusal, _open_experts),
+    _Opener(is_fused_experts, _experts_refusal, _open_experts),
 )
