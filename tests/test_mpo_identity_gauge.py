@@ -58,7 +58,7 @@ def test_dense_matrix_count_and_size_of_the_entries(layout, seed, bond_dim):
     cores = random_chain(layout, bonds, seed=seed)
     gauge = fix_identity_gauge(cores)
     assert_close(gauge.to_dense(), dense_twin(cores), **F64["dense"])
-    assert_close(dense_twin(gauge.cores()), dense_twin(cores), **F64["dense"])
+    assert_close(dense_twin(gauge.cores), dense_twin(cores), **F64["dense"])
     assert gauge.bond_dims == bonds
     count = sum(core.numel() for core in cores) - sum(bond**2 for bond in bonds)
     assert gauge.num_parameters == count == layout.degrees_of_freedom(bonds)
@@ -152,9 +152,9 @@ def test_the_dtype_given_comes_back_rounded_once(dtype):
     cores = [core.to(dtype) for core in random_chain(Layout.parse("6x5,5x6,2x3"), (9, 5))]
     gauge = fix_identity_gauge(cores)
     assert gauge.dtype == dtype
-    assert {core.dtype for core in gauge.cores()} == {dtype}
+    assert {core.dtype for core in gauge.cores} == {dtype}
     exact = dense_twin([core.double() for core in cores])
-    found = dense_twin([core.double() for core in gauge.cores()])
+    found = dense_twin([core.double() for core in gauge.cores])
     scale = float(exact.abs().max())
     assert_close(found / scale, exact / scale, **TOL[dtype]["dense"])
     # Pivots: 9 among 30 rows in a byte each, 5 among 9 * 30 rows in two.
@@ -179,7 +179,7 @@ def test_gradients_are_those_of_the_dense_twin():
     mine = torch.autograd.grad((twin.to_dense() * probe).sum(), leaves)
     # Written out: an identity and a selection matrix per core, contracted by one einsum.
     cores = []
-    for free, pivots, core in zip(leaves, gauge.pivots, gauge.cores(), strict=False):
+    for free, pivots, core in zip(leaves, gauge.pivots, gauge.cores, strict=False):
         rows, bond = core.shape[0] * core.shape[1] * core.shape[2], core.shape[3]
         others = [row for row in range(rows) if row not in pivots.tolist()]
         place = torch.eye(rows, dtype=torch.float64)

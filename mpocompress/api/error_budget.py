@@ -1,18 +1,18 @@
 """A ceiling for errors: of the outputs of every layer and of the model, or of the weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from torch import Tensor
 
 from mpocompress.api.budgets import Met, rounded_up, with_setting
 from mpocompress.api.job import Built, Job
 from mpocompress.errors import BudgetError
 from mpocompress.loading import Batch
-from mpocompress.mpo import MPO
 from mpocompress.planning import Plan, Sharing
 from mpocompress.planning.search import Measured, smallest_that_fits
 from mpocompress.planning.tolerance import curves_of, plan_tolerances, smallest_error
-from mpocompress.surgery import WeightSite
+from mpocompress.report.collect import weight_error
 from mpocompress.tuning import OutputErrors, output_error_curve, output_errors
 
 HELD_OUT = (0.2,)
@@ -40,7 +40,7 @@ def meet_weight_error(job: Job, max_error: float) -> tuple[Built, Met]:
         if not plan.compressed:
             break
         built = job.build(with_setting(job, plan, "max_error", max_error))
-        errors = [_weight_error(site, weight) for site, weight in built.weights.items()]
+        errors = [weight_error(site, weight) for site, weight in built.weights.items()]
         if max(errors) <= max_error:
             met = Met(
                 target="max_error",
@@ -177,14 +177,9 @@ def _step(wanted: float) -> float:
     return max(0.25, 0.97 * wanted) if wanted < 1 else min(1.5, 1 + 0.7 * (wanted - 1))
 
 
-def _weight_error(site: WeightSite, weight: Any) -> float:
-    mpo = weight if isinstance(weight, MPO) else MPO(weight.cores(), shape=weight.shape)
-    dense_OI = site.matrix().double()
-    norm = float(dense_OI.norm())
-    return float((mpo.to_dense().double() - dense_OI).norm()) / norm if norm > 0 else 0.0
-
-
-def _refuse_if_beyond(sharing: Sharing, curves: Any, max_error: float, of: str) -> None:
+def _refuse_if_beyond(
+    sharing: Sharing, curves: Mapping[str, Tensor], max_error: float, of: str
+) -> None:
     if not sharing.parts:
         sharing.of_model(sharing.inventory.parameters, "a maximal error")  # says why
     least = smallest_error(sharing, curves)

@@ -18,8 +18,9 @@ from mpocompress.api.storage import (
 from mpocompress.api.stored_weights import stored_weights
 from mpocompress.errors import DataError
 from mpocompress.loading import Batch
-from mpocompress.mpo import MPO, Layout
-from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge
+from mpocompress.mpo import Layout
+from mpocompress.mpo.identity_gauge import Gauge
+from mpocompress.mpo.weight import Weight
 from mpocompress.planning import (
     Gains,
     Latency,
@@ -82,7 +83,7 @@ class Built:
 
     plan: Plan
     model: nn.Module
-    weights: Mapping[WeightSite, MPO | IdentityGauge]
+    weights: Mapping[WeightSite, Weight]
     fitted: Mapping[WeightSite, FittedWeight]
     bounds: Mapping[WeightSite, float]
     rounded: Mapping[WeightSite, Rounded] = field(default_factory=dict)

@@ -10,9 +10,8 @@ from mpocompress.api.budgets import Met
 from mpocompress.api.job import Job
 from mpocompress.api.storage import blank, record_stored_, storage_of
 from mpocompress.errors import BudgetError, NoLayerMatched
-from mpocompress.layers.base import in_gauge
 from mpocompress.mpo import MPO
-from mpocompress.mpo.identity_gauge import IdentityGauge
+from mpocompress.mpo.weight import Weight, in_gauge
 from mpocompress.planning import Plan
 from mpocompress.planning.search import Measured, approach_ceiling
 from mpocompress.surgery import WeightSite, copy_with_replacements
@@ -169,9 +168,7 @@ def hollow(job: Job, plan: Plan) -> nn.Module:
             for k, pair in enumerate(layout.pairs)
         ]
         mpo = MPO(cores, shape=site.shape)
-        weight: MPO | IdentityGauge = in_gauge(mpo, layer.gauge).to(
-            dtype=site.dtype, device=site.device
-        )
+        weight: Weight = in_gauge(mpo, layer.gauge).to(dtype=site.dtype, device=site.device)
         if layer.rounds:
             rounded[site] = blank(weight, storage_of(layer))
             weight = with_stored(weight, rounded[site].stored)

@@ -11,6 +11,7 @@ from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.identity_gauge import IdentityGauge
 from mpocompress.mpo.integers import Stored, StoredHalf, StoredIntegers, StoredRows
 from mpocompress.mpo.precision import Precision, bits_of
+from mpocompress.mpo.weight import Weight
 from mpocompress.planning import LayerPlan
 from mpocompress.surgery import WeightSite
 from mpocompress.tuning.rounding import (
@@ -78,7 +79,7 @@ def stored_bytes(found: Rounded) -> int:
     return sum(stored.num_bytes for stored in found.stored.values()) + index
 
 
-def blank(weight: MPO | IdentityGauge, storage: Storage) -> Rounded:
+def blank(weight: Weight, storage: Storage) -> Rounded:
     """A layer stored like one of these sizes, of no particular values."""
     stored: dict[str, Stored] = {}
     for name, tensor in stored_tensors(weight):

@@ -8,9 +8,9 @@ import torch
 
 from mpocompress.api.storage import round_without_data
 from mpocompress.errors import MPOCompressError
-from mpocompress.layers.base import in_gauge
 from mpocompress.mpo import MPO, sequential_svd
-from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge
+from mpocompress.mpo.identity_gauge import Gauge
+from mpocompress.mpo.weight import Weight, in_gauge
 from mpocompress.planning import Progress
 from mpocompress.report.collect import Outcome, measure
 from mpocompress.surgery import WeightSite
@@ -28,7 +28,7 @@ class StoredWeights:
         rounded: weights that are not stored in float32.
     """
 
-    weights: dict[WeightSite, MPO | IdentityGauge] = field(default_factory=dict)
+    weights: dict[WeightSite, Weight] = field(default_factory=dict)
     bounds: dict[WeightSite, float] = field(default_factory=dict)
     rounded: dict[WeightSite, Rounded] = field(default_factory=dict)
 

@@ -11,8 +11,9 @@ from mpocompress.errors import ContractionError
 from mpocompress.layers.gauged_cores import GaugedCores
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.dense import to_dense
-from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge, check_gauge, fix_identity_gauge
+from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge, fix_identity_gauge
 from mpocompress.mpo.integers import Stored
+from mpocompress.mpo.weight import Weight
 
 
 class MPOLayer(nn.Module):
@@ -39,7 +40,7 @@ class MPOLayer(nn.Module):
     cores: nn.ParameterList | GaugedCores
     bias: nn.Parameter | None
 
-    def _set_up(self, weight: MPO | IdentityGauge, bias: Tensor | None) -> None:
+    def _set_up(self, weight: Weight, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self._set_cores(weight)
@@ -48,7 +49,7 @@ class MPOLayer(nn.Module):
         else:
             self.register_parameter("bias", nn.Parameter(bias.detach()))
 
-    def _set_cores(self, weight: MPO | IdentityGauge) -> None:
+    def _set_cores(self, weight: Weight) -> None:
         if isinstance(weight, IdentityGauge):
             self.cores = GaugedCores(weight)
         else:
@@ -59,7 +60,7 @@ class MPOLayer(nn.Module):
         self._layout = weight.layout
         self._plan_forward()
 
-    def with_weight(self, weight: MPO | IdentityGauge) -> Self:
+    def with_weight(self, weight: Weight) -> Self:
         """A copy with another weight of this shape, whatever its layout and bond dimensions."""
         layer = copy.deepcopy(self)
         layer._set_cores(weight)
@@ -193,19 +194,3 @@ class MPOLayer(nn.Module):
 def _last_first(flags: list[bool]) -> list[bool]:
     """In the order of the parameters of `GaugedCores`: its own comes before its children's."""
     return [flags[-1], *flags[:-1]]
-
-
-def in_gauge(mpo: MPO | IdentityGauge, gauge: Gauge | None) -> MPO | IdentityGauge:
-    """The weight stored as the gauge says; None leaves it as it is.
-
-    Raises:
-        LayoutError: no such gauge.
-    """
-    if gauge is None:
-        return mpo
-    identity = check_gauge(gauge) == "identity"
-    if identity and isinstance(mpo, MPO):
-        return fix_identity_gauge(mpo.cores, shape=mpo.shape)
-    if not identity and isinstance(mpo, IdentityGauge):
-        return MPO(mpo.cores(), shape=mpo.shape)
-    return mpo

@@ -6,7 +6,7 @@ from math import prod
 from torch import Tensor
 
 from mpocompress.errors import ContractionError
-from mpocompress.layers.base import MPOLayer, in_gauge
+from mpocompress.layers.base import MPOLayer
 from mpocompress.layers.conv_geometry import (
     ConvGeometry,
     ConvStep,
@@ -15,8 +15,8 @@ from mpocompress.layers.conv_geometry import (
     padded,
     pads_itself,
 )
-from mpocompress.mpo import MPO
-from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge
+from mpocompress.mpo.identity_gauge import Gauge
+from mpocompress.mpo.weight import Weight, in_gauge
 
 
 class MPOConv(MPOLayer):
@@ -35,7 +35,7 @@ class MPOConv(MPOLayer):
     @classmethod
     def from_mpo(
         cls,
-        mpo: MPO | IdentityGauge,
+        mpo: Weight,
         geometry: ConvGeometry,
         bias: Tensor | None = None,
         *,

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from mpocompress.errors import ContractionError
-from mpocompress.layers.base import MPOLayer, in_gauge
+from mpocompress.layers.base import MPOLayer
 from mpocompress.mpo import MPO, LayoutLike
 from mpocompress.mpo.factors import resolve_layout
-from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge
+from mpocompress.mpo.identity_gauge import Gauge
 from mpocompress.mpo.lookup import lookup_rows
+from mpocompress.mpo.weight import Weight, in_gauge
 
 
 class MPOEmbedding(MPOLayer):
@@ -64,7 +65,7 @@ class MPOEmbedding(MPOLayer):
     @classmethod
     def from_mpo(
         cls,
-        mpo: MPO | IdentityGauge,
+        mpo: Weight,
         padding_idx: int | None = None,
         *,
         gauge: Gauge | None = None,

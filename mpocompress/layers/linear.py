@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import ContractionError, DataError
-from mpocompress.layers.base import MPOLayer, in_gauge
+from mpocompress.layers.base import MPOLayer
 from mpocompress.mpo import MPO, LayoutLike, apply_cores
 from mpocompress.mpo.contract import ContractionPlans, plan_contractions
 from mpocompress.mpo.factors import resolve_layout
-from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge
+from mpocompress.mpo.identity_gauge import Gauge
 from mpocompress.mpo.initialize import initial_cores
+from mpocompress.mpo.weight import Weight, in_gauge
 
 # nn.Linear draws its weights uniformly from +-in_features**-0.5: a third of that squared.
 _GAIN_OF_LINEAR = 3**-0.5
@@ -100,7 +101,7 @@ class MPOLinear(MPOLayer):
     @classmethod
     def from_mpo(
         cls,
-        mpo: MPO | IdentityGauge,
+        mpo: Weight,
         bias: Tensor | None = None,
         *,
         gauge: Gauge | None = None,

@@ -14,8 +14,7 @@ from mpocompress.errors import DataError
 from mpocompress.layers.attention import linear_around
 from mpocompress.layers.base import MPOLayer
 from mpocompress.layers.opened import Opened, Origin
-from mpocompress.mpo import MPO
-from mpocompress.mpo.identity_gauge import IdentityGauge
+from mpocompress.mpo.weight import Weight
 
 # In front of the gates of a sequence travel its initial states, as two more times.
 STATES = 2
@@ -119,9 +118,7 @@ class MPORecurrentWeight(Recurrence, MPOLayer):
     kind = "recurrent"
 
     @classmethod
-    def from_mpo(
-        cls, mpo: MPO | IdentityGauge, bias: Tensor | None, like: Any
-    ) -> "MPORecurrentWeight":
+    def from_mpo(cls, mpo: Weight, bias: Tensor | None, like: Any) -> "MPORecurrentWeight":
         """With these cores, treated as in `MPOLinear.from_mpo`, in the place of a dense one."""
         layer = cls.__new__(cls)
         layer._set_up(mpo, bias)

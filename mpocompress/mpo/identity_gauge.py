@@ -120,6 +120,7 @@ class IdentityGauge:
         """Bytes of all that is stored: numbers and pivots."""
         return self.num_parameters * self.dtype.itemsize + self.index_bytes
 
+    @property
     def cores(self) -> Cores:
         """The chain as ordinary cores, differentiable in `free` and `last`."""
         built = []
@@ -133,7 +134,7 @@ class IdentityGauge:
 
     def to_dense(self) -> Tensor:
         """The matrix (out, in), differentiable in `free` and `last`."""
-        return to_dense(self.cores(), self.shape)
+        return to_dense(self.cores, self.shape)
 
     def to(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from mpocompress._version import __version__
 from mpocompress.layers import MPOLayer
-from mpocompress.mpo import MPO, Layout
-from mpocompress.mpo.identity_gauge import IdentityGauge
+from mpocompress.mpo import Layout
 from mpocompress.mpo.linalg import weight_of, working_dtype
 from mpocompress.mpo.spectra import entropy_nats
+from mpocompress.mpo.weight import Weight, as_mpo
 from mpocompress.planning import LayerPlan, Plan, chain_macs
 from mpocompress.planning.plan import CandidateFigures
 from mpocompress.report.schema import (
@@ -74,7 +74,7 @@ class Outcome:
 
 def measure(
     site: WeightSite,
-    weight: MPO | IdentityGauge,
+    weight: Weight,
     *,
     discarded_weight_bound: float | None = None,
     relative_output_error: float | None = None,
@@ -89,7 +89,7 @@ def measure(
         relative_output_error: see `Outcome`.
         num_bytes: of what is stored, if it is not the cores in their dtype.
     """
-    mpo = weight if isinstance(weight, MPO) else MPO(weight.cores(), shape=weight.shape)
+    mpo = as_mpo(weight)
     spectra = mpo.schmidt_spectra()
     return Outcome(
         layout=mpo.layout,
@@ -97,7 +97,7 @@ def measure(
         parameters=weight.num_parameters,
         bytes=weight.num_bytes if num_bytes is None else num_bytes,
         macs=chain_macs(mpo.layout, mpo.bond_dims),
-        relative_weight_error=_weight_error(site, mpo),
+        relative_weight_error=weight_error(site, mpo),
         discarded_weight_bound=discarded_weight_bound,
         relative_output_error=relative_output_error,
         schmidt_values=tuple(tuple(float(s) for s in spectrum) for spectrum in spectra),
@@ -193,7 +193,7 @@ def remeasure(
             mpo = module.to_mpo()
             spectra = mpo.schmidt_spectra()
             update: dict[str, Any] = {
-                "relative_weight_error": None if site is None else _weight_error(site, mpo),
+                "relative_weight_error": None if site is None else weight_error(site, mpo),
                 "relative_output_error": None,
                 "discarded_weight_bound": None,
                 "entropies_nats": [entropy_nats(spectrum) for spectrum in spectra],
@@ -232,8 +232,9 @@ def remeasure(
     return report.model_copy(update={"layers": layers, "totals": totals})
 
 
-def _weight_error(site: WeightSite, mpo: MPO) -> float:
-    """norm(W - W_mpo) / norm(W), 0 for a weight of zeros."""
+def weight_error(site: WeightSite, weight: Weight) -> float:
+    """norm(W - W_mpo) / norm(W), with the cores in their dtype; 0 for a weight of zeros."""
+    mpo = as_mpo(weight)
     wide = working_dtype(mpo.dtype)
     weight_OI = site.matrix().to(wide)
     total = weight_of(weight_OI)

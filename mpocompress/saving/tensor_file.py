@@ -14,6 +14,7 @@ from mpocompress._version import __version__
 from mpocompress.errors import ContractionError, LoadError, SaveError
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.identity_gauge import IdentityGauge
+from mpocompress.mpo.weight import Weight
 from mpocompress.saving.manifest import FORMAT_VERSION, LayerRecord, Manifest
 from mpocompress.saving.staging import CORES_FILE
 
@@ -123,7 +124,7 @@ def cores_path(path: str | Path) -> Path:
     return path
 
 
-def weight_of(record: LayerRecord, tensors: Mapping[str, Tensor]) -> MPO | IdentityGauge:
+def weight_of(record: LayerRecord, tensors: Mapping[str, Tensor]) -> Weight:
     """The weight of a layer, in the gauge in which it is stored.
 
     Raises:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mpocompress.layers import MPOConv
 from mpocompress.layers.conv_geometry import ConvGeometry, padded
-from mpocompress.mpo import MPO, Layout
-from mpocompress.mpo.identity_gauge import IdentityGauge
+from mpocompress.mpo import Layout
+from mpocompress.mpo.weight import Weight
 from mpocompress.surgery.adapter import OneWeight, register
 from mpocompress.surgery.refusals import why_dense
 
@@ -74,7 +74,7 @@ class ConvAdapter(OneWeight):
         """Whether there is a bias, and one patch under it."""
         return module._parameters.get("bias") is not None and ConvGeometry.of(module).groups == 1
 
-    def build(self, module: nn.Module, mpo: MPO | IdentityGauge) -> nn.Module:
+    def build(self, module: nn.Module, mpo: Weight) -> nn.Module:
         """An `MPOConv` like the module. See `WeightAdapter.build`."""
         layer = MPOConv.from_mpo(
             self.own_copy(module, mpo), ConvGeometry.of(module), self.own_bias(module)

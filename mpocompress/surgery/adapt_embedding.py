@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from mpocompress.layers import MPOEmbedding
-from mpocompress.mpo import MPO, Layout
-from mpocompress.mpo.identity_gauge import IdentityGauge
+from mpocompress.mpo import Layout
+from mpocompress.mpo.weight import Weight
 from mpocompress.surgery.adapter import OneWeight, register
 from mpocompress.surgery.refusals import why_dense
 
@@ -42,7 +42,7 @@ class EmbeddingAdapter(OneWeight):
         rows, columns = self.weight(module).shape
         return (Layout.svd(rows, columns),)
 
-    def build(self, module: nn.Module, mpo: MPO | IdentityGauge) -> nn.Module:
+    def build(self, module: nn.Module, mpo: Weight) -> nn.Module:
         """An `MPOEmbedding` like the module. See `WeightAdapter.build`."""
         padding_idx = getattr(module, "padding_idx", None)
         return self.finished(module, MPOEmbedding.from_mpo(self.own_copy(module, mpo), padding_idx))

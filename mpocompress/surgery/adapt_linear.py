@@ -3,8 +3,7 @@
 from torch import Tensor, nn
 
 from mpocompress.layers import MPOLinear
-from mpocompress.mpo import MPO
-from mpocompress.mpo.identity_gauge import IdentityGauge
+from mpocompress.mpo.weight import Weight
 from mpocompress.surgery.adapter import OneWeight, register
 from mpocompress.surgery.refusals import why_dense
 
@@ -32,7 +31,7 @@ class LinearAdapter(OneWeight):
         """Whether there is a bias."""
         return module._parameters.get("bias") is not None
 
-    def build(self, module: nn.Module, mpo: MPO | IdentityGauge) -> nn.Module:
+    def build(self, module: nn.Module, mpo: Weight) -> nn.Module:
         """An `MPOLinear` in the module's dtype, device and mode. See `WeightAdapter.build`."""
         layer = MPOLinear.from_mpo(self.own_copy(module, mpo), self.own_bias(module))
         return self.finished(module, layer)

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.layers.recurrent import STATES, MPORecurrentWeight, RecurrentWeight
-from mpocompress.mpo import MPO
-from mpocompress.mpo.identity_gauge import IdentityGauge
+from mpocompress.mpo.weight import Weight
 from mpocompress.surgery.adapter import OneWeight, register
 from mpocompress.surgery.refusals import why_dense
 
@@ -49,7 +48,7 @@ class RecurrentAdapter(OneWeight):
         """Whether there is a bias."""
         return module._parameters.get("bias") is not None
 
-    def build(self, module: nn.Module, mpo: MPO | IdentityGauge) -> nn.Module:
+    def build(self, module: nn.Module, mpo: Weight) -> nn.Module:
         """An `MPORecurrentWeight` like the module. See `WeightAdapter.build`."""
         layer = MPORecurrentWeight.from_mpo(
             self.own_copy(module, mpo), self.own_bias(module), module

@@ -17,6 +17,7 @@ from mpocompress.layers import MPOLayer
 from mpocompress.layers.gauged_cores import GaugedCores
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.identity_gauge import IdentityGauge
+from mpocompress.mpo.weight import Weight
 
 
 class WeightAdapter(Protocol):
@@ -89,7 +90,7 @@ class WeightAdapter(Protocol):
         """Whether the module has a bias that is added to the matrix's outputs, row by row."""
         ...
 
-    def build(self, module: nn.Module, mpo: MPO | IdentityGauge) -> nn.Module:
+    def build(self, module: nn.Module, mpo: Weight) -> nn.Module:
         """A layer that computes what `module` does, with `mpo` for its weight, stored as it is.
 
         Dtype, device, mode and `requires_grad` are the module's; no storage is shared with the
@@ -138,7 +139,7 @@ class OneWeight:
         """No: see `WeightAdapter.has_offset`."""
         return False
 
-    def own_copy(self, module: nn.Module, mpo: MPO | IdentityGauge) -> MPO | IdentityGauge:
+    def own_copy(self, module: nn.Module, mpo: Weight) -> Weight:
         """The cores in the dtype and on the device of the module's weight, always copied.
 
         A single core may be the weight itself, reshaped, and one MPO may go into several models

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mpocompress.errors import ConversionError, MPOCompressError
-from mpocompress.mpo import MPO
-from mpocompress.mpo.identity_gauge import IdentityGauge
+from mpocompress.mpo.weight import Weight
 from mpocompress.surgery.adapter import WeightAdapter, adapter_for, tie_cores
 from mpocompress.surgery.copying import (
     anchored,
@@ -30,7 +29,7 @@ from mpocompress.surgery.copying import (
 )
 from mpocompress.surgery.inventory import WeightSite, label
 
-Replacement = MPO | IdentityGauge | nn.Module | Callable[[nn.Module], nn.Module]
+Replacement = Weight | nn.Module | Callable[[nn.Module], nn.Module]
 Replacements = Mapping[WeightSite, Replacement] | Mapping[nn.Module, Replacement]
 
 
@@ -109,7 +108,7 @@ def _new_layers(members: set[nn.Module], replacements: Replacements) -> dict[nn.
 def _build(
     what: str, site: WeightSite | None, modules: Sequence[nn.Module], value: Replacement
 ) -> list[nn.Module]:
-    if isinstance(value, MPO | IdentityGauge):
+    if isinstance(value, Weight):
         if site is None:
             raise ConversionError(
                 f"{what}: an MPO replaces a site of find_weights(model), not a module. Use the "

@@ -19,6 +19,7 @@ from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge, fix_identity_ga
 from mpocompress.mpo.integer_fit import round_matrix, round_rows
 from mpocompress.mpo.integers import Stored, StoredHalf, StoredIntegers
 from mpocompress.mpo.precision import Precision, bits_of
+from mpocompress.mpo.weight import Weight, as_mpo
 
 # Ridge of the new fit of the first factor, relative to the mean diagonal of what it meets.
 _RIDGE = 1e-6
@@ -56,14 +57,13 @@ class Rounded:
         stored: by name of the parameter below the layer's `cores`, such as "0" or "0.free".
     """
 
-    weight: MPO | IdentityGauge
+    weight: Weight
     stored: Mapping[str, Stored] = field(default_factory=dict)
 
     @property
     def mpo(self) -> MPO:
         """The values as an ordinary chain."""
-        weight = self.weight
-        return weight if isinstance(weight, MPO) else MPO(weight.cores(), shape=weight.shape)
+        return as_mpo(self.weight)
 
 
 def shrunk(input_II: Tensor, rows: int) -> Tensor:
@@ -95,7 +95,7 @@ def round_weight(
         return _round_dense(mpo, bits, storage.block, input_II)
     if bits is not None and mpo.layout.pairs == Layout.svd(*mpo.shape).pairs:
         return _round_factors(mpo, bits, storage, input_II)
-    weight: MPO | IdentityGauge = mpo
+    weight: Weight = mpo
     if storage.gauge == "identity":
         weight = fix_identity_gauge(mpo.cores, shape=mpo.shape)
     stored = {
@@ -139,7 +139,7 @@ def round_table(
     return Rounded(weight=MPO((stored.dequantized(),)), stored={"0": stored})
 
 
-def stored_tensors(weight: MPO | IdentityGauge) -> list[tuple[str, Tensor]]:
+def stored_tensors(weight: Weight) -> list[tuple[str, Tensor]]:
     """The tensors that a layer stores, by the parameter's name below its `cores`."""
     if isinstance(weight, MPO):
         return [(str(site), core) for site, core in enumerate(weight.cores)]
@@ -147,7 +147,7 @@ def stored_tensors(weight: MPO | IdentityGauge) -> list[tuple[str, Tensor]]:
     return [*found, (str(len(weight.free)), weight.last)]
 
 
-def with_stored(weight: MPO | IdentityGauge, stored: Mapping[str, Stored]) -> MPO | IdentityGauge:
+def with_stored(weight: Weight, stored: Mapping[str, Stored]) -> Weight:
     """The layer with the values of what is stored."""
     values = [stored[name].dequantized() for name, _ in stored_tensors(weight)]
     if isinstance(weight, MPO):
@@ -208,9 +208,7 @@ def _round_factors(
     if gauged is None:
         left = round_matrix(fitted_OR, bits, storage.block, shape=shapes[0], gram_YY=gram_RR)
         stored: dict[str, StoredIntegers] = {"0": left, "1": right}
-        weight: MPO | IdentityGauge = MPO(
-            (left.dequantized(), right.dequantized()), shape=mpo.shape
-        )
+        weight: Weight = MPO((left.dequantized(), right.dequantized()), shape=mpo.shape)
         return Rounded(weight=weight, stored=stored)
     pivots_P = gauged.pivots[0].long()
     is_free_O = torch.ones(len(target_OI), dtype=torch.bool, device=target_OI.device)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.layers.modes import evaluation_mode
-from mpocompress.mpo import MPO, Layout
-from mpocompress.mpo.identity_gauge import IdentityGauge
+from mpocompress.mpo import Layout
+from mpocompress.mpo.weight import Weight
 from mpocompress.surgery import WeightSite, copy_with_replacements
 from mpocompress.tuning.distill_loss import Distance
 from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan
@@ -64,7 +64,7 @@ def effect_alone(
 
 def with_fitted(
     model: nn.Module,
-    weights: Mapping[WeightSite, MPO | IdentityGauge],
+    weights: Mapping[WeightSite, Weight],
     fitted: Mapping[WeightSite, FittedWeight],
 ) -> nn.Module:
     """A copy of the model with these weights, and biases that took up the mean of their errors.

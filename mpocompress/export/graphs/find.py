@@ -25,8 +25,7 @@ from mpocompress.export.graphs.paths import (
     read_operand,
 )
 from mpocompress.export.graphs.tensors import FLOATS, num_bytes, to_torch
-from mpocompress.mpo import MPO
-from mpocompress.mpo.identity_gauge import IdentityGauge
+from mpocompress.mpo.weight import Weight
 from mpocompress.surgery import Inventory, KeptEntry, WeightSite
 from mpocompress.surgery.adapter import OneWeight
 
@@ -103,7 +102,7 @@ class GraphAdapter(OneWeight):
             raise TypeError(f"a {type(module).__name__} is no weight of a graph.")
         return module.read()
 
-    def build(self, module: nn.Module, mpo: MPO | IdentityGauge) -> nn.Module:
+    def build(self, module: nn.Module, mpo: Weight) -> nn.Module:
         """Not for graphs."""
         raise ConversionError("a weight of an ONNX graph is replaced by nodes, not by a module.")
 
