@@ -15,7 +15,7 @@ from mpocompress.export import export_onnx, verify
 from mpocompress.layers import MPOEmbedding, MPOEmbeddingBag
 from mpocompress.layers.opened import layers_called
 from mpocompress.loading import Batch, example_inputs, load_source, parse_input_spec
-from mpocompress.mpo import MPO
+from mpocompress.mpo import MPO, Layout
 from mpocompress.saving import save_state
 from mpocompress.surgery import find_weights, open_modules, select_sites
 from mpocompress.tuning.gradients import take_statistics
@@ -380,6 +380,9 @@ def test_layers_from_scratch_say_what_they_are_and_what_does_not_fit():
     indices = torch.tensor([[0, 1]])
     with pytest.raises(IndexError):
         layer(indices + 12)
+    padded = MPO.from_matrix(torch.randn(10, 6), Layout((4, 4), (2, 3), pad=True))
+    with pytest.raises(IndexError):
+        MPOEmbedding.from_mpo(padded)(indices + 11)  # below the 16 rows of its sites
     with pytest.raises(ValueError, match="offsets has to be None"):
         layer(indices, torch.tensor([0]))
     with pytest.raises(ValueError, match="offsets has to be a 1D Tensor"):

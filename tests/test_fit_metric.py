@@ -98,7 +98,17 @@ def test_factor_rebuilds_the_moment_and_solves(data, size):
 def test_singular_moment_has_a_factor_of_its_rank():
     assert factorize_metric(moment(9, seed=0, samples=4), "C").rank == 4
     assert factorize_metric(moment(9, seed=0, dead=2), "C").rank == 7
-    assert factorize_metric(moment(9, seed=0), "C").values_R is None
+    assert factorize_metric(moment(9, seed=0), "C").inverse_RN is None
+
+
+def test_units_of_a_feature_do_not_decide_what_is_noise():
+    units = torch.ones(9, dtype=torch.float64)
+    units[2] = 1e9  # a raw timestamp beside numbers around 1
+    c = moment(9, seed=0)
+    scaled = factorize_metric(c * units * units[:, None], "C")
+    assert_close(scaled.factor_NR, units[:, None] * factorize_metric(c, "C").factor_NR)
+    few = moment(9, seed=0, samples=4) * units * units[:, None]
+    assert factorize_metric(few, "C").rank == 4
 
 
 def test_rounding_of_float32_accumulation_is_no_negative_eigenvalue():

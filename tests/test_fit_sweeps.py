@@ -259,6 +259,23 @@ def test_dead_inputs_do_not_count():
     assert_close(first.relative_error, second.relative_error, **F64["dense"])
 
 
+@pytest.mark.parametrize("output", [False, True])
+def test_units_of_a_feature_do_not_decide_the_fit(output):
+    x, g = (gaussian(300, 16, seed=seed) for seed in (0, 1))
+    target, units = gaussian(16, 16, seed=2), torch.ones(16, dtype=torch.float64)
+    output_OO = g.T @ g / 300 if output else None
+    plain = fit(target, Metric(x.T @ x / 300, output_OO), "4x4,4x4", 6).relative_error
+    for size in (1e3, 1e6):
+        units[3] = size
+        metric = Metric((x * units).T @ (x * units) / 300, output_OO)
+        found = fit(target / units, metric, "4x4,4x4", 6)
+        assert found.relative_error < 1.15 * plain
+        svd = fit(target / units, metric, "16x1,1x16", 6).relative_error
+        assert svd == pytest.approx(
+            fit(target, Metric(x.T @ x / 300, output_OO), "16x1,1x16", 6).relative_error, rel=1e-3
+        )
+
+
 def test_zero_target():
     layout = Layout.parse("3x4,4x2")
     result = fit(torch.zeros(12, 8), Metric(moment(8, seed=0)), layout, 2)

@@ -461,6 +461,21 @@ def test_models_that_cannot_be_swept_are_refused():
         mpo.sweep(partly, reference=model, data=batches())
 
 
+def test_rounded_layers_in_a_gauge_are_left_alone():
+    torch.manual_seed(0)
+    dense = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)])
+    data = [torch.randn(64, 64) for _ in range(4)]
+    plan = mpo.plan(dense, bond_dim=8, layout="svd")
+    rounded = {"precision": "int8", "gauge": "identity"}
+    layers = [layer.model_copy(update=rounded) for layer in plan.layers[:3]]
+    plan = plan.model_copy(update={"layers": (*layers, plan.layers[3])})
+    model = mpo.compress(dense, plan, data=data).model
+    assert list(find_chains(model)) == ["3"]
+    before = [parameter.clone() for parameter in model[:3].parameters()]
+    mpo.sweep(model, reference=dense, data=data, sweeps=1)
+    assert all(map(torch.equal, before, model[:3].parameters()))
+
+
 def test_layers_out_of_reach_are_left_alone():
     class Idle(nn.Module):
         def __init__(self) -> None:

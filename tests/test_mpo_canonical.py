@@ -21,6 +21,7 @@ from mpocompress.mpo.canonical import (
     symmetric_gauge,
 )
 from mpocompress.mpo.factorize import random_cores
+from mpocompress.mpo.identity_gauge import fix_identity_gauge
 from tests.planted import (
     LAWS,
     SEEDS,
@@ -212,6 +213,23 @@ def test_rounding_a_difference_of_equals_leaves_nothing():
     mpo = MPO(random_chain(LAYOUT, BONDS))
     nothing = mpo - mpo
     assert nothing.norm() <= F64["dense"]["atol"] * mpo.norm()
+
+
+@pytest.mark.parametrize("sites", [40, 64, 200])
+def test_rounding_and_gauges_of_long_chains_keep_their_bonds(sites):
+    generator = torch.Generator().manual_seed(0)
+    chain = MPO.random(
+        [(2, 2)] * sites, 2, variance=2.0**-sites, dtype=torch.float64, generator=generator
+    )
+    assert chain.round().bond_dims == chain.bond_dims
+    assert float((chain - chain.round()).norm()) < 1e-12 * float(chain.norm())
+    gauged = MPO(fix_identity_gauge(chain.cores).cores)
+    assert float((chain - gauged).norm()) < 1e-9 * float(chain.norm())
+
+
+def test_random_chains_of_large_bonds_have_their_variance():
+    chain = MPO.random([(2, 2)] * 200, 64, dtype=torch.float64)  # the bonds multiply to 64^188
+    assert all(bool(core.isfinite().all()) and float(core.norm()) > 0 for core in chain.cores)
 
 
 def test_rounding_to_one_bond_dim_each_and_from_any_center():

@@ -346,6 +346,25 @@ def test_batches_in_pieces_give_the_same_values_and_gradients(lead, at_once, mon
         assert_close(pieces, whole)
 
 
+def test_batches_in_pieces_merge_the_cores_once(monkeypatch):
+    mpo = MPO.random("3x4,5x2,2x3", 4, dtype=torch.float64)
+    made = []
+    merge = contract.merge_cores
+
+    def counting(cores, order):
+        made.append(order)
+        return merge(cores, order)
+
+    monkeypatch.setattr(contract, "merge_cores", counting)
+    plans = plan_contractions(mpo.layout.out_dims, mpo.layout.in_dims, mpo.bond_dims).plans
+    plan = next(p for p in plans if len(p.steps) > 1 and any(g != 0 for g in p.groups))
+    apply_cores(mpo.cores, torch.randn(1, 24).double(), shape=mpo.shape, plan=plan)
+    once = len(made)
+    monkeypatch.setattr(contract, "_STATE_BYTES", 2 * 8 * plan.widest)
+    apply_cores(mpo.cores, torch.randn(9, 24).double(), shape=mpo.shape, plan=plan)
+    assert len(made) == 2 * once
+
+
 def test_input_without_dimensions_is_refused():
     mpo = MPO(random_chain(Layout.parse("2x3,3x4"), (2,)))
     with pytest.raises(ContractionError, match=r"input of shape \(\).*12 inputs"):

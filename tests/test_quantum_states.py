@@ -107,6 +107,7 @@ class TestKnownStates:
         assert page_entropy_nats(large, small) == pytest.approx(value, abs=1e-12)
 
     def test_pages_formula_for_large_systems(self):
+        assert page_entropy_nats(2**100, 2**100) == pytest.approx(100 * math.log(2) - 0.5)
         assert page_entropy_nats(2**20, 2**20) == pytest.approx(20 * math.log(2) - 0.5, abs=1e-6)
 
     def test_a_planted_chain_has_the_entropies_of_its_gauge(self):

@@ -164,6 +164,22 @@ def test_padding_does_not_count():
     assert real_rows(x[:, 0], keep).shape == (2, 3)
 
 
+def test_which_of_several_masks_is_of_padding():
+    padding = torch.zeros(4, 4, dtype=torch.bool)
+    padding[1:, 3] = True
+    causal = torch.ones(4, 4, dtype=torch.bool).triu(1)
+    for mask in (causal, ~causal, causal.float()):
+        both = {"mask": mask, "src_key_padding_mask": padding}
+        assert torch.equal(keep_mask(both), ~padding)
+        assert keep_mask({"mask": mask}) is None
+    assert torch.equal(keep_mask({"mask": ~padding}), ~padding)
+    # Activations of an encoder and a decoder of one length cannot be told apart.
+    arguments = {"attention_mask": ~padding, "decoder_input_ids": torch.zeros(4, 4).long()}
+    assert keep_mask(arguments) is None
+    arguments["decoder_input_ids"] = torch.zeros(4, 3).long()
+    assert torch.equal(keep_mask(arguments), ~padding)
+
+
 # -- lockstep
 
 

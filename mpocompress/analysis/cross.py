@@ -164,7 +164,7 @@ def interpolate(
 
     def random_points(count: int) -> Tensor:
         shape = (count, psi.num_sites)
-        return torch.randint(psi.local_dim, shape, generator=generator).to(psi.device)
+        return torch.randint(psi.local_dim, shape, generator=generator, device="cpu").to(psi.device)
 
     check_BN = random_points(check_points)
     exact_B = psi(check_BN)

@@ -21,6 +21,8 @@ Verdict = Literal["area-law-like", "volume-law-like", "intermediate", "undetermi
 _AREA, _VOLUME = 1 / 3, 2 / 3
 # Entropies below this, in nats, are rounding of a product.
 _PRODUCT = 1e-6
+# From here on ln n is the harmonic number less Euler's constant, to the last digit.
+_LARGE = 2**53
 # Cuts count from this share of the largest capacity on: near the ends everything grows.
 _WIDE = 0.5
 
@@ -116,8 +118,8 @@ def classify_growth(entropies_nats: Sequence[float], capacities_nats: Sequence[f
         return Growth(exponent=None, verdict="undetermined")
     if max(entropy for _, entropy in wide) < _PRODUCT:
         return Growth(exponent=0.0, verdict="area-law-like")
-    x_C = torch.tensor([log(c) for c, _ in wide], dtype=torch.float64)
-    y_C = torch.tensor([log(max(s, _PRODUCT)) for _, s in wide], dtype=torch.float64)
+    x_C = torch.tensor([log(c) for c, _ in wide], dtype=torch.float64, device="cpu")
+    y_C = torch.tensor([log(max(s, _PRODUCT)) for _, s in wide], dtype=torch.float64, device="cpu")
     x_C = x_C - x_C.mean()
     exponent = float(x_C @ y_C / (x_C @ x_C))
     verdict: Verdict = "intermediate"
@@ -137,6 +139,11 @@ def page_entropy_nats(left_dim: int, right_dim: int) -> float:
     Source: Page, Phys. Rev. Lett. 71 (1993) 1291; Sen, Phys. Rev. Lett. 77 (1996) 1.
     """
     small, large = sorted((left_dim, right_dim))
-    one = torch.ones((), dtype=torch.float64)
-    harmonic = torch.digamma((small * large + 1) * one) - torch.digamma((large + 1) * one)
-    return float(harmonic) - (small - 1) / (2 * large)
+    return _harmonic(small * large) - _harmonic(large) - (small - 1) / (2 * large)
+
+
+def _harmonic(number: int) -> float:
+    """The sum of 1 / k up to a number, less Euler's constant."""
+    if number >= _LARGE:
+        return log(number)
+    return float(torch.digamma(torch.tensor(number + 1.0, dtype=torch.float64, device="cpu")))

@@ -75,7 +75,7 @@ def _check_call(model: nn.Module, batch: Batch, number: int) -> None:
     """Call the model with a few rows of a batch or, where those alone are not taken, with all."""
     if batch.rows_come_first and batch.num_rows > _FEW:
         try:
-            _call(model, batch.take(torch.arange(_FEW)))
+            _call(model, batch.take(torch.arange(_FEW, device="cpu")))
             return
         except Exception:  # whatever foreign code raises
             pass  # all rows may belong together, as the nodes of a graph
@@ -120,7 +120,7 @@ def with_whole_batches(model: nn.Module, calls: Sequence[Batch]) -> list[Batch]:
     if first is None:
         return list(calls)
     count = first.num_rows
-    last = torch.arange(count - count // 2, count)
+    last = torch.arange(count - count // 2, count, device="cpu")
     whole = _call(model, first)
     try:
         apart = _call(model, first.take(last))

@@ -134,7 +134,7 @@ def few_rows(calls: Sequence[Batch], rows: int = 256) -> list[Batch]:
 
 
 def _cut(count: int, shares: Sequence[float], generator: torch.Generator) -> list[Tensor]:
-    order = torch.randperm(count, generator=generator)
+    order = torch.randperm(count, generator=generator, device="cpu")
     sizes = [int(share * count) for share in shares]
     cut = order.split([count - sum(sizes), *sizes])
     return [part.sort().values for part in cut]

@@ -164,7 +164,7 @@ def hollow(job: Job, plan: Plan) -> nn.Module:
         site, layout = by_name[layer.name], layer.sites()
         bonds = (1, *layout.clip(layer.bond_dims or ()), 1)
         cores = [
-            torch.randn((bonds[k], *pair, bonds[k + 1]), generator=generator)
+            torch.randn((bonds[k], *pair, bonds[k + 1]), generator=generator, device="cpu")
             for k, pair in enumerate(layout.pairs)
         ]
         mpo = MPO(cores, shape=site.shape)

@@ -107,7 +107,7 @@ def _blank_rows(rows: int, columns: int, storage: Storage, shape: tuple[int, ...
             parts.append(_blank(count, columns, precision, storage.block, (count, columns)))
     if len(parts) == 1:
         return _blank(rows, columns, storage.precision, storage.block, shape)
-    places = torch.arange(rows, dtype=torch.int32)
+    places = torch.arange(rows, dtype=torch.int32, device="cpu")
     return StoredRows(parts=tuple(parts), places=places, shape=shape)
 
 
@@ -116,11 +116,11 @@ def _blank(
 ) -> StoredIntegers | StoredHalf:
     bits = bits_of(precision)
     if bits is None:
-        return StoredHalf(values=torch.zeros(shape, dtype=torch.float16))
+        return StoredHalf(values=torch.zeros(shape, dtype=torch.float16, device="cpu"))
     block = columns if block is None else min(block, columns)
-    scales: Tensor = torch.ones((rows, -(-columns // block)), dtype=torch.float16)
+    scales: Tensor = torch.ones((rows, -(-columns // block)), dtype=torch.float16, device="cpu")
     return StoredIntegers(
-        values=torch.zeros((rows, columns), dtype=torch.int8),
+        values=torch.zeros((rows, columns), dtype=torch.int8, device="cpu"),
         scales=scales,
         bits=bits,
         block=block,

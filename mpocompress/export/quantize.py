@@ -7,7 +7,7 @@ the graph, or made a MatMulNBits, which with 8 bits is slower than float32 at ev
 was tried, and at batch 1 only in its lossy mode as fast.)
 """
 
-# Shape suffixes: O out, I in, R bond, F stored rows of the first core.
+# Shape suffixes: O out, I in.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,17 +20,16 @@ from mpocompress.errors import DataError, ExportError
 from mpocompress.export.calls import Batch, ForwardCall, inference_copy, run
 from mpocompress.export.forms import linear_layers
 from mpocompress.layers import MPOLayer, MPOLinear
-from mpocompress.layers.gauged_cores import GaugedCores
-from mpocompress.mpo import linalg
-from mpocompress.mpo.integer_fit import round_matrix
-from mpocompress.mpo.integers import Stored, StoredIntegers
+from mpocompress.mpo.integers import Stored
 from mpocompress.tuning.moments import CrossMoment, keep_mask, real_rows
+from mpocompress.tuning.rounding import Storage, round_weight
+from mpocompress.tuning.shrinkage import shrunk_metric
 
 Quantize = Literal["none", "int8", "int4", "auto"]
 
-_BITS = {"int8": 8, "int4": 4}
 # One scale to a row is enough for 8 bits; with 4 bits a block is what the common tools take, too.
-_BLOCKS: dict[int, int | None] = {8: None, 4: 32}
+_BLOCKS: dict[str, int | None] = {"int8": None, "int4": 32}
+# Share of the diagonal of a layer's moments that is added to it, at least.
 _RIDGE = 1e-3
 
 
@@ -101,7 +100,6 @@ def quantize_cores(
                 'Compress again, or take "int8" or "int4".'
             )
         return found
-    bits = _BITS[quantize]
     layers = linear_layers(copied)
     moments = {} if data is None else _input_moments(copied, data)
     replaced: dict[int, nn.Parameter] = {}
@@ -111,9 +109,13 @@ def quantize_cores(
                 continue  # shares its cores with a layer before
             before_OI = layer.to_dense().double()
             input_II, mean_I = _metric(layer, moments.get(layer))
-            for suffix, parameter, stored in _rounded(layer, bits, input_II):
+            storage = Storage(precision=quantize, block=_BLOCKS[quantize], gauge=layer.gauge)
+            rounded = round_weight(layer.to_weight(), storage, input_II=input_II, either_side=True)
+            parameters = dict(layer.cores.named_parameters())
+            for suffix, stored in rounded.stored.items():
                 integers[f"{name}.cores.{suffix}"] = stored
-                replaced[id(parameter)] = nn.Parameter(stored.dequantized(), requires_grad=False)
+                value = nn.Parameter(stored.dequantized(), requires_grad=False)
+                replaced[id(parameters[suffix])] = value
             _replace(layer, replaced)
             if mean_I is not None and layer.bias is not None and id(layer.bias) not in replaced:
                 lost_O = (before_OI - layer.to_dense().double()) @ mean_I
@@ -178,86 +180,12 @@ def _input_moments(model: nn.Module, data: Iterable[Batch]) -> dict[nn.Module, C
     return moments
 
 
-def _metric(layer: MPOLinear, moment: CrossMoment | None) -> tuple[Tensor, Tensor | None]:
-    """C (in, in), float64, with its ridge, and the mean input; the identity without data."""
-    eye_II = torch.eye(layer.in_features, dtype=torch.float64)
+def _metric(layer: MPOLinear, moment: CrossMoment | None) -> tuple[Tensor | None, Tensor | None]:
+    """C (in, in), float64, with its ridge, and the mean input; None for both without data."""
     if moment is None or not moment.rows:
-        return eye_II, None
+        return None, None
     # The mean is the bias's business, where there is one.
     input_II, mean_I, _ = moment.mean(centered=layer.bias is not None)
-    return input_II + _RIDGE * (float(input_II.diagonal().mean()) or 1.0) * eye_II, mean_I
-
-
-_Rounded = list[tuple[str, nn.Parameter, StoredIntegers]]
-
-
-def _rounded(layer: MPOLinear, bits: int, input_II: Tensor) -> _Rounded:
-    """Suffix of the name, parameter and integers of each stored core of a layer."""
-    shape = (layer.out_features, layer.in_features)
-    if layer.layout.pairs == ((shape[0], 1), (1, shape[1])):
-        return _round_factors(layer, bits, input_II)
-    block = _BLOCKS[bits]
-    found: _Rounded = []
-    for name, parameter in layer.cores.named_parameters():
-        last = parameter.shape[-1] == 1
-        rows = parameter.shape[0] if last else parameter.numel() // parameter.shape[-1]
-        matrix = parameter.reshape(rows, -1)
-        size = tuple(parameter.shape)
-        options = [
-            round_matrix(matrix, bits, block, shape=size),
-            round_matrix(matrix.T, bits, block, shape=size, transposed=True),
-        ]
-        errors = [_error_of(layer, parameter, option, input_II) for option in options]
-        # At 4 bits the number of scales may differ, too; the error is what counts.
-        found.append((name, parameter, options[errors[1] < errors[0]]))
-    return found
-
-
-def _error_of(
-    layer: MPOLinear, parameter: nn.Parameter, stored: StoredIntegers, input_II: Tensor
-) -> float:
-    """Squared error of the layer's outputs if one of its cores is rounded."""
-    exact_OI = layer.to_dense().double()
-    exact = parameter.data
-    parameter.data = stored.dequantized()
-    lost_OI = exact_OI - layer.to_dense().double()
-    parameter.data = exact
-    return float(((lost_OI @ input_II) * lost_OI).sum())
-
-
-def _round_factors(layer: MPOLinear, bits: int, input_II: Tensor) -> _Rounded:
-    """W = U V: V with feedback in the metric C, U fitted to the rounded V, and rounded in turn.
-
-    In the identity gauge U has the identity in the rows of the pivots, and only its other rows are
-    stored and fitted.
-    """
-    block = _BLOCKS[bits]
-    target_OI = layer.to_dense().double()
-    first, second = list(layer.cores)
-    right_RI = second.reshape(second.shape[0], -1).double()
-    if isinstance(layer.cores, GaugedCores):
-        gauged = layer.cores.gauged[0]
-        names, parameters = ("0.free", "1"), (gauged.free, layer.cores.last)
-        rows = torch.ones(target_OI.shape[0], dtype=torch.bool)
-        rows[gauged.pivots.long()] = False
-        target_FI = target_OI[rows]
-    else:
-        names, parameters = ("0", "1"), (first, second)
-        target_FI = target_OI
-        right_RI = _with_orthonormal_left(first.reshape(first.shape[1], -1).double(), right_RI)
-    shapes = [tuple(parameter.shape) for parameter in parameters]
-    right = round_matrix(right_RI, bits, block, shape=shapes[1], gram_YY=input_II)
-    rounded_RI = right.dequantized().reshape(right_RI.shape).double()
-    seen_RI = rounded_RI @ input_II
-    gram_RR = seen_RI @ rounded_RI.mT
-    ridge = _RIDGE * 1e-3 * float(gram_RR.diagonal().mean())
-    eye_RR = torch.eye(len(gram_RR), dtype=gram_RR.dtype)
-    left_FR = torch.linalg.solve(gram_RR + ridge * eye_RR, seen_RI @ target_FI.mT).mT
-    left = round_matrix(left_FR, bits, block, shape=shapes[0], gram_YY=gram_RR)
-    return [(names[0], parameters[0], left), (names[1], parameters[1], right)]  # type: ignore[list-item]
-
-
-def _with_orthonormal_left(left_OR: Tensor, right_RI: Tensor) -> Tensor:
-    """V of the same product U V with orthonormal columns of U, so that errors in V count alike."""
-    _, carry_RR = linalg.qr(left_OR)
-    return carry_RR @ right_RI
+    if not bool(input_II.diagonal().any()):
+        return None, mean_I
+    return shrunk_metric(input_II, moment.rows, least=_RIDGE).ridged_input_II, mean_I

@@ -156,6 +156,18 @@ class MPOLayer(nn.Module):
             (core.detach() for core in self.cores), shape=(self.out_features, self.in_features)
         )
 
+    def to_weight(self) -> Weight:
+        """The weight in the gauge that it is stored in, of detached tensors; storage is shared."""
+        if not isinstance(self.cores, GaugedCores):
+            return self.to_mpo()
+        return IdentityGauge(
+            tuple(core.free.detach() for core in self.cores.gauged),
+            tuple(core.pivots for core in self.cores.gauged),
+            self.cores.last.detach(),
+            self._layout,
+            (self.out_features, self.in_features),
+        )
+
     def set_cores_(self, cores: Sequence[Tensor]) -> None:
         """Put other cores in place; their bond dimensions may differ from the old ones.
 

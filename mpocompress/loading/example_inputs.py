@@ -212,13 +212,17 @@ def _from_specs(module: nn.Module, specs: list[InputSpec]) -> ExampleInputs:
         first_integer = not any(not t.is_floating_point() for t in args)
         try:
             if dtype.is_floating_point:
-                tensor = torch.randn(spec.shape, generator=generator).to(dtype)
+                tensor = torch.randn(spec.shape, generator=generator, device="cpu").to(dtype)
             elif first_integer and tables and dtype is not torch.bool:
                 # Indices into the smallest table are valid for each of them.
                 high = min(*tables, torch.iinfo(dtype).max)
-                tensor = torch.randint(high, spec.shape, generator=generator).to(dtype)
+                tensor = torch.randint(high, spec.shape, generator=generator, device="cpu").to(
+                    dtype
+                )
             else:
-                tensor = torch.ones(spec.shape, dtype=dtype)  # a mask that hides nothing
+                tensor = torch.ones(
+                    spec.shape, dtype=dtype, device="cpu"
+                )  # a mask that hides nothing
         except RuntimeError as error:
             raise DataError(f"{origin}: no tensor of {spec} can be made: {error}") from error
         args.append(tensor)
@@ -260,7 +264,9 @@ def _infer(module: nn.Module) -> ExampleInputs | None:
     dtype = next(linear.parameters()).dtype
     if not dtype.is_floating_point:
         return None
-    rows = torch.randn(3, linear.in_features, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(
+        3, linear.in_features, generator=torch.Generator().manual_seed(0), device="cpu"
+    )
     rows = rows.to(dtype).to(next(linear.parameters()).device)
     try:
         with _evaluation(module), _record_calls(module) as calls:

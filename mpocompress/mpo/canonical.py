@@ -122,6 +122,17 @@ def symmetric_gauge(cores: Sequence[Tensor]) -> Cores:
     return equalize_norms([core.to(cores[0].dtype) for core in moved])
 
 
+def chain_rank_tolerance(cores: Sequence[Tensor], dtype: torch.dtype) -> float:
+    """`linalg.rank_tolerance` of a chain: of its matrix, or of all its cores if these are smaller.
+
+    A matrix that is far larger than whatever is decomposed says nothing of its rounding.
+    """
+    layout = layout_of(cores)
+    largest = max(core.numel() // min(core.shape[0], core.shape[3]) for core in cores)
+    size = min(max(layout.out_features, layout.in_features), len(cores) * largest)
+    return linalg.rank_tolerance((size,), dtype)
+
+
 def round_cores(
     cores: Sequence[Tensor],
     center: Center,
@@ -146,8 +157,7 @@ def round_cores(
     ]
     moved = list(move_center(cores, center, sites - 1, sites - 1)[0])
     cuts: list[Cut] = []
-    layout = layout_of(cores)
-    tolerance = linalg.rank_tolerance((layout.out_features, layout.in_features), cores[0].dtype)
+    tolerance = chain_rank_tolerance(cores, cores[0].dtype)
     for site in range(sites - 1, 0, -1):
         left, out, in_, right = moved[site].shape
         found = linalg.leading_svd(moved[site].reshape(left, -1), limits[site - 1].bond_dim)

@@ -18,7 +18,7 @@ batch, so the best choice depends on the number of rows. All choices are reduced
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from math import prod
 
@@ -42,6 +42,8 @@ Merge = int | tuple["Merge", "Merge"]
 # a layer of width 65,536 went from 590 to 310 ms, of 1024 x 1024 layers with 2,000 rows from 230 to
 # 120 ms.
 _STATE_BYTES = 16 << 20
+# Plans that are remembered: a search for bond dimensions asks for those of very many sizes.
+_PLANS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,7 @@ class _Chain:
     bonds: tuple[int, ...]  # with the outer ones: core k sits between bonds[k] and bonds[k + 1]
 
 
-@cache
+@lru_cache(maxsize=_PLANS)
 def plan_contractions(
     out_dims: tuple[int, ...], in_dims: tuple[int, ...], bond_dims: tuple[int, ...]
 ) -> ContractionPlans:
@@ -187,17 +189,32 @@ def apply_cores(
     lead = x.shape[:-1]
     if plan is None:
         plan = plans_for(cores).best(prod(lead))
-    if not torch.compiler.is_compiling():  # a graph is for batches of any size
+    # Made once for all parts: merged cores may be as large as the dense weight.
+    weights = [_as_matrix(merge_cores(cores, plan.groups[step.group]), step) for step in plan.steps]
+    padded = (prod(core.shape[1] for core in cores), prod(core.shape[2] for core in cores))
+    # A graph is for batches of any size; a single product has no state in between.
+    if len(plan.steps) > 1 and not torch.compiler.is_compiling():
         at_once = max(1, _STATE_BYTES // (plan.widest * x.element_size()))
         if prod(lead) > at_once:
             parts_NI = x.reshape(-1, in_features).split(at_once)
-            parts = [apply_cores(cores, part, shape=shape, plan=plan) for part in parts_NI]
+            parts = [_apply_steps(plan, weights, part, shape, padded) for part in parts_NI]
             return torch.cat(parts).reshape(*lead, out_features)
-    padded_in = prod([core.shape[2] for core in cores])
+    return _apply_steps(plan, weights, x, shape, padded)
+
+
+def _apply_steps(
+    plan: ContractionPlan,
+    weights: Sequence[Tensor],
+    x: Tensor,
+    shape: tuple[int, int],
+    padded: tuple[int, int],
+) -> Tensor:
+    """`apply_cores` with the matrix of each step; `padded` is the shape with its padding."""
+    (out_features, in_features), (padded_out, padded_in) = shape, padded
+    lead = x.shape[:-1]
     state = constant_pad_nd(x, [0, padded_in - in_features]) if padded_in > in_features else x
     flat = False  # whether the leading dimensions have been folded into one
-    for step in plan.steps:
-        weight = _as_matrix(merge_cores(cores, plan.groups[step.group]), step)
+    for step, weight in zip(plan.steps, weights, strict=True):
         if step.columns == 1:
             # An ordinary matrix product; without repetition it needs no reshape at all.
             if flat or step.rows != 1:
@@ -207,7 +224,6 @@ def apply_cores(
         else:
             state = repeated_product(weight, state.reshape(-1, step.contracted, step.columns))
             flat = True
-    padded_out = prod([core.shape[1] for core in cores])
     if flat:
         state = state.reshape(*lead, padded_out)
     return state[..., :out_features] if padded_out > out_features else state
@@ -230,7 +246,7 @@ def merge_cores(cores: Sequence[Tensor], merge: Merge) -> Tensor:
     return product.reshape(left, out_a * out_b, in_a * in_b, right)
 
 
-@cache
+@lru_cache(maxsize=_PLANS)
 def _cheapest_merge(chain: _Chain, first: int, last: int) -> tuple[int, Merge]:
     """Multiply-adds and order of the cheapest merge of the sites first..last."""
     if first == last:

@@ -162,7 +162,9 @@ def random_cores(
     most = layout.max_bond_dims()
     wanted = [cap if bond is None else bond for bond, cap in zip(limits, most, strict=True)]
     bonds = (1, *layout.clip(wanted), 1)
-    std = (variance / prod(bonds)) ** (0.5 / layout.num_sites)
+    # By shares: the product of the bonds of a long chain is beyond what a float holds.
+    share = 0.5 / layout.num_sites
+    std = variance**share * prod(bond**-share for bond in bonds)
     return tuple(
         std
         * torch.randn(

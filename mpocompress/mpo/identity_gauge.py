@@ -184,9 +184,10 @@ def fix_identity_gauge(
     wide = tuple(core.detach().to(torch.float64) for core in cores)
     moved = list(canonical.move_center(wide, (0, len(wide) - 1), 0, 0)[0])
     free, pivots = [], []
+    tolerance = canonical.chain_rank_tolerance(wide, torch.float64)
     for site in range(len(moved) - 1):
         left, out, in_, right = moved[site].shape
-        basis_XR, carry_RS = _independent_columns(moved[site].reshape(-1, right), layout)
+        basis_XR, carry_RS = _independent_columns(moved[site].reshape(-1, right), tolerance)
         pivots_R, core_XR = linalg.dominant_rows(basis_XR)
         kept_X = torch.ones(left * out * in_, dtype=torch.bool, device=core_XR.device)
         kept_X[pivots_R] = False
@@ -202,10 +203,9 @@ def fix_identity_gauge(
     )
 
 
-def _independent_columns(matrix_XS: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+def _independent_columns(matrix_XS: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """Orthonormal B (X, R) and C (R, S) with matrix = B C, R the numerical rank (at least 1)."""
     basis_XK, carry_KS = linalg.qr(matrix_XS)
-    tolerance = linalg.rank_tolerance((layout.out_features, layout.in_features), torch.float64)
     values_K = linalg.svd_values(carry_KS)
     rank = max(1, int((values_K > tolerance * values_K[0]).sum()))
     if rank == carry_KS.shape[0]:

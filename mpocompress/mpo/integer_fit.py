@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpocompress.mpo.cholesky import ridge_on
 from mpocompress.mpo.integers import (
     HALF_RANGE,
     SYMMETRIC_BITS,
@@ -39,7 +40,7 @@ from mpocompress.mpo.integers import (
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 _HARD_CLIPS = (*_CLIPS, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25)
 
-# Ridge on the Gram matrix, relative to its mean diagonal.
+# Ridge on the Gram matrix, a share of its diagonal (see `ridge_on`).
 _RIDGE = 1e-2
 
 # Columns after which the rest of the matrix is brought up to date; rows that are rounded at a time.
@@ -77,7 +78,8 @@ class ColumnMetric:
 def column_metric(gram_YY: Tensor) -> ColumnMetric:
     """Prepare H, positive semidefinite, for any number of roundings."""
     ridged_YY = gram_YY.double().clone()
-    ridged_YY.diagonal().add_(_RIDGE * (float(ridged_YY.diagonal().mean()) or 1.0))
+    diagonal_Y = ridged_YY.diagonal()
+    diagonal_Y.add_(ridge_on(diagonal_Y, _RIDGE) if bool(diagonal_Y.any()) else _RIDGE)
     order_Y = torch.sort(ridged_YY.diagonal(), descending=True, stable=True).indices
     lower_YY = torch.linalg.cholesky(ridged_YY[order_Y][:, order_Y])
     later_YY = torch.linalg.cholesky(torch.cholesky_inverse(lower_YY), upper=True)

@@ -26,8 +26,8 @@ from torch import Tensor
 from mpocompress.errors import DecompositionError
 from mpocompress.mpo.cholesky import cholesky_, solve_factored
 
-# Relative to the mean diagonal of the Gram matrix. It damps steps in what the metric does not
-# determine, and changes the others by this share of their condition number.
+# Relative to the median of the diagonal of the Gram matrix. It damps steps in what the
+# metric does not determine, and changes the others by this share of their condition number.
 _DAMPING = {torch.float64: 1e-10, torch.float32: 1e-6}
 # Conjugate gradients stop when the residual, in the norm of the preconditioner, has fallen by this
 # factor, or to rounding. The next sweep solves the same core again, closer to the end: a layer of a
@@ -37,6 +37,9 @@ _CG_REDUCTION = 1e-1
 _CG_ITERATIONS = 100
 # Relative residuals above this are far enough from the rounding of float32.
 _COARSE_ABOVE = 1e-4
+# A search in float32 has done its part if it leaves no more than this of the residual, in float64.
+# In a metric of features in very different units rounding leaves most of it.
+_COARSE_LEAVES = 0.3
 
 
 class Solution(NamedTuple):
@@ -52,15 +55,27 @@ class Solution(NamedTuple):
     residual: float
 
 
-def damped_cholesky(gram_NN: Tensor) -> Tensor:
+def damped_cholesky(gram_NN: Tensor, bonds: tuple[int, int] = (1, 1)) -> Tensor:
     """Cholesky factor of a positive semidefinite matrix plus a ridge just large enough.
+
+    The ridge is a share of the median of the diagonal over ins or outs, each averaged over the
+    bonds so that no gauge sees it; the mean may be that of a single feature in much finer units.
+    Of a matrix of zeros the factor is the identity: nothing is gained whatever it is.
+
+    Args:
+        gram_NN: on legs (left bond, ins or outs, right bond), flattened.
+        bonds: dimensions of the left and the right bond.
 
     Raises:
         DecompositionError: not even a ridge as large as the matrix makes it definite.
     """
-    scale = float(gram_NN.diagonal().mean())
+    diagonal_N = gram_NN.diagonal()
+    if not bool(diagonal_N.any()):
+        return torch.eye(len(gram_NN), dtype=gram_NN.dtype, device=gram_NN.device)
+    legs_X = diagonal_N.reshape(bonds[0], -1, bonds[1]).mean((0, 2))
+    scale = float(legs_X[legs_X > 0].median())
     damping = _DAMPING[gram_NN.dtype]
-    while damping <= 1.0:
+    while damping * scale <= float(diagonal_N.mean()):
         # The factorization reads one triangle: symmetrizing the other took a fifth of a sweep.
         factor_NN = gram_NN.clone()
         factor_NN.diagonal().add_(damping * scale)
@@ -68,7 +83,7 @@ def damped_cholesky(gram_NN: Tensor) -> Tensor:
             return factor_NN
         damping *= 100
     raise DecompositionError(
-        f"the Gram matrix of a local solve, {gram_NN.shape[0]} squared with mean diagonal "
+        f"the Gram matrix of a local solve, {gram_NN.shape[0]} squared with median diagonal "
         f"{scale:.3g}, is not positive semidefinite. Check the metric for negative eigenvalues and "
         "entries near the largest float."
     )
@@ -102,7 +117,8 @@ class GramProblem:
 
     def precondition(self) -> Callable[[Tensor], Tensor]:
         """N⁻¹, by its Cholesky factors, as a function of a core-shaped tensor."""
-        factor_NN = damped_cholesky(self.gram_NN)
+        left, _, _, right = self.rhs_LOIR.shape
+        factor_NN = damped_cholesky(self.gram_NN, (left, right))
         weight = self.out_weight_OO
         out_factor_OO = None if weight is None else damped_cholesky(weight)
 
@@ -120,7 +136,7 @@ class GramProblem:
             return Solution(core_LOIR, 0.0, 0, 0.0)
         applied_LOIR = self.apply(core_LOIR)
         change_LOIR = self.precondition()(self.rhs_LOIR - applied_LOIR)
-        return _accept(self, core_LOIR, change_LOIR, applied_LOIR)
+        return _accept(self, core_LOIR, change_LOIR, applied_LOIR)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +192,7 @@ class OperatorProblem:
         Preconditioned conjugate gradients from the present core, at most 100 iterations; wherever
         they stop, the objective is lower than before. As long as the residual is far from rounding,
         products with N are made in float32: they only steer the search, and what it finds is judged
-        in float64.
+        in float64, in which it goes on if that was not enough.
         """
         preconditioner = self.precondition()
         start_LOIR = self.apply(core_LOIR)
@@ -185,17 +201,37 @@ class OperatorProblem:
         conditioned = preconditioner(residual_LOIR)
         square = float((residual_LOIR * conditioned).sum())
         coarse = core_LOIR.dtype == torch.float64 and square > _COARSE_ABOVE**2 * scale
-        iterations = 0
-        for problem in (self.to(torch.float32), self) if coarse else (self,):
-            change_LOIR, square, done = problem.search(
-                residual_LOIR, conditioned, preconditioner, scale
-            )
-            iterations += done
-            solution = _accept(self, core_LOIR, change_LOIR, start_LOIR)
-            if solution.gain > 0:
-                break
-        left = (max(square, 0.0) / scale) ** 0.5 if scale > 0 else 0.0
-        return solution._replace(iterations=iterations, residual=left)
+        if not coarse:
+            return self._judged(core_LOIR, start_LOIR, conditioned, preconditioner, scale)
+        change_LOIR, _, iterations = self.to(torch.float32).search(
+            residual_LOIR, conditioned, preconditioner, scale
+        )
+        solution, applied_LOIR = _accept(self, core_LOIR, change_LOIR, start_LOIR)
+        if solution.gain > 0:
+            residual_LOIR = self.rhs_LOIR - applied_LOIR
+            conditioned = preconditioner(residual_LOIR)
+            left = float((residual_LOIR * conditioned).sum())
+            if left <= _COARSE_LEAVES**2 * square:
+                return solution._replace(iterations=iterations, residual=_relative(left, scale))
+        finer = self._judged(solution.core_LOIR, applied_LOIR, conditioned, preconditioner, scale)
+        return finer._replace(
+            gain=solution.gain + finer.gain, iterations=iterations + finer.iterations
+        )
+
+    def _judged(
+        self,
+        core_LOIR: Tensor,
+        applied_LOIR: Tensor,
+        conditioned: Tensor,
+        preconditioner: Callable[[Tensor], Tensor],
+        scale: float,
+    ) -> Solution:
+        """What a search in this dtype makes of a core, N times which is at hand."""
+        change_LOIR, square, iterations = self.search(
+            self.rhs_LOIR - applied_LOIR, conditioned, preconditioner, scale
+        )
+        solution, _ = _accept(self, core_LOIR, change_LOIR, applied_LOIR)
+        return solution._replace(iterations=iterations, residual=_relative(square, scale))
 
     def to(self, dtype: torch.dtype) -> "OperatorProblem":
         """The same N in another dtype; the right-hand side stays as it is."""
@@ -248,17 +284,24 @@ class OperatorProblem:
         return change_LOIR, square, iterations
 
 
+def _relative(square: float, scale: float) -> float:
+    return (max(square, 0.0) / scale) ** 0.5 if scale > 0 else 0.0
+
+
 LocalProblem = GramProblem | OperatorProblem
 
 
 def _accept(
     problem: LocalProblem, core_LOIR: Tensor, change_LOIR: Tensor, applied_LOIR: Tensor
-) -> Solution:
+) -> tuple[Solution, Tensor]:
     """The changed core if its gain 2 <d, rhs - N x> - <d, N d> is real, else the present one.
 
     The residual is a difference, and products with N are known to eps times its norm. In directions
     that the metric hardly determines, what solves for such noise is large; it must not pass for a
     gain. `applied_LOIR` is N times the present core.
+
+    Returns:
+        The solution, and N times its core.
     """
     moved_LOIR = problem.apply(change_LOIR)
     residual_LOIR = problem.rhs_LOIR - applied_LOIR
@@ -266,12 +309,14 @@ def _accept(
     change = float(change_LOIR.norm())
     parts = float(problem.rhs_LOIR.norm()) + problem.norm() * (float(core_LOIR.norm()) + change)
     if not gain > torch.finfo(core_LOIR.dtype).eps * change * parts:
-        return Solution(core_LOIR, 0.0, 0, 0.0)
-    return Solution(core_LOIR + change_LOIR, gain, 0, 0.0)
+        return Solution(core_LOIR, 0.0, 0, 0.0), applied_LOIR
+    return Solution(core_LOIR + change_LOIR, gain, 0, 0.0), applied_LOIR + moved_LOIR
 
 
 def kronecker_preconditioner(
-    marginals: tuple[Tensor, Tensor], out_weight_OO: Tensor | None
+    marginals: tuple[Tensor, Tensor],
+    out_weight_OO: Tensor | None,
+    bonds: tuple[int, int] = (1, 1),
 ) -> Callable[[Tensor], Tensor]:
     """Inverse of the Kronecker product of the partial traces of a Gram matrix, over its trace.
 
@@ -279,9 +324,11 @@ def kronecker_preconditioner(
         marginals: (X, X) and (Y, Y) with X * Y = left * in * right, as from
             `Environments.marginals`.
         out_weight_OO: metric on the out leg; None is the identity.
+        bonds: dimensions of the left and the right bond.
     """
     trace = float(marginals[0].diagonal().sum())
-    factor_XX, factor_YY = (damped_cholesky(marginal) for marginal in marginals)
+    factor_XX = damped_cholesky(marginals[0], (bonds[0], 1))
+    factor_YY = damped_cholesky(marginals[1], (1, bonds[1]))
     out_factor_OO = None if out_weight_OO is None else damped_cholesky(out_weight_OO)
     sizes = (factor_XX.shape[0], factor_YY.shape[0])
 

@@ -36,6 +36,9 @@ def lookup_rows(cores: Sequence[Tensor], indices: Tensor, shape: tuple[int, int]
     # In a graph -1 is the simpler size, but it cannot be told where there are no rows.
     count = -1 if torch.compiler.is_exporting() else flat_B.shape[0]
     stride = prod(layout_of(cores).out_dims)
+    if (stride > shape[0] or stride == 1) and not torch.compiler.is_compiling():
+        # No slice of a core says that an index is beyond: this does, and nothing else.
+        cores[0].new_zeros(1).expand(shape[0]).index_select(0, flat_B)
     rows, columns = 1, 1
     state_BML: Tensor | None = None
     for core_LOIR in cores:

@@ -40,12 +40,12 @@ class Factor:
     """A factor F of a positive semidefinite matrix F Fᵀ, and solves with it.
 
     Attributes:
-        factor_NR: lower triangular (Cholesky), or the eigenvectors to non-zero eigenvalues, scaled.
-        values_R: their eigenvalues; None if triangular.
+        factor_NR: lower triangular (Cholesky), or rectangular where the matrix is singular.
+        inverse_RN: a left inverse of the rectangular one; None if it is triangular.
     """
 
     factor_NR: Tensor
-    values_R: Tensor | None
+    inverse_RN: Tensor | None
 
     @property
     def rank(self) -> int:
@@ -57,26 +57,34 @@ class Factor:
         return matrix_MN @ self.factor_NR
 
     def solve(self, matrix_MR: Tensor) -> Tensor:
-        """The X with X F = Y, (M, R) to (M, N); of smallest norm where F is singular."""
-        if self.values_R is None:
+        """An X with X F = Y, (M, R) to (M, N); the one with least in what F does not see."""
+        if self.inverse_RN is None:
             return torch.linalg.solve_triangular(self.factor_NR, matrix_MR, upper=False, left=False)
-        return (matrix_MR / self.values_R) @ self.factor_NR.mT
+        return matrix_MR @ self.inverse_RN
 
 
 def factorize_metric(matrix_NN: Tensor, name: str) -> Factor:
     """Factorize a positive semidefinite matrix: Cholesky, or eigenvalues where it is singular.
 
+    What is noise is judged with all features in units of about their own size: of a raw timestamp
+    beside numbers around 1, all of these would be.
+
     Raises:
         DecompositionError: an eigenvalue is negative beyond rounding, or all are zero.
     """
     size = matrix_NN.shape[0]
-    diagonal = matrix_NN.diagonal()
+    diagonal_N = matrix_NN.diagonal()
+    # Powers of two, by which nothing is rounded.
+    units_N = torch.where(diagonal_N > 0, diagonal_N, 1.0).log2().div(2).round().exp2()
+    scaled_NN = matrix_NN / units_N / units_N[:, None]
     noise = linalg.rank_tolerance((size,), matrix_NN.dtype)
-    factor_NN = matrix_NN.clone()
+    factor_NN = scaled_NN.clone()
     # A singular matrix may pass by the luck of rounding; its small pivots are then noise.
-    if cholesky_(factor_NN) and bool(factor_NN.diagonal().min() ** 2 > noise * diagonal.max()):
-        return Factor(factor_NN, None)
-    values_N, vectors_NN = torch.linalg.eigh(matrix_NN)
+    if cholesky_(factor_NN) and bool(
+        factor_NN.diagonal().min() ** 2 > noise * scaled_NN.diagonal().max()
+    ):
+        return Factor(units_N[:, None] * factor_NN, None)
+    values_N, vectors_NN = torch.linalg.eigh(scaled_NN)
     smallest, largest = float(values_N[0]), float(values_N[-1])
     if smallest < -_NEGATIVE * max(largest, 0.0) or largest <= 0.0:
         raise DecompositionError(
@@ -86,8 +94,8 @@ def factorize_metric(matrix_NN: Tensor, name: str) -> Factor:
         )
     # Negative eigenvalues are rounding of the accumulation: they show how large it was.
     kept = values_N > max(noise * largest, -10 * smallest)
-    values_R = values_N[kept]
-    return Factor(vectors_NN[:, kept] * values_R.sqrt(), values_R)
+    root_R, vectors_NR = values_N[kept].sqrt(), vectors_NN[:, kept]
+    return Factor(units_N[:, None] * vectors_NR * root_R, (vectors_NR / root_R).mT / units_N)
 
 
 @dataclass(frozen=True, eq=False)

@@ -219,7 +219,8 @@ class Sweeper:
             if small:
                 gram_NN = environments.gram(first, last)
                 return GramProblem(rhs_LOIR, gram_NN, weight_OO).precondition()
-            return kronecker_preconditioner(environments.marginals(first, last), weight_OO)
+            bonds = (rhs_LOIR.shape[0], rhs_LOIR.shape[3])
+            return kronecker_preconditioner(environments.marginals(first, last), weight_OO, bonds)
 
         output_OO = quadratic.output_OO
         if output_OO is None and quadratic.out_weights is not None:

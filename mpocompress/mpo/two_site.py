@@ -70,8 +70,9 @@ def split_pair(
     legs = theta_LOIR.reshape(left, out, out_right, in_, in_right, right)
     # (D outs, M left and ins; U outs, N ins and right): the metric acts on M, N and, if any, D, U.
     legs = legs.permute(1, 0, 3, 2, 4, 5).reshape(out, left * in_, out_right, in_right * right)
-    factor_MM, factor_NN = damped_cholesky(metric.left_MM), damped_cholesky(metric.right_NN)
-    trace = float(metric.left_MM.diagonal().sum())
+    factor_MM = damped_cholesky(metric.left_MM, (left, 1))
+    factor_NN = damped_cholesky(metric.right_NN, (1, right))
+    trace = float(metric.left_MM.diagonal().sum()) or 1.0
     weighed = torch.tensordot(legs, factor_NN, dims=1)
     weighed = torch.tensordot(weighed, factor_MM, dims=([1], [0]))  # D U N M
     factors = None

@@ -29,7 +29,7 @@ def weight_curve(weight_OI: Tensor, layout: Layout) -> Tensor:
     weight_OI = weight_OI.detach().to(working_dtype(weight_OI.dtype))
     total = float(weight_OI.double().square().sum())
     most = max(layout.max_bond_dims(), default=0)
-    lost_D = torch.zeros(most + 1, dtype=torch.float64)
+    lost_D = torch.zeros(most + 1, dtype=torch.float64, device="cpu")
     if total == 0:
         return lost_D
     for bond in range(1, layout.num_sites):

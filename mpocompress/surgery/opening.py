@@ -205,11 +205,11 @@ def _probe(experts: Any) -> str | None:
     generator = torch.Generator().manual_seed(0)
     count, features = weights.shape[0], weights.shape[1]
     chosen = min(2, count)
-    tokens = torch.randn(4, features, generator=generator).to(weights)
-    index = torch.stack([torch.randperm(count, generator=generator)[:chosen] for _ in range(4)]).to(
-        weights.device
-    )
-    share = torch.rand(4, chosen, generator=generator).to(weights)
+    tokens = torch.randn(4, features, generator=generator, device="cpu").to(weights)
+    index = torch.stack(
+        [torch.randperm(count, generator=generator, device="cpu")[:chosen] for _ in range(4)]
+    ).to(weights.device)
+    share = torch.rand(4, chosen, generator=generator, device="cpu").to(weights)
     try:
         expected = experts(tokens, index, share)
         found = _open_experts(experts)(tokens, index, share)

@@ -134,12 +134,15 @@ def find_chains(model: nn.Module) -> dict[str, Chain]:
         id(core)
         for module in model.modules()
         if isinstance(module, MPOLayer) and not isinstance(module, MPOLinear)
-        for core in module.cores
+        for core in module.cores.parameters()
     }
     groups: dict[tuple[int, ...], list[tuple[str, MPOLinear]]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, MPOLinear) and others.isdisjoint(map(id, module.cores)):
-            key = tuple(id(core) for core in module.cores)
+        # In a gauge are rounded layers alone here, whose cores cannot be moved.
+        if not isinstance(module, MPOLinear) or module.gauge != "none":
+            continue
+        key = tuple(id(core) for core in module.cores.parameters())
+        if others.isdisjoint(key):
             groups.setdefault(key, []).append((name, module))
     if not groups:
         raise NoLayerMatched(

@@ -47,7 +47,7 @@ class Regression:
         outputs = residual_OI.shape[0]
         if outputs >= 2 * _DIRECTIONS:
             generator = torch.Generator().manual_seed(0)
-            directions_DO = torch.randn(_DIRECTIONS, outputs, generator=generator)
+            directions_DO = torch.randn(_DIRECTIONS, outputs, generator=generator, device="cpu")
             residual_OI = directions_DO.to(residual_OI) @ residual_OI / sqrt(_DIRECTIONS)
         return replace(self, inputs_II=self.inputs_II.float(), residual_OI=residual_OI)
 

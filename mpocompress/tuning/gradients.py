@@ -178,7 +178,7 @@ def _statistics(
     handles = [layer.register_forward_hook(watch, with_kwargs=True) for layer in layers]
     try:
         with _frozen(model), layers_called(model), torch.enable_grad():
-            order = torch.randperm(len(calls), generator=generator).tolist()
+            order = torch.randperm(len(calls), generator=generator, device="cpu").tolist()
             for done, call in enumerate(calls[index] for index in order):
                 if not all_data and done >= _SHARE * len(calls) and _enough(moments):
                     break
@@ -237,7 +237,7 @@ def _random_projection(outputs: Sequence[Tensor], generator: torch.Generator) ->
     """Sum of v * f over all outputs, v standard normal."""
     total = outputs[0].new_zeros(())
     for rows in outputs:
-        directions = torch.randn(rows.shape, generator=generator, dtype=torch.float32)
+        directions = torch.randn(rows.shape, generator=generator, dtype=torch.float32, device="cpu")
         total = total + (rows * directions.to(rows)).sum()
     return total
 

@@ -116,7 +116,9 @@ class _Run:
         self._prefix: FrozenPrefix | None = None
         self._gradients = self._evaluations = self._rejected = 0
         generator = torch.Generator().manual_seed(options.seed)
-        chosen = torch.randperm(len(calls), generator=generator)[: options.eval_batches]
+        chosen = torch.randperm(len(calls), generator=generator, device="cpu")[
+            : options.eval_batches
+        ]
         self._judges = sorted(int(number) for number in chosen)
         self._chains = list(chains)
         self._history: list[LossSweepRecord] = []
@@ -217,7 +219,7 @@ class _Run:
 
     def _draw(self, generator: torch.Generator) -> Iterator[int]:
         while True:
-            yield from torch.randperm(len(self._calls), generator=generator).tolist()
+            yield from torch.randperm(len(self._calls), generator=generator, device="cpu").tolist()
 
     @contextmanager
     def _frozen_prefix(self, chain: Chain) -> Iterator[None]:

@@ -101,10 +101,15 @@ class TrainingData:
         self._pools = _pooled(parts)
         self.rows = sum(batch.rows for batch in given)
         generator = self._generator(-1)
-        sizes = torch.tensor([batch.rows for batch in whole], dtype=torch.int64)
+        sizes = torch.tensor([b.rows for b in whole], dtype=torch.int64, device="cpu")
         self._train_whole, self._held_whole = _split(sizes, held_out, generator, least_held)
         self._rows = [
-            _split(torch.ones(pool.rows, dtype=torch.int64), held_out, generator, least_held)
+            _split(
+                torch.ones(pool.rows, dtype=torch.int64, device="cpu"),
+                held_out,
+                generator,
+                least_held,
+            )
             for pool in self._pools
         ]
         self._order: tuple[int, list[tuple[Minibatch, Tensor | None]]] | None = None
@@ -149,11 +154,14 @@ class TrainingData:
             (self._whole[int(index)], None) for index in self._train_whole
         ]
         for pool, (train, _) in zip(self._pools, self._rows, strict=True):
-            shuffled = train[torch.randperm(len(train), generator=generator)]
+            shuffled = train[torch.randperm(len(train), generator=generator, device="cpu")]
             # Parts of equal size: a last minibatch of one row would be a step of pure noise.
             count = ceil(len(train) / self._size)
             found += [(pool, rows) for rows in shuffled.tensor_split(count)] if count else []
-        return [found[int(place)] for place in torch.randperm(len(found), generator=generator)]
+        return [
+            found[int(place)]
+            for place in torch.randperm(len(found), generator=generator, device="cpu")
+        ]
 
     def _generator(self, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed((self._seed * 1_000_003 + epoch + 1) % 2**63)
@@ -214,7 +222,7 @@ def _split(
         least: so many rows at least, up to a third of all.
     """
     count = len(rows)
-    order = torch.randperm(count, generator=generator)
+    order = torch.randperm(count, generator=generator, device="cpu")
     held = 0
     if share > 0 and count > 1:
         wanted = min(least, int(rows.sum()) // 3)

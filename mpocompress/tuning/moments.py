@@ -17,9 +17,17 @@ _CHUNK = 4096
 _BLOCK = 128
 # A moment of so many features takes half a GB; larger ones (of a vocabulary) are not collected.
 MAX_FEATURES = 8192
-# Arguments that mark real tokens (1) or padding (True), as the common libraries name them.
-_KEEP_MASKS = ("attention_mask", "mask")
-_DROP_MASKS = ("key_padding_mask", "src_key_padding_mask", "padding_mask")
+# Arguments that mark real tokens (1) or padding (True), as the common libraries name them, the
+# least ambiguous first.
+_MASKS = (
+    ("attention_mask", True),
+    ("key_padding_mask", False),
+    ("src_key_padding_mask", False),
+    ("padding_mask", False),
+    ("mask", True),
+)
+# What arguments of a decoder are called.
+_DECODER = ("decoder_", "tgt")
 
 
 class CrossMoment:
@@ -282,10 +290,37 @@ def real_indices(indices: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def keep_mask(arguments: Mapping[str, object]) -> Tensor | None:
-    """The mask of real tokens among forward arguments by name, as booleans; None without one."""
-    for names, keeps in ((_KEEP_MASKS, True), (_DROP_MASKS, False)):
-        for name in names:
-            mask = arguments.get(name)
-            if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.is_floating_point():
-                return (mask != 0) if keeps else (mask == 0)
+    """The mask of real tokens among forward arguments by name, as booleans; None without one.
+
+    None, too, where a decoder's sequence has the sizes of the encoder's: activations would not tell
+    which of them the mask is of.
+    """
+    for name, keeps in _MASKS:
+        mask = arguments.get(name)
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.is_floating_point():
+            continue
+        if name == "mask" and _is_causal(mask):
+            continue
+        tied = any(
+            other.startswith(_DECODER) and isinstance(value, Tensor) and _leads(value, mask)
+            for other, value in arguments.items()
+        )
+        return None if tied else (mask != 0) if keeps else (mask == 0)
     return None
+
+
+def _leads(value: Tensor, mask: Tensor) -> bool:
+    return value.ndim >= 2 and value.shape[:2] == mask.shape
+
+
+def _is_causal(mask: Tensor) -> bool:
+    """Whether it says which positions see which: square, and other above the diagonal than below.
+
+    Padding, on either side, has equal columns of ones or zeros in a row, never both triangles.
+    """
+    size = mask.shape[0]
+    if mask.shape[1] != size or size < 2:
+        return False
+    on = mask != 0
+    lower = torch.ones_like(on).tril()
+    return any(bool((on == part).all()) for part in (lower, ~lower, lower.mT, ~lower.mT))

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from mpocompress.mpo import MPO, Layout, linalg
-from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge, fix_identity_gauge
+from mpocompress.mpo.cholesky import ridge_on, solve_ridged
+from mpocompress.mpo.identity_gauge import Gauge, IdentityGauge
 from mpocompress.mpo.integer_fit import round_matrix, round_rows
-from mpocompress.mpo.integers import Stored, StoredHalf, StoredIntegers
+from mpocompress.mpo.integers import Stored, StoredHalf
 from mpocompress.mpo.precision import Precision, bits_of
-from mpocompress.mpo.weight import Weight, as_mpo
+from mpocompress.mpo.weight import Weight, as_mpo, in_gauge
 
-# Ridge of the new fit of the first factor, relative to the mean diagonal of what it meets.
+# Ridge of the new fit of the first factor, a share of the diagonal of what it meets.
 _RIDGE = 1e-6
 
 
@@ -67,40 +68,45 @@ class Rounded:
 
 
 def shrunk(input_II: Tensor, rows: int) -> Tensor:
-    """C with a ridge of its mean diagonal times inputs per row that was seen.
+    """C with a ridge: inputs per row that was seen, as a share of its diagonal (see `ridge_on`).
 
     Feedback moves weights along directions that the sample hardly shows. With few rows these are
     noise: on a sentence encoder and two thousand rows, weights of 1536 inputs moved by more than
     twice their norm, and other sentences saw it.
     """
-    ridge = len(input_II) / max(rows, 1) * float(input_II.diagonal().mean())
-    return input_II + ridge * torch.eye(len(input_II), dtype=input_II.dtype, device=input_II.device)
+    ridge_I = ridge_on(input_II.diagonal(), len(input_II) / max(rows, 1))
+    return input_II + ridge_I.diag()
 
 
 def round_weight(
-    mpo: MPO,
+    weight: Weight,
     storage: Storage,
     *,
     input_II: Tensor | None = None,
+    either_side: bool = False,
 ) -> Rounded:
     """Round a layer.
 
     Args:
-        mpo: as fitted.
+        weight: as fitted; put into the gauge of the storage if it is in none.
         storage: what to round to.
         input_II: C, definite, float64; None without data.
+        either_side: of layouts that are neither dense nor two factors, round each core along its
+            rows or its columns, whichever loses less; the number of scales may then differ.
     """
     bits = bits_of(storage.precision)
-    if bits is not None and mpo.layout.num_sites == 1:
-        return _round_dense(mpo, bits, storage.block, input_II)
-    if bits is not None and mpo.layout.pairs == Layout.svd(*mpo.shape).pairs:
-        return _round_factors(mpo, bits, storage, input_II)
-    weight: Weight = mpo
-    if storage.gauge == "identity":
-        weight = fix_identity_gauge(mpo.cores, shape=mpo.shape)
-    stored = {
-        name: _nearest(tensor, bits, storage.block) for name, tensor in stored_tensors(weight)
-    }
+    if storage.gauge == "identity" and weight.layout.num_sites > 1:
+        weight = in_gauge(weight, "identity")
+    if bits is not None and weight.layout.num_sites == 1:
+        return _round_dense(as_mpo(weight), bits, storage.block, input_II)
+    if bits is not None and weight.layout.pairs == Layout.svd(*weight.shape).pairs:
+        return _round_factors(weight, bits, storage.block, input_II)
+    if bits is not None and either_side:
+        stored = _round_either_side(weight, bits, storage.block, input_II)
+    else:
+        stored = {
+            name: _nearest(tensor, bits, storage.block) for name, tensor in stored_tensors(weight)
+        }
     return Rounded(weight=with_stored(weight, stored), stored=stored)
 
 
@@ -149,7 +155,12 @@ def stored_tensors(weight: Weight) -> list[tuple[str, Tensor]]:
 
 def with_stored(weight: Weight, stored: Mapping[str, Stored]) -> Weight:
     """The layer with the values of what is stored."""
-    values = [stored[name].dequantized() for name, _ in stored_tensors(weight)]
+    return with_values(weight, {name: found.dequantized() for name, found in stored.items()})
+
+
+def with_values(weight: Weight, tensors: Mapping[str, Tensor]) -> Weight:
+    """The layer with other values in what it stores, by the names of `stored_tensors`."""
+    values = [tensors[name] for name, _ in stored_tensors(weight)]
     if isinstance(weight, MPO):
         return MPO(values, shape=weight.shape)
     return IdentityGauge(tuple(values[:-1]), weight.pivots, values[-1], weight.layout, weight.shape)
@@ -158,9 +169,36 @@ def with_stored(weight: Weight, stored: Mapping[str, Stored]) -> Weight:
 def _nearest(tensor: Tensor, bits: int | None, block: int | None) -> Stored:
     if bits is None:
         return StoredHalf(values=tensor.to(torch.float16))
-    # As matrices a core is (left * out * in, right), the last one (left, out * in).
+    return round_matrix(_matrix(tensor), bits, block, shape=tuple(tensor.shape))
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """A core as (left * out * in, right), the last one as (left, out * in); free rows as such."""
     rows = tensor.shape[0] if tensor.shape[-1] == 1 else tensor.numel() // tensor.shape[-1]
-    return round_matrix(tensor.reshape(rows, -1), bits, block, shape=tuple(tensor.shape))
+    return tensor.reshape(rows, -1)
+
+
+def _round_either_side(
+    weight: Weight, bits: int, block: int | None, input_II: Tensor | None
+) -> dict[str, Stored]:
+    """Each core to the nearest, along the side that loses less of the outputs of the exact ones."""
+    exact_OI = weight.to_dense().double()
+    tensors = dict(stored_tensors(weight))
+    stored: dict[str, Stored] = {}
+    for name, tensor in tensors.items():
+        matrix, shape = _matrix(tensor), tuple(tensor.shape)
+        options = [
+            round_matrix(matrix, bits, block, shape=shape),
+            round_matrix(matrix.mT, bits, block, shape=shape, transposed=True),
+        ]
+        errors = []
+        for option in options:
+            changed = with_values(weight, {**tensors, name: option.dequantized().to(tensor)})
+            lost_OI = exact_OI - changed.to_dense().double()
+            seen_OI = lost_OI if input_II is None else lost_OI @ input_II
+            errors.append(float((seen_OI * lost_OI).sum()))
+        stored[name] = options[errors[1] < errors[0]]
+    return stored
 
 
 def _round_dense(mpo: MPO, bits: int, block: int | None, input_II: Tensor | None) -> Rounded:
@@ -174,53 +212,31 @@ def _round_dense(mpo: MPO, bits: int, block: int | None, input_II: Tensor | None
 
 
 def _round_factors(
-    mpo: MPO,
-    bits: int,
-    storage: Storage,
-    input_II: Tensor | None,
+    weight: Weight, bits: int, block: int | None, input_II: Tensor | None
 ) -> Rounded:
-    target_OI = mpo.to_dense().double()
+    """W = U V: V with feedback in the metric C, U fitted to the rounded V, and rounded in turn.
+
+    In the identity gauge U has the identity in the rows of the pivots, and only its other rows are
+    stored and fitted.
+    """
+    target_OI = weight.to_dense().double()
     if input_II is None:
         input_II = torch.eye(target_OI.shape[1], dtype=torch.float64, device=target_OI.device)
-    gauged: IdentityGauge | None = None
-    if storage.gauge == "identity":
-        gauged = fix_identity_gauge(mpo.cores, shape=mpo.shape)
-        right_RI = _matrix(gauged.last).double()
-        shapes = (tuple(gauged.free[0].shape), tuple(gauged.last.shape))
+    (first_name, first), (second_name, second) = stored_tensors(weight)
+    bond = second.shape[0]
+    right_RI = second.reshape(bond, -1).double()
+    if isinstance(weight, IdentityGauge):
+        is_free_O = torch.ones(len(target_OI), dtype=torch.bool, device=target_OI.device)
+        is_free_O[weight.pivots[0].long()] = False
+        target_FI = target_OI[is_free_O]
     else:
-        left_OR, right_RI = (_matrix(core).double() for core in mpo.cores)
-        _, carry_RR = linalg.qr(left_OR)  # so that errors in V count alike
-        right_RI = carry_RR @ right_RI
-        shapes = tuple(tuple(core.shape) for core in mpo.cores)  # type: ignore[assignment]
-    right = round_matrix(
-        right_RI,
-        bits,
-        storage.block,
-        shape=shapes[1],
-        gram_YY=input_II,
-    )
+        _, carry_RR = linalg.qr(first.reshape(-1, bond).double())  # so that errors in V count alike
+        right_RI, target_FI = carry_RR @ right_RI, target_OI
+    right = round_matrix(right_RI, bits, block, shape=tuple(second.shape), gram_YY=input_II)
     rounded_RI = right.dequantized().reshape(right_RI.shape).double()
     seen_RI = rounded_RI @ input_II
     gram_RR = seen_RI @ rounded_RI.mT
-    eye_RR = torch.eye(len(gram_RR), dtype=gram_RR.dtype, device=gram_RR.device)
-    ridged_RR = gram_RR + _RIDGE * float(gram_RR.diagonal().mean()) * eye_RR
-    fitted_OR = torch.linalg.solve(ridged_RR, seen_RI @ target_OI.mT).mT
-    if gauged is None:
-        left = round_matrix(fitted_OR, bits, storage.block, shape=shapes[0], gram_YY=gram_RR)
-        stored: dict[str, StoredIntegers] = {"0": left, "1": right}
-        weight: Weight = MPO((left.dequantized(), right.dequantized()), shape=mpo.shape)
-        return Rounded(weight=weight, stored=stored)
-    pivots_P = gauged.pivots[0].long()
-    is_free_O = torch.ones(len(target_OI), dtype=torch.bool, device=target_OI.device)
-    is_free_O[pivots_P] = False
-    free_FR = fitted_OR[is_free_O]
-    left = round_matrix(free_FR, bits, storage.block, shape=shapes[0], gram_YY=gram_RR)
-    weight = IdentityGauge(
-        (left.dequantized(),), gauged.pivots, right.dequantized(), gauged.layout, gauged.shape
-    )
-    return Rounded(weight=weight, stored={"0.free": left, "1": right})
-
-
-def _matrix(core: Tensor) -> Tensor:
-    """A core of the layout ((out, 1), (1, in)) as a matrix."""
-    return core.reshape(core.shape[0] * core.shape[1], -1)
+    left_FR = solve_ridged(target_FI @ seen_RI.mT, gram_RR, _RIDGE)
+    left = round_matrix(left_FR, bits, block, shape=tuple(first.shape), gram_YY=gram_RR)
+    stored: dict[str, Stored] = {first_name: left, second_name: right}
+    return Rounded(weight=with_stored(weight, stored), stored=stored)

@@ -136,7 +136,7 @@ def output_error_curve(
     metric = shrunk_metric(input_II, inputs.rows, least=ridge)
     whitened_OI = metric.input_factor.apply(weight_OI)
     squares = linalg.svd_values(whitened_OI).double().cpu() ** 2 / (1 + metric.ridge)
-    lost_D = torch.zeros(min(site.shape) + 1, dtype=torch.float64)
+    lost_D = torch.zeros(min(site.shape) + 1, dtype=torch.float64, device="cpu")
     lost_D[: len(squares)] = squares.flip(0).cumsum(0).flip(0)
     return (lost_D / norm).sqrt()
 
