@@ -361,6 +361,12 @@ def test_a_dense_model_without_skill_has_no_drop(tmp_path: Path):
         mpo.compress(model, max_drop=0.01, data=data)
 
 
+def test_labels_that_are_all_equal_have_no_drop():
+    data = [batch | {"labels": torch.full((50, 8), 0.1)} for batch in rows()]
+    with pytest.raises(DataError, match="the 640 labels .* are all equal, so that R² is not def"):
+        mpo.compress(small(), max_drop=0.01, data=data)
+
+
 @pytest.mark.parametrize("given", [None, "good"])
 def test_what_eval_fn_gives_has_to_be_a_number(given: object):
     model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))

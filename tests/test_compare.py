@@ -15,6 +15,8 @@ from mpocompress.errors import DataError, LoadError, ParityError
 from mpocompress.export import export_onnx
 from mpocompress.export.agreement import Agreement, LabelScore
 from mpocompress.export.comparison import compare
+from mpocompress.tuning import task_score
+from mpocompress.tuning.minibatches import Minibatch
 
 pytestmark = pytest.mark.onnx
 
@@ -27,6 +29,17 @@ class Net(nn.Module):
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         hidden = self.first(x).relu()
         return {"hidden": hidden, "logits": self.second(hidden)}
+
+
+class Logits(nn.Module):
+    """One output of a net alone."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)["logits"]
 
 
 class Tokens(nn.Module):
@@ -120,16 +133,30 @@ def test_labels_are_scored_on_both_sides(pair):
     for x, label in zip(rows, labels, strict=True):
         score.add({"logits": dense(x)["logits"].detach().numpy()}, label.numpy())
     assert score.value() == 1.0
-    assert score.count == 14
+    assert (score.judged, score.mean_squared_error()) == (14, None)
     score = LabelScore()
-    score.add({"y": np.ones((4, 1), "f")}, np.zeros(4, "f"))
-    assert (score.kind, score.value()) == ("mean squared error", 1.0)
+    score.add({"y": np.ones((4, 1), "f")}, np.array([0, 0, 2, 2], "f"))
+    assert (score.measure, score.value(), score.mean_squared_error()) == ("R²", 0.0, 1.0)
     score = LabelScore()
     outputs = {"two": np.eye(4, 2, dtype="f"), "three": np.eye(4, 3, dtype="f")}
     score.add(outputs, np.array([0, 1, 2, -100]))
-    assert (score.output, score.count) == ("three", 3)
+    assert (score.output, score.judged) == ("three", 3)
     with pytest.raises(DataError, match=r"label 3 .* has a column for: 'three' has 3"):
         score.add(outputs, np.array([0, 1, 3, 1]))
+
+
+def test_floating_labels_are_scored_as_budgets_score_them(pair):
+    dense, small, path = pair
+    targets = [dense(arrays["x"])["logits"].detach() for arrays, _ in batches()]
+    data = [(arrays, y) for (arrays, _), y in zip(batches(), targets, strict=True)]
+    found = compare(path, dense, data).labels
+    assert (found["output"], found["measure"], found["reference"]) == ("logits", "R²", 1.0)
+    calls = [Minibatch((), arrays, y) for arrays, y in data]
+    assert found["file"] == pytest.approx(task_score(Logits(small), calls).value, rel=1e-5)
+    errors = found["mean_squared_error"]
+    assert errors["reference"] == 0
+    spread = torch.cat(targets).double().var(correction=0)
+    assert found["file"] == pytest.approx(1 - errors["file"] / float(spread))
 
 
 def test_padding_is_not_compared(tmp_path):
@@ -225,3 +252,28 @@ def test_command_line(here, capsys):
     code, _, err = run(capsys, "verify", made, "--against", "state.pt")
     assert code == 2
     assert "--model MODULE:FACTORY" in err
+
+
+def test_command_line_says_r_squared_and_the_mean_squared_error(here, capsys):
+    with np.load("data.npz") as data:
+        x = data["input"]
+    with torch.no_grad():
+        y = torch.load("model.pt", weights_only=False)(torch.from_numpy(x)).numpy()
+    verify = ["verify", "model-mpo/model.onnx", "--against", "model.pt", "--data", "numbers.npz"]
+    np.savez("numbers.npz", input=x, labels=y + 1)
+    code, out, err = run(capsys, *verify)
+    assert (code, err) == (0, "")
+    assert "R² on the labels: " in out
+    assert "; mean squared error " in out
+    assert ", reference 1\n" in out
+    np.savez("numbers.npz", input=x, labels=np.full_like(y, 0.1))
+    code, out, err = run(capsys, *verify)
+    assert (code, err) == (0, "")
+    assert "R² on the labels is not defined, since all are equal; mean squared error " in out
+    code, out, _ = run(capsys, *verify, "--json")
+    found = json.loads(out)["labels"]
+    assert (code, found["measure"]) == (0, "R²")
+    assert found["file"] is found["reference"] is None
+    assert found["mean_squared_error"]["reference"] == pytest.approx(
+        float(np.square(y - 0.1).mean())
+    )

@@ -65,6 +65,23 @@ def test_losses_and_scores_have_known_values():
     assert (loss.score_name, mse.score_name) == ("accuracy", "R2")
 
 
+def test_labels_below_zero_are_left_out_of_loss_and_gradient():
+    logits, labels = gaussian(6, 3).requires_grad_(), torch.tensor([0, -1, 2, -100, 1, -7])
+    batch, loss = Minibatch((logits,), {}, labels), Supervised("cross_entropy")
+    found = loss(nn.Identity(), batch)
+    kept = labels >= 0
+    assert_close(found, nn.functional.cross_entropy(logits[kept], labels[kept]), **F64["apply"])
+    (gradient,) = torch.autograd.grad(found, logits)
+    assert torch.equal(gradient.abs().sum(1) > 0, kept)
+    parts = [batch.take(torch.tensor(rows)) for rows in ([0, 1], [3, 5], [2, 4])]
+    value, accuracy = loss.evaluate(nn.Identity(), parts)
+    assert value == pytest.approx(float(found.detach()))
+    assert accuracy == float((logits.argmax(1) == labels)[kept].double().mean())
+    nothing = loss(nn.Identity(), parts[1])
+    (gradient,) = torch.autograd.grad(nothing, logits)
+    assert float(nothing.detach()) == float(gradient.abs().sum()) == 0
+
+
 # -- learning
 
 
@@ -88,6 +105,23 @@ def test_classes_are_learned_from_integer_labels(method):
     assert result.score_name == "accuracy"
     assert result.kept.score > 0.85
     assert model(x).shape == (2048, 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_without_a_class_teach_nothing(method):
+    x, y = classes(512)
+    held = classes(128, seed=3)
+    junk = 100 * gaussian(64, 64, seed=4)
+    runs = []
+    for number in (-1, -100):
+        # A batch of such rows alone, and such rows among others.
+        labels = y.clone()
+        labels[::3] = number
+        data = [(x, labels), (junk, torch.full((64,), number))]
+        model = student(head=2)
+        runs.append(mpo.train(model, data, validation=held, method=method, epochs=8))
+        assert losses(runs[-1])[-1] < losses(runs[-1])[0]
+    assert runs[0] == runs[1]
 
 
 def test_bonds_grow_by_doubling_up_to_the_cap_and_one_site_sweeps_follow():
@@ -338,11 +372,19 @@ def test_gauged_layers_are_opened_and_fixed_again():
         ((torch.full((4, 64), float("nan")), torch.ones(4)), "NaN or Inf, of 256"),
         ((torch.ones(4, 64), torch.ones(4, 3)), r"outputs of shape .*, the labels have"),
         ((torch.ones(8, 64), torch.full((8,), 2)), "labels from 2 to 2, but the model has 1 class"),
+        ((torch.ones(8, 64), torch.full((8,), -100)), "all 7 labels to train on are below 0"),
+        ((torch.ones(9, 64), torch.tensor([0, -1, -1] * 3)), "only one class to learn"),
     ],
 )
 def test_data_that_does_not_fit_is_refused(data, message):
     with pytest.raises(DataError, match=message):
         mpo.train(student(), data, epochs=1)
+
+
+def test_validation_needs_a_class_that_counts():
+    held = gaussian(8, 64), torch.full((8,), -1)
+    with pytest.raises(DataError, match="all 8 labels to validate on are below 0"):
+        mpo.train(student(head=2), classes(64), validation=held, epochs=1)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def meet_drop(job: Job, max_drop: float, metric: Metric) -> tuple[Built, Met]:
         sharing.of_model(whole, why)  # says why there is nothing
     elsewhere = whole - sharing.dense
     dense = {final: metric.value(job.model, final=final) for final in (False, True)}
-    if metric.eval_fn is None and min(dense.values()) <= 0:
+    if metric.eval_fn is None and not all(found > 0 for found in dense.values()):
         raise DataError(
             f"the dense model itself scores {min(dense.values()):.4g} by these labels, no better "
             "than chance, so that nothing can be said of a drop. Check that the labels belong to "

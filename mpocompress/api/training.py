@@ -65,9 +65,9 @@ def train(
         model: with MPO layers (`MPOLinear`, `tensorize`) and any others; all are trained.
         data: (inputs, labels), two tensors or arrays of equal length; or batches, each a pair
             (inputs, labels), a tuple whose last entry is the labels, or a dict with "labels".
-        loss: "cross_entropy" (logits against class numbers), "mse", or `loss(model, batch)`, where
-            `batch` has `args`, `kwargs` and `labels`, that gives a scalar. "auto": cross-entropy
-            for integer labels, mse for floating ones.
+        loss: "cross_entropy" (logits against class numbers, those below 0 left out), "mse", or
+            `loss(model, batch)`, where `batch` has `args`, `kwargs` and `labels`, that gives a
+            scalar. "auto": cross-entropy for integer labels, mse for floating ones.
         method: "dmrg" or "adam".
         epochs: passes over the training rows; sweeps see as many, but are two at least.
         batch_size: rows of a minibatch.

@@ -1,6 +1,7 @@
 """The commands on ONNX files: `export` again, `verify` against a reference, `bench`."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -265,10 +266,18 @@ def _show_comparison(found: "Comparison", name: str) -> None:
     made_up = ", made up" if found.made_up else ""
     print_table(f"{name}: {found.samples} samples{made_up}", columns, rows)
     if found.labels is not None:
-        typer.echo(
-            f"{found.labels['measure']} on the labels: {found.labels['file']:.4f}, "
-            f"reference {found.labels['reference']:.4f}"
-        )
+        typer.echo(_on_labels(found.labels))
+
+
+def _on_labels(labels: Mapping[str, Any]) -> str:
+    measure, errors = labels["measure"], labels["mean_squared_error"]
+    if labels["file"] is None:
+        text = f"{measure} on the labels is not defined, since all are equal"
+    else:
+        text = f"{measure} on the labels: {labels['file']:.4f}, reference {labels['reference']:.4f}"
+    if errors is None:
+        return text
+    return f"{text}; mean squared error {errors['file']:.4g}, reference {errors['reference']:.4g}"
 
 
 def _show_bench(found: "BenchResult") -> None:

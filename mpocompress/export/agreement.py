@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from math import isfinite
 
 import numpy as np
+import torch
 
 from mpocompress.errors import DataError
+from mpocompress.tuning import Accuracy, RSquared
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,23 +144,25 @@ class Agreement:
 
 @dataclass(slots=True)
 class LabelScore:
-    """How often an output's largest entry is the label, or how far it is from the labels.
+    """Accuracy or R² of an output, as budgets and training have them, over batches.
 
     Integer labels, one for each vector of the first output that has them so, count as classes
-    (negative ones are skipped); floating labels of an output's shape are targets.
+    (those below 0 are left out); floating labels of an output's shape are targets.
+
+    Attributes:
+        output: that the labels belong to; None if no labels fitted so far.
+        score: of it.
     """
 
     output: str | None = None
-    kind: str | None = None
-    correct: int = 0
-    squared_error: float = 0.0
-    count: int = 0
+    score: Accuracy | RSquared | None = None
 
     def add(self, outputs: Mapping[str, np.ndarray], labels: np.ndarray) -> None:
         """Score one batch; labels that fit no output are ignored.
 
         Raises:
-            DataError: labels are classes that the output has no columns for.
+            DataError: labels are classes that the output has no columns for, or of another kind
+                than in the batches before.
         """
         narrow: list[str] = []
         for name, values in outputs.items():
@@ -168,16 +172,10 @@ class LabelScore:
                 if labels.size and labels.max() >= values.shape[-1]:
                     narrow.append(f"{name!r} has {values.shape[-1]}")
                     continue
-                known = labels >= 0
-                self.output, self.kind = name, "accuracy"
-                self.correct += int((values.argmax(-1) == labels)[known].sum())
-                self.count += int(known.sum())
+                self._add(name, Accuracy, values, labels)
                 return
             if np.issubdtype(labels.dtype, np.floating) and values.size == labels.size:
-                self.output, self.kind = name, "mean squared error"
-                error = values.reshape(-1).astype(np.float64) - labels.reshape(-1)
-                self.squared_error += float((error**2).sum())
-                self.count += values.size
+                self._add(name, RSquared, values, labels)
                 return
         if narrow:
             raise DataError(
@@ -185,8 +183,41 @@ class LabelScore:
                 f"{', '.join(narrow)}. Count classes from 0; labels below 0 are left out."
             )
 
+    def _add(
+        self,
+        name: str,
+        kind: type[Accuracy] | type[RSquared],
+        values: np.ndarray,
+        labels: np.ndarray,
+    ) -> None:
+        if self.score is None:
+            self.output, self.score = name, kind()
+        if not isinstance(self.score, kind):
+            raise DataError("some batches have whole numbers as labels, others floating ones.")
+        self.score.add(
+            torch.from_numpy(np.ascontiguousarray(values)),
+            torch.from_numpy(np.ascontiguousarray(labels)),
+        )
+
+    @property
+    def judged(self) -> int:
+        """Labels that were."""
+        return 0 if self.score is None else self.score.count
+
+    @property
+    def measure(self) -> str | None:
+        """What `value` is: "accuracy" or "R²"; None if no labels fitted."""
+        return None if self.score is None else self.score.name
+
     def value(self) -> float | None:
-        """Accuracy or mean squared error; None if no labels fitted."""
-        if not self.count:
+        """Accuracy or R², the higher the better; None where it is not defined.
+
+        That is: no labels fitted, all are left out or, for R², all are equal.
+        """
+        if isinstance(self.score, RSquared) and not self.score.spread:
             return None
-        return (self.correct if self.kind == "accuracy" else self.squared_error) / self.count
+        return self.score.value if self.score is not None and self.score.count else None
+
+    def mean_squared_error(self) -> float | None:
+        """Over all entries, for R²; else None."""
+        return self.score.mean_squared_error if isinstance(self.score, RSquared) else None

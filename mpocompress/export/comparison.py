@@ -40,8 +40,10 @@ class Comparison:
         approximation: compressed model against the reference, both in PyTorch; likewise.
         quantization: how the file stores its cores ("none", "int8", "int4"). What that costs
             counts as export error where the compressed model has unquantized cores.
-        labels: where the data has labels that fit: "output", "measure" ("accuracy" or "mean squared
-            error"), and the scores of "file" and "reference".
+        labels: where the data has labels that fit: "output", "measure" ("accuracy" or "R²", as for
+            `max_drop`), the scores of "file" and "reference" (None for an R² that is not defined,
+            since all labels are equal), and "mean_squared_error", a mapping from both to that
+            (None for accuracy).
         made_up: whether the inputs were random because there were no data.
         samples: rows compared.
         tolerance: for the largest relative difference in total; None if it was not asked for.
@@ -117,14 +119,16 @@ def compare(
         keep = keep_mask({str(name): tensor for name, tensor in arrays.items()})
         kept = None if keep is None else keep.cpu().numpy()
         actual, expected = file.run(feed), other.run(file, arrays)
-        total.add(*_paired(file, actual, expected), kept)
+        ours, theirs = _paired(file, actual, expected)
+        total.add(ours, theirs, kept)
         if between is not None:
             middle = between.run(file, arrays)
             export.add(*_paired(file, actual, middle), kept)
             approximation.add(*_paired(file, middle, expected), kept)
         if labels is not None:
-            scores["file"].add(actual, labels.cpu().numpy())
-            scores["reference"].add(expected, labels.cpu().numpy())
+            # Paired, so that labels are held against the same output of both.
+            scores["file"].add(ours, labels.cpu().numpy())
+            scores["reference"].add(theirs, labels.cpu().numpy())
         samples += next((int(t.shape[0]) for t in arrays.values() if t.ndim), 1)
     if not samples:
         raise DataError("the data contains no batches. Pass at least one, or no data at all.")
@@ -155,25 +159,27 @@ def _result(
         failures += _beyond(parts[0], EXPORT_TOLERANCE, "the export alone changes")
     if tolerance is not None:
         failures += _beyond(total, tolerance, f"{file.path.name} and the reference differ in")
-    score = scores["file"]
     return Comparison(
         total=total,
         export=parts[0],
         approximation=parts[1],
         quantization=quantization,
-        labels=None
-        if score.value() is None
-        else {
-            "output": score.output,
-            "measure": score.kind,
-            "file": score.value(),
-            "reference": scores["reference"].value(),
-        },
+        labels=_on_labels(scores) if all(s.judged for s in scores.values()) else None,
         made_up=made_up,
         samples=samples,
         tolerance=tolerance,
         failures=tuple(failures),
     )
+
+
+def _on_labels(scores: Mapping[str, LabelScore]) -> dict[str, Any]:
+    errors = {side: score.mean_squared_error() for side, score in scores.items()}
+    return {
+        "output": scores["file"].output,
+        "measure": scores["file"].measure,
+        **{side: score.value() for side, score in scores.items()},
+        "mean_squared_error": None if None in errors.values() else errors,
+    }
 
 
 def _beyond(found: Mapping[str, OutputAgreement], tolerance: float, what: str) -> list[str]:

@@ -8,6 +8,7 @@ from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan
 from mpocompress.tuning.fit_state import FitStore
 from mpocompress.tuning.gradients import LayerMoments, Statistics, take_statistics
 from mpocompress.tuning.independent import fit_alone
+from mpocompress.tuning.label_scores import Accuracy, RSquared
 from mpocompress.tuning.loss_sweeps import sweep_on_loss
 from mpocompress.tuning.objectives import Distillation, Loss
 from mpocompress.tuning.output_errors import OutputErrors, output_errors
@@ -25,6 +26,7 @@ from mpocompress.tuning.train_options import TrainOptions, TrainRecord, TrainRes
 from mpocompress.tuning.trial import effect_alone, with_fitted
 
 __all__ = [
+    "Accuracy",
     "DistillOptions",
     "DistillRecord",
     "DistillResult",
@@ -38,6 +40,7 @@ __all__ = [
     "LossSweepOptions",
     "LossSweepRecord",
     "OutputErrors",
+    "RSquared",
     "SitePlan",
     "Statistics",
     "Supervised",

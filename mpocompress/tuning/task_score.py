@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mpocompress.errors import DataError
 from mpocompress.layers.modes import evaluation_mode
+from mpocompress.tuning.label_scores import Accuracy, RSquared
 from mpocompress.tuning.lockstep import Call, floating_outputs
 
 
@@ -29,7 +30,7 @@ class TaskScore:
         name: "accuracy" (share of rows, or of tokens, whose largest output is the label) or "R²"
             (1 less the squared error over that of the labels' mean).
         value: its value.
-        rows: that were judged.
+        rows: labels that were judged.
     """
 
     name: str
@@ -46,12 +47,11 @@ def task_score(model: nn.Module, calls: Iterable[LabelledCall]) -> TaskScore:
             below 0 are skipped), floating ones are targets of the output's size.
 
     Raises:
-        DataError: no labels, or labels that do not fit the outputs: by their shape, or classes
-            that the output has no column for.
+        DataError: no labels; labels that do not fit the outputs, by their shape, or classes
+            that the output has no column for; or floating ones that are not finite, or all equal.
     """
-    right = rows = 0
-    error = total = squares = 0.0
-    names = set()
+    classes, numbers = Accuracy(), RSquared()
+    scores: set[str] = set()
     with evaluation_mode(model), torch.no_grad():
         for call in calls:
             labels = call.labels
@@ -61,16 +61,13 @@ def task_score(model: nn.Module, calls: Iterable[LabelledCall]) -> TaskScore:
                     "batches, or give eval_fn in Python."
                 )
             output = floating_outputs(model(*call.args, **call.kwargs))[0]
-            labels = labels.to(output.device)
             if labels.is_floating_point():
-                names.add("R²")
-                output = _like(output, labels).double()
-                error += float((output - labels).square().sum())
-                total += float(labels.double().sum())
-                squares += float(labels.double().square().sum())
-                rows += labels.numel()
+                scores.add(numbers.name)
+                if not bool(labels.isfinite().all()):
+                    raise DataError("labels with NaN or Inf. Clean the data first.")
+                numbers.add(_like(output, labels), labels)
                 continue
-            names.add("accuracy")
+            scores.add(classes.name)
             if output.shape[:-1] != labels.shape:
                 raise DataError(
                     f"labels of shape {tuple(labels.shape)} for outputs of shape "
@@ -78,17 +75,19 @@ def task_score(model: nn.Module, calls: Iterable[LabelledCall]) -> TaskScore:
                     "last dimension."
                 )
             _check_classes(labels, output.shape[-1])
-            judged = labels >= 0
-            right += int((output.argmax(-1) == labels)[judged].sum())
-            rows += int(judged.sum())
-    if len(names) > 1:
+            classes.add(output, labels)
+    if len(scores) > 1:
         raise DataError("some batches have whole numbers as labels, others floating ones.")
-    if not rows:
+    score = numbers if numbers.count else classes
+    if not score.count:
         raise DataError("there are no labelled rows to measure a drop on.")
-    if names == {"accuracy"}:
-        return TaskScore("accuracy", right / rows, rows)
-    spread = squares - total**2 / rows
-    return TaskScore("R²", 1 - error / spread if spread > 0 else 0.0, rows)
+    if score is numbers and not numbers.spread:
+        raise DataError(
+            f"the {numbers.count} labels that a drop is measured on are all equal, so that R² is "
+            "not defined: it is about what of their spread a model explains. Give data whose "
+            "labels differ, or eval_fn in Python."
+        )
+    return TaskScore(score.name, score.value, score.count)
 
 
 def _check_classes(labels: Tensor, columns: int) -> None:

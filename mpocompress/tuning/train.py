@@ -250,7 +250,7 @@ class _Trainer:
             # Now, for all rows, and not as an index out of range in the middle of a run.
             every = range(self._data.minibatches_per_epoch)
             batches = [self._data.minibatch(number) for number in every]
-            self._loss.check_labels(self._model, [*batches, *self._held_out])
+            self._loss.check_labels(self._model, batches, self._held_out)
         record = self._record(0.0, None)
         with evaluation_mode(self._model), torch.no_grad():
             first = float(self._scalar_loss(self._data.minibatch(0)))

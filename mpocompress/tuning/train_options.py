@@ -107,7 +107,8 @@ class TrainRecord:
         epoch: passes over the training rows so far; 0 is the start.
         train_loss: mean over the minibatches since the last record; None at the start.
         validation_loss: on the held-out rows; None if there are none.
-        score: of the same rows: accuracy in [0, 1], or R^2; None for a loss of your own.
+        score: of the same rows: accuracy in [0, 1], or R^2 (NaN where all labels are equal); None
+            for a loss of your own.
         bond_dims: of every MPO layer, by name.
         entropies_nats: entanglement entropies at the bonds of every MPO layer, by name.
     """
