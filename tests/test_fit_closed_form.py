@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from mpocompress.errors import DecompositionError
-from mpocompress.mpo import Layout
+from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.fit import fit
 from mpocompress.mpo.metric import Metric
 from tests.fit_problems import fits, moment, objective
@@ -115,3 +115,13 @@ def test_refuses_negative_eigenvalues():
     for layout in (Layout.svd(4, 2), Layout((2, 2), (2, 1))):
         with pytest.raises(DecompositionError, match="has eigenvalues from -0.99"):
             fit(gaussian(4, 2), Metric(indefinite), layout, 1)
+
+
+@pytest.mark.parametrize("layout", ["8x1,1x6", "4x3,2x2"])
+def test_an_mpo_of_a_matrix_in_a_metric(layout):
+    target, metric = gaussian(8, 6, seed=0), Metric(moment(6, seed=1))
+    found = MPO.from_matrix(target, layout, bond_dim=2, metric=metric)
+    assert torch.equal(found.to_dense(), fit(target, metric, layout, 2).mpo.to_dense())
+    plain = MPO.from_matrix(target, layout, bond_dim=2)
+    distances = [metric.distance(target, mpo.to_dense()) for mpo in (found, plain)]
+    assert distances[0] < distances[1]

@@ -5,6 +5,7 @@ Everything here returns a new MPO; the functions of the room do the work on plai
 
 from collections.abc import Iterable, Sequence
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from mpocompress.mpo.factorize import (
     sequential_svd,
 )
 from mpocompress.mpo.layout import Layout, LayoutLike, as_layout
+
+if TYPE_CHECKING:
+    from mpocompress.mpo.metric import Metric
 
 
 class MPO:
@@ -73,9 +77,10 @@ class MPO:
         *,
         bond_dim: int | Sequence[int] | None = None,
         cutoff: float = 0.0,
+        metric: "Metric | None" = None,
         generator: torch.Generator | None = None,
     ) -> "MPO":
-        """Factorize a matrix by sequential SVD.
+        """Factorize a matrix: by sequential SVD, or by a fit in a metric.
 
         Args:
             matrix_OI: (out, in), any real floating dtype. Work is done in float32 or wider; the
@@ -83,16 +88,24 @@ class MPO:
             layout: a `Layout`, (out, in) pairs, or text such as "32x28,32x28".
             bond_dim: largest bond dimension, for all bonds or one for each; None for no limit.
             cutoff: largest truncation error at each bond (relative discarded weight, squared).
-            generator: for the randomized range finder of large matrices.
+            metric: what counts, such as `Metric(x.T @ x / len(x))` for the outputs of inputs x;
+                None: all entries alike. See `mpo.fit.fit`, which also says how close it came.
+            generator: for the randomized range finder of large matrices; a fit draws nothing.
 
         Raises:
             LayoutError: the layout does not fit the matrix.
             BondDimError: a bond dimension below 1.
-            DecompositionError: NaN or Inf entries, or an impossible cutoff.
+            ContractionError: the metric does not fit the matrix.
+            DecompositionError: NaN or Inf entries, an impossible cutoff, or a metric with negative
+                eigenvalues.
 
         Source: Oseledets, SIAM J. Matrix Anal. Appl. 31 (2010) 2130.
         """
         layout = as_layout(layout)
+        if metric is not None:
+            from mpocompress.mpo.fit import fit  # which is built on this class
+
+            return fit(matrix_OI, metric, layout, bond_dim, cutoff=cutoff).mpo
         result = sequential_svd(
             matrix_OI, layout, bond_dim=bond_dim, cutoff=cutoff, generator=generator
         )
