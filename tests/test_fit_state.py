@@ -248,3 +248,18 @@ class TestCommand:
         (tmp_path / "model.onnx").write_bytes(b"")
         with pytest.raises(DataError, match="--resume keeps fitted layers"):
             convert(tmp_path / "model.onnx", tmp_path / "out", Request(bond_dim=4), resume=True)
+
+
+def test_a_weight_that_is_called_again_is_taken_up(tmp_path):
+    def compressed(state=None):
+        torch.manual_seed(0)
+        layer = nn.Linear(24, 24)
+        model = nn.Sequential(layer, nn.Tanh(), layer)
+        return mpo.compress(model, bond_dim=4, data=batches(), state=state).model
+
+    first = compressed(tmp_path / "state")
+    before = fits(tmp_path / "state")
+    assert len(before) == 1
+    same(compressed(tmp_path / "state"), first)
+    assert fits(tmp_path / "state") == before
+    same(compressed(), first)

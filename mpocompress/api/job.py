@@ -56,6 +56,8 @@ from mpocompress.tuning import (
     fit_in_sequence,
     gain_of_bonds,
     is_corrected,
+    later_calls,
+    output_metrics,
     take_statistics,
     tied_heads,
     with_fitted,
@@ -196,7 +198,8 @@ class Job:
                     layout,
                     bond_dims,
                     self.calls,
-                    output_metrics=_output_metrics(self.moments or {}),
+                    output_metrics=output_metrics(self.moments or {}),
+                    later=later_calls([site], self.moments or {}),
                 )
                 self._trials[key] = Trial(loss=change**2 * self._energy, distance=distance)
         return self._trials[key]
@@ -401,8 +404,9 @@ class Job:
                 opened,
                 planned,
                 self.calls,
-                output_metrics=_output_metrics(moments),
+                output_metrics=output_metrics(moments),
                 heads={entry.site: tied_heads(entry.site, moments) for entry in planned},
+                later=later_calls([entry.site for entry in planned], moments),
                 options=FitOptions(sweeps=self.sweeps),
                 store=None if self.state is None else FitStore(self.state),
                 progress=self.progress,
@@ -410,14 +414,6 @@ class Job:
         if not self.keeps_statistics:
             self.forget_statistics()
         return fitted
-
-
-def _output_metrics(moments: Mapping[nn.Module, LayerMoments]) -> dict[nn.Module, Tensor]:
-    return {
-        module: metric
-        for module, moment in moments.items()
-        if (metric := moment.output_metric) is not None
-    }
 
 
 def _opened_as_planned(

@@ -9,12 +9,14 @@ from mpocompress.tuning.fit_state import FitStore
 from mpocompress.tuning.gradients import LayerMoments, Statistics, take_statistics
 from mpocompress.tuning.independent import fit_alone
 from mpocompress.tuning.label_scores import Accuracy, RSquared
+from mpocompress.tuning.later_calls import LaterCalls, later_calls
 from mpocompress.tuning.loss_sweeps import sweep_on_loss
 from mpocompress.tuning.objectives import Distillation, Loss
 from mpocompress.tuning.output_errors import OutputErrors, output_errors
 from mpocompress.tuning.sensitivity import (
     gain_of_bonds,
     output_error_curve,
+    output_metrics,
     tied_heads,
 )
 from mpocompress.tuning.sequential import fit_in_sequence
@@ -34,6 +36,7 @@ __all__ = [
     "FitOptions",
     "FitStore",
     "FittedWeight",
+    "LaterCalls",
     "LayerMoments",
     "LocalOptions",
     "Loss",
@@ -57,8 +60,10 @@ __all__ = [
     "fit_in_sequence",
     "gain_of_bonds",
     "is_corrected",
+    "later_calls",
     "output_error_curve",
     "output_errors",
+    "output_metrics",
     "effect_alone",
     "supervised_loss",
     "sweep_on_loss",

@@ -29,14 +29,12 @@ class Regression:
         residual_OI: E[e x^T].
         mean_I: E[x^].
         residual_mean_O: E[e].
-        rows: that were seen.
     """
 
     inputs_II: Tensor
     residual_OI: Tensor
     mean_I: Tensor
     residual_mean_O: Tensor
-    rows: int
 
     def sketched(self) -> "Regression":
         """The same in float32, and of random combinations of the outputs where there are many.
@@ -81,7 +79,7 @@ def regression(weight_OI: Tensor, moments: Moments, *, centered: bool) -> Regres
         seen_OI, seen_O, _ = moments.residual.mean(centered=centered)
         residual_OI += seen_OI
         residual_mean_O += seen_O
-    return Regression(inputs_II, residual_OI, mean_ours_I, residual_mean_O, moments.inputs.rows)
+    return Regression(inputs_II, residual_OI, mean_ours_I, residual_mean_O)
 
 
 def cross_validated_correction(

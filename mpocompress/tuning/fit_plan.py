@@ -82,9 +82,9 @@ class FittedWeight:
         bias: (out,) in the bias's dtype, with the mean of the error taken out; None to keep the
             layer's own bias, or none.
         relative_output_error: of the MPO against its target, on the inputs that it was fitted on:
-            every output counts the same, and so does every row; no ridge. Of tables in the metric
-            of their fit.
-        rows: of activations that were seen.
+            every output counts the same, and so does every row, of later calls, too, if those were
+            fitted; no ridge. Of tables in the metric of their fit.
+        rows: of activations that were seen, at all calls that were fitted.
         rounded: as it is stored, if not in float32; `mpo` has the same values.
     """
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from mpocompress.errors import LoadError, SaveError
 from mpocompress.mpo import MPO
+from mpocompress.surgery import WeightSite
 from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan
+from mpocompress.tuning.later_calls import LaterCalls
 from mpocompress.tuning.lockstep import Call
 from mpocompress.tuning.state_file import fingerprint, read_tensors, tensors_of, write_tensors
 
@@ -51,6 +53,7 @@ class FitStore:
         model: nn.Module,
         calls: Sequence[Call],
         output_metrics: Mapping[nn.Module, Tensor],
+        later: Mapping[WeightSite, LaterCalls],
         options: FitOptions,
     ) -> None:
         """Start a pass through the layers of this model with this data.
@@ -68,9 +71,11 @@ class FitStore:
         metrics = [output_metrics[m] for m in model.modules() if m in output_metrics]
         tensors = [*model.parameters(), *model.buffers(), *tensors_of(calls)]
         names = [name for name, _ in model.named_parameters()]
-        text = json.dumps([_FORMAT_VERSION, names, asdict(options), len(calls)])
+        again = [[site.name, found.rows, found.first_rows] for site, found in later.items()]
+        text = json.dumps([_FORMAT_VERSION, names, asdict(options), len(calls), *again])
+        seen = [tensor for found in later.values() for tensor in found.tensors()]
         self._prefix = hashlib.sha256(text.encode())
-        self._prefix.update(fingerprint([*tensors, *metrics]).encode())
+        self._prefix.update(fingerprint([*tensors, *metrics, *seen]).encode())
 
     def reach(self, plan: SitePlan) -> FittedWeight | None:
         """The fit of the layer that the pass comes to; None if it is not there.

@@ -20,7 +20,7 @@ from mpocompress.errors import DataError
 from mpocompress.layers.modes import evaluation_mode
 from mpocompress.layers.opened import layers_called
 from mpocompress.mpo import linalg
-from mpocompress.tuning.layer_rows import adapter_of, row_pieces
+from mpocompress.tuning.layer_rows import adapter_of, row_pieces, use_of
 from mpocompress.tuning.lockstep import Call, floating_outputs, version_of
 from mpocompress.tuning.moments import (
     MAX_FEATURES,
@@ -49,11 +49,16 @@ class LayerMoments:
         inputs: of the layer's inputs x.
         gradients: of the gradients g at its outputs.
         counts: of the rows that were looked up, for a table; it has no other inputs.
+        later_inputs: those of `inputs` that came after the first call of the layer, or of another
+            one that uses the same weight alike, in the same forward pass.
+        later_counts: likewise.
     """
 
     inputs: CrossMoment = field(default_factory=CrossMoment)
     gradients: CrossMoment = field(default_factory=CrossMoment)
     counts: RowCounts = field(default_factory=RowCounts)
+    later_inputs: CrossMoment = field(default_factory=CrossMoment)
+    later_counts: RowCounts = field(default_factory=RowCounts)
 
     @property
     def output_metric(self) -> Tensor | None:
@@ -132,6 +137,8 @@ def _statistics(
     energy, no_gradients = 0.0, set[nn.Module]()
     keep: list[Tensor | None] = [None]
     latest: list[tuple[Tensor, int, CrossMoment]] = []
+    called = set[tuple[int, bool]]()  # in the forward pass at hand
+    in_forward = False
 
     def moment_of(layer: nn.Module, value: Tensor) -> CrossMoment:
         """Of one batch of inputs; formed once for layers that are called with the same tensor."""
@@ -151,12 +158,21 @@ def _statistics(
             no_gradients.add(layer)
         values = (*args, *kwargs.values())
         adapter = adapter_of(layer)
+        # A backward pass may compute again what it needs; these are no calls.
+        is_later = in_forward and use_of(layer) in called
+        called.add(use_of(layer))
         if len(values) == 1 and isinstance(values[0], Tensor):
             if adapter.looks_up:
                 indices = real_indices(values[0], keep[0])
-                moments[layer].counts.add(indices, adapter.matrix(layer).shape[0])
+                table_rows = adapter.matrix(layer).shape[0]
+                moments[layer].counts.add(indices, table_rows)
+                if is_later:
+                    moments[layer].later_counts.add(indices, table_rows)
             else:
-                moments[layer].inputs.merge(moment_of(layer, values[0]))
+                moment = moment_of(layer, values[0])
+                moments[layer].inputs.merge(moment)
+                if is_later:
+                    moments[layer].later_inputs.merge(moment)
         if not output.requires_grad:
             # No leaf, which a model may not change in place.
             output = output.detach().requires_grad_().clone()
@@ -183,7 +199,10 @@ def _statistics(
                 if not all_data and done >= _SHARE * len(calls) and _enough(moments):
                     break
                 keep[0] = keep_mask(call.kwargs)
+                called.clear()
+                in_forward = True
                 rows = _output_rows(model(*call.args, **call.kwargs), keep[0])
+                in_forward = False
                 energy += sum(map(linalg.weight_of, rows))
                 loss = _random_projection(rows, generator)
                 if not loss.requires_grad:

@@ -26,6 +26,13 @@ def adapter_of(layer: nn.Module) -> WeightAdapter:
     return adapter
 
 
+def use_of(layer: nn.Module) -> tuple[int, bool]:
+    """What layers that share a weight and use it alike, as a matrix or as a table, agree in."""
+    adapter = adapter_of(layer)
+    parameter = adapter.parameter(layer)
+    return id(layer if parameter is None else parameter), adapter.looks_up
+
+
 def row_pieces(
     layer: nn.Module, values: tuple[Tensor, ...], keep: Tensor | None
 ) -> Iterator[tuple[Tensor, ...]]:

@@ -106,6 +106,31 @@ class CrossMoment:
         mine.left_I += theirs.left_I + other.rows * left_I
         mine.right_J += theirs.right_J + other.rows * right_J
 
+    def merge_zeros(self, other: "CrossMoment") -> None:
+        """Add rows of zeros for x, with the y of what another one has seen."""
+        if self._sums is None or other._sums is None:
+            return
+        mine, theirs = self._sums, other._sums
+        zeros = CrossMoment()
+        zeros.rows = other.rows
+        zeros._sums = _Sums(
+            torch.zeros_like(mine.left_shift_I),
+            theirs.right_shift_J,
+            torch.zeros_like(mine.product_IJ),
+            torch.zeros_like(mine.left_I),
+            theirs.right_J,
+            symmetric=False,
+        )
+        self.merge(zeros)
+
+    def scaled_to(self, rows: int) -> "CrossMoment":
+        """One with the same means, of so many rows."""
+        scaled = CrossMoment()
+        if self._sums is not None and rows > 0:
+            scaled.rows, scaled._sums = rows, self._sums.copy()
+            scaled._sums.scale_(rows / self.rows)
+        return scaled
+
     @classmethod
     def sum_of(cls, parts: Iterable["CrossMoment"]) -> "CrossMoment":
         """One that has seen what the parts have, which stay as they are."""
@@ -172,6 +197,11 @@ class _Sums:
         sums = (self.product_IJ.clone(), self.left_I.clone(), self.right_J.clone())
         shifts = (self.left_shift_I, self.right_shift_J)
         return _Sums(*shifts, *sums, self.symmetric, self.upper_only)
+
+    def scale_(self, factor: float) -> None:
+        """As if every row had come so many times."""
+        for total in (self.product_IJ, self.left_I, self.right_J):
+            total *= factor
 
     def add(self, left_nI: Tensor, right_nJ: Tensor) -> None:
         """Rows that are shifted."""
@@ -250,6 +280,13 @@ class RowCounts:
             mine = self._counts_O
             self._counts_O = other._counts_O if mine is None else mine + other._counts_O
             self.rows += other.rows
+
+    def scaled_to(self, rows: int) -> "RowCounts":
+        """One with the same frequencies, of so many rows."""
+        scaled = RowCounts()
+        if self._counts_O is not None and rows > 0:
+            scaled.rows, scaled._counts_O = rows, self._counts_O * (rows / self.rows)
+        return scaled
 
     def frequencies(self) -> Tensor:
         """Share of each row (rows,), float64, adding up to 1.

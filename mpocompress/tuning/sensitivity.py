@@ -8,6 +8,7 @@ what each rank is worth. Times the rows that were seen, they are on one scale fo
 
 # Shape suffixes: O out features, I in features, R bond.
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from mpocompress.mpo import linalg
 from mpocompress.surgery import WeightSite
 from mpocompress.tuning.gradients import LayerMoments
-from mpocompress.tuning.layer_rows import adapter_of
+from mpocompress.tuning.layer_rows import adapter_of, use_of
 from mpocompress.tuning.moments import CrossMoment, RowCounts
 from mpocompress.tuning.shrinkage import shrunk_metric
 from mpocompress.tuning.table_fit import HeadUse, table_gains, table_weights
@@ -66,6 +67,20 @@ def tied_heads(site: WeightSite, moments: Mapping[nn.Module, LayerMoments]) -> t
         if module in moments and not adapter_of(module).looks_up
     ]
     return tuple(use for use in found if use is not None)
+
+
+def output_metrics(moments: Mapping[nn.Module, LayerMoments]) -> dict[nn.Module, Tensor]:
+    """G (out, out) of every module; one for all that share a weight and use it alike."""
+    groups: dict[tuple[int, bool], list[nn.Module]] = defaultdict(list)
+    for module, moment in moments.items():
+        if moment.gradients.rows:
+            groups[use_of(module)].append(module)
+    found: dict[nn.Module, Tensor] = {}
+    for modules in groups.values():
+        gradients = [moments[module].gradients for module in modules]
+        total = gradients[0] if len(gradients) == 1 else CrossMoment.sum_of(gradients)
+        found |= dict.fromkeys(modules, total.mean(centered=False)[0])
+    return found
 
 
 def lookups_of(

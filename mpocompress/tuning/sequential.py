@@ -4,6 +4,7 @@ The layer at hand sees x^ from the compressed prefix where the dense model sees 
 the dense layer's outputs: min E |y - W^ x^ - b^|^2. With second moments that is again a matrix and
 a metric: the target T = E[y x^T] E[x^ x^T]^-1 in the metric C = E[x^ x^T]. Where the output is
 added to a residual stream h, y also contains h - h^: each block repairs what those before it broke.
+A weight that is called more than once is fitted at its first call, see `later_calls` for the rest.
 """
 
 # Shape suffixes: O out features, I in features, N rows.
@@ -39,6 +40,7 @@ from mpocompress.tuning.fit_plan import (
     output_error,
 )
 from mpocompress.tuning.fit_state import FitStore
+from mpocompress.tuning.later_calls import LaterCalls
 from mpocompress.tuning.layer_rows import adapter_of
 from mpocompress.tuning.lockstep import (
     Call,
@@ -62,6 +64,7 @@ def fit_in_sequence(
     *,
     output_metrics: Mapping[nn.Module, Tensor] | None = None,
     heads: Mapping[WeightSite, Sequence[HeadUse]] | None = None,
+    later: Mapping[WeightSite, LaterCalls] | None = None,
     options: FitOptions | None = None,
     store: FitStore | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -77,6 +80,8 @@ def fit_in_sequence(
         calls: batches.
         output_metrics: for a module, the covariance (out, out) of the loss gradient at its outputs.
         heads: for a table, how output layers that are tied to it use it.
+        later: for a weight that a forward pass calls more than once, what is known of its later
+            calls, from `later_calls`; without it the first call alone counts.
         options: ridge and round trips.
         store: keeps each fitted layer on disk; those that it has are not fitted again.
         progress: called with the layer, how many are done, and of how many.
@@ -91,12 +96,13 @@ def fit_in_sequence(
     """
     if not calls:
         raise DataError("there are no batches to fit on.")
-    given = (model, plans, calls, output_metrics, heads, options or FitOptions(), store, progress)
+    given = (model, plans, calls, output_metrics or {}, heads or {}, later or {})
+    how = (options or FitOptions(), store, progress)
     try:
-        return _fit_in_sequence(*given, copies=False)
+        return _fit_in_sequence(*given, *how, copies=False)
     except _OverwrittenError:
         pass  # with the activations that it holds
-    return _fit_in_sequence(*given, copies=True)
+    return _fit_in_sequence(*given, *how, copies=True)
 
 
 class _OverwrittenError(Exception):
@@ -107,8 +113,9 @@ def _fit_in_sequence(
     model: nn.Module,
     plans: Sequence[SitePlan],
     calls: Sequence[Call],
-    output_metrics: Mapping[nn.Module, Tensor] | None,
-    heads: Mapping[WeightSite, Sequence[HeadUse]] | None,
+    output_metrics: Mapping[nn.Module, Tensor],
+    heads: Mapping[WeightSite, Sequence[HeadUse]],
+    later: Mapping[WeightSite, LaterCalls],
     options: FitOptions,
     store: FitStore | None,
     progress: Callable[[str, int, int], None] | None,
@@ -152,7 +159,7 @@ def _fit_in_sequence(
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     shared = {parameter for parameter, count in uses.items() if count > 1}
     if store is not None:
-        store.begin(model, calls, output_metrics or {}, options)
+        store.begin(model, calls, output_metrics, later, options)
     collector = Collector([keep_mask(call.kwargs) for call in calls])
     with (
         evaluation_mode(model),
@@ -168,17 +175,19 @@ def _fit_in_sequence(
             if progress is not None:
                 progress(plan.site.name, len(fitted), len(plans))
             places = [_place(layer, pair, options.repair_streams, copies) for pair in pairs]
-            output_metric = (output_metrics or {}).get(layer)
+            output_metric, again = output_metrics.get(layer), later.get(plan.site)
             done = None if store is None else store.reach(plan)
             if done is None:
                 try:
                     if adapter_of(layer).looks_up:
                         counts = collector.count(layer, places)
-                        tied = (heads or {}).get(plan.site, ())
+                        if again is not None:
+                            counts = again.pooled_counts(counts)
+                        tied = heads.get(plan.site, ())
                         done = _fit_table(plan, counts, output_metric, tied, options)
                     else:
                         folds = collector.collect(layer, places)
-                        done = _fit_layer(layer, plan, folds, output_metric, options, shared)
+                        done = _fit_layer(layer, plan, folds, again, output_metric, options, shared)
                 except MPOCompressError as error:
                     raise type(error)(f"layer {plan.site.label}: {error}") from error
                 if store is not None:
@@ -227,6 +236,7 @@ def _fit_layer(
     layer: nn.Module,
     plan: SitePlan,
     folds: Sequence[Moments],
+    later: LaterCalls | None,
     output_metric_OO: Tensor | None,
     options: FitOptions,
     shared: Collection[int],
@@ -238,10 +248,14 @@ def _fit_layer(
         adapter_of(layer).has_offset(layer) and len(site.modules) == 1 and id(bias) not in shared
     )
     weight_OI = site.matrix()
+    rows = sum(fold.inputs.rows for fold in folds)
+    if later is not None:
+        rows += later.rows
+        folds = [later.pooled(fold) for fold in folds]
     whole = regression(weight_OI, merged(folds), centered=centered)
     if plan.stays_dense and len(folds) < 2:  # no other rows to check a correction on
         unchanged = MPO([weight_OI.reshape(1, *site.shape, 1)], shape=site.shape)
-        return FittedWeight(mpo=unchanged, bias=None, relative_output_error=0.0, rows=whole.rows)
+        return FittedWeight(mpo=unchanged, bias=None, relative_output_error=0.0, rows=rows)
     weight_OI = weight_OI.to(whole.inputs_II)
     target_OI = weight_OI + cross_validated_correction(weight_OI, folds, whole, centered=centered)
     if plan.stays_dense:
@@ -250,14 +264,14 @@ def _fit_layer(
             mpo=mpo,
             bias=_new_bias(bias if centered else None, weight_OI, mpo, whole),
             relative_output_error=0.0,
-            rows=whole.rows,
+            rows=rows,
         )
     metric = None
     if bool(whole.inputs_II.any()):  # else nothing but zeros came in: fit the weights themselves
         useful = output_metric_OO is not None and bool(output_metric_OO.any())
         metric = shrunk_metric(
             whole.inputs_II,
-            whole.rows,
+            rows,
             output_metric_OO if useful else None,
             least=options.ridge,
         )
@@ -273,13 +287,13 @@ def _fit_layer(
     mpo = MPO(result.cores, shape=site.shape).to(dtype=site.dtype)
     rounded = None
     if plan.storage.rounds:
-        rounded = _rounded(mpo, plan.storage, metric, whole.rows)
+        rounded = _rounded(mpo, plan.storage, metric, rows)
         mpo = rounded.mpo
     return FittedWeight(
         mpo=mpo,
         bias=_new_bias(bias if centered else None, weight_OI, mpo, whole),
         relative_output_error=output_error(whole.inputs_II, target_OI, mpo),
-        rows=whole.rows,
+        rows=rows,
         rounded=rounded,
     )
 

@@ -16,6 +16,7 @@ from mpocompress.mpo.weight import Weight
 from mpocompress.surgery import WeightSite, copy_with_replacements
 from mpocompress.tuning.distill_loss import Distance
 from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan
+from mpocompress.tuning.later_calls import LaterCalls
 from mpocompress.tuning.lockstep import Call, rows_of
 from mpocompress.tuning.output_errors import output_errors
 from mpocompress.tuning.sequential import fit_in_sequence
@@ -29,6 +30,7 @@ def effect_alone(
     calls: Sequence[Call],
     *,
     output_metrics: Mapping[nn.Module, Tensor],
+    later: Mapping[WeightSite, LaterCalls] | None = None,
     sweeps: int = 4,
 ) -> tuple[float, float]:
     """Fit one weight on what the dense model gives it, all else dense, and run the model.
@@ -40,6 +42,7 @@ def effect_alone(
         bond_dims: likewise.
         calls: batches to fit and to measure on.
         output_metrics: as in `fit_in_sequence`.
+        later: likewise.
         sweeps: few: it is a trial.
 
     Returns:
@@ -49,7 +52,12 @@ def effect_alone(
     """
     plan = SitePlan(site=site, layout=layout, bond_dims=tuple(bond_dims))
     fitted = fit_in_sequence(
-        model, [plan], calls, output_metrics=output_metrics, options=FitOptions(sweeps=sweeps)
+        model,
+        [plan],
+        calls,
+        output_metrics=output_metrics,
+        later=later,
+        options=FitOptions(sweeps=sweeps),
     )
     weights = {site: found.mpo for site, found in fitted.items()}
     compressed = with_fitted(model, weights, fitted)
