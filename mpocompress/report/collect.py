@@ -27,7 +27,7 @@ from mpocompress.report.schema import (
     Total,
     Totals,
 )
-from mpocompress.report.wording import CORRECTED
+from mpocompress.report.wording import CORRECTED, UNCORRECTED
 from mpocompress.surgery import Inventory, KeptEntry, WeightSite
 from mpocompress.surgery.inventory import RECURRENT
 
@@ -115,6 +115,7 @@ def collect_report(
     settings: Mapping[str, Any],
     kind: str | None = None,
     corrected: Collection[str] = (),
+    uncorrected: Mapping[str, str] | None = None,
 ) -> CompressionReport:
     """Account for every parameter and buffer of the model.
 
@@ -127,6 +128,7 @@ def collect_report(
         settings: what was asked for.
         kind: of the convertible weights if their modules are not known, such as "matrix".
         corrected: names of weights that stay dense but have other values than before.
+        uncorrected: why weights that were to have other values have not, by name.
     """
     plans = {layer.name: layer for layer in plan.layers}
     layers: list[LayerReport] = []
@@ -139,6 +141,9 @@ def collect_report(
             layer = _weight(entry, plans[entry.name], outcome, shown)
             if outcome is None and entry.name in corrected:
                 layer = layer.model_copy(update={"reason": _because(layer.reason, CORRECTED)})
+            if why := (uncorrected or {}).get(entry.name):
+                more = f"{UNCORRECTED}: {why}"
+                layer = layer.model_copy(update={"reason": _because(layer.reason, more)})
             layers.append(layer)
             after = entry.bytes if outcome is None else outcome.bytes
             sizes.append((outcome is not None, Size(dense=entry.bytes, compressed=after)))

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from mpocompress.report.schema import Candidate, LayerReport
 
-# The end of the reason of a layer that stays dense.
+# The end of the reason of a layer that stays dense; the second is followed by why.
 CORRECTED = "its values took up what is lost before it"
+UNCORRECTED = "it was to take up what is lost before it and stays as it was"
 # What the plan predicts and the run measures of the answers.
 OUTPUT_CHANGE = "relative change of the model's outputs"
 
