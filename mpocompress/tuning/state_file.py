@@ -1,17 +1,17 @@
 """The file that a run's state is kept in: safetensors with text in the metadata, never a pickle."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mpocompress.errors import DataError, SaveError
+from mpocompress.errors import DataError
+from mpocompress.files import replacing
 from mpocompress.tuning.lockstep import Call
 
 
@@ -27,18 +27,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str, text: 
     Raises:
         SaveError: it cannot be written.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        plain = {
-            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, tensor in tensors.items()
-        }
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    with replacing(path) as aside:
         save_file(plain, aside, metadata={key: text})
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        raise SaveError(f"cannot write the checkpoint {str(path)!r}: {error}.") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def moment_on(where: torch.device | Tensor, name: str, value: Tensor) -> Tensor:
