@@ -6,28 +6,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mpocompress.errors import LoadError, SaveError
+from mpocompress.errors import SaveError
 from mpocompress.mpo import MPO
 from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan
 from mpocompress.tuning.lockstep import Call
-from mpocompress.tuning.state_file import fingerprint, read_tensors, tensors_of, write_tensors
-
-_METADATA_KEY = "mpocompress.fitted_layer"
-_FORMAT_VERSION = 2
+from mpocompress.tuning.state_file import StateFacts, StateFormat, fingerprint, tensors_of
 
 
-class _Metadata(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format_version: int = _FORMAT_VERSION
+class _Facts(StateFacts):
     layer: str
     shape: tuple[int, int]
     relative_output_error: float
     rows: int
+
+
+_FORMAT = StateFormat(
+    what="state",
+    anew="fit this layer anew",
+    key="mpocompress.fitted_layer",
+    version=2,
+    facts=_Facts,
+)
 
 
 class FitStore:
@@ -68,7 +69,7 @@ class FitStore:
         metrics = [output_metrics[m] for m in model.modules() if m in output_metrics]
         tensors = [*model.parameters(), *model.buffers(), *tensors_of(calls)]
         names = [name for name, _ in model.named_parameters()]
-        text = json.dumps([_FORMAT_VERSION, names, asdict(options), len(calls)])
+        text = json.dumps([_FORMAT.version, names, asdict(options), len(calls)])
         self._prefix = hashlib.sha256(text.encode())
         self._prefix.update(fingerprint([*tensors, *metrics]).encode())
 
@@ -86,25 +87,19 @@ class FitStore:
         path = self._path()
         if plan.storage.rounds or not path.exists():
             return None
-        try:
-            text, tensors = read_tensors(path, key=_METADATA_KEY)
-            if text is None:
-                raise LoadError(f"{str(path)!r} is no fitted layer. Remove it to fit anew.")
-            found = _Metadata.model_validate_json(text)
-            cores = [tensors[f"core.{site}"] for site in range(len(plan.bond_dims) + 1)]
-        except (OSError, SafetensorError, ValidationError, KeyError) as error:
-            raise LoadError(
-                f"the state {str(path)!r} is truncated or foreign: {str(error).splitlines()[0]}. "
-                "Remove it to fit this layer anew."
-            ) from None
         device = plan.site.device
-        bias = tensors.get("bias")
-        return FittedWeight(
-            mpo=MPO([core.to(device) for core in cores], shape=found.shape),
-            bias=None if bias is None else bias.to(device),
-            relative_output_error=found.relative_output_error,
-            rows=found.rows,
-        )
+
+        def build(facts: _Facts, tensors: Mapping[str, Tensor]) -> FittedWeight:
+            cores = [tensors[f"core.{site}"] for site in range(len(plan.bond_dims) + 1)]
+            bias = tensors.get("bias")
+            return FittedWeight(
+                mpo=MPO([core.to(device) for core in cores], shape=facts.shape),
+                bias=None if bias is None else bias.to(device),
+                relative_output_error=facts.relative_output_error,
+                rows=facts.rows,
+            )
+
+        return _FORMAT.read(path, build)
 
     def put(self, plan: SitePlan, fitted: FittedWeight) -> None:
         """Keep the fit of the layer that was reached last.
@@ -117,13 +112,13 @@ class FitStore:
         tensors = {f"core.{site}": core for site, core in enumerate(fitted.mpo.cores)}
         if fitted.bias is not None:
             tensors["bias"] = fitted.bias
-        metadata = _Metadata(
+        facts = _Facts(
             layer=plan.site.name,
             shape=fitted.mpo.shape,
             relative_output_error=fitted.relative_output_error,
             rows=fitted.rows,
         )
-        write_tensors(self._path(), tensors, key=_METADATA_KEY, text=metadata.model_dump_json())
+        _FORMAT.write(self._path(), facts, tensors)
 
     def _path(self) -> Path:
         return self._folder / f"layer-{self._prefix.hexdigest()[:32]}.safetensors"
