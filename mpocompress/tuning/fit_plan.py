@@ -12,6 +12,7 @@ from mpocompress.errors import DataError
 from mpocompress.mpo import MPO, Layout
 from mpocompress.surgery import WeightSite
 from mpocompress.tuning.rounding import Rounded, Storage
+from mpocompress.tuning.shrinkage import RIDGE
 
 OutputMetric = Literal["auto", "exact", "sites"]
 
@@ -37,7 +38,7 @@ class FitOptions:
             layers together are so large that it would take long, see `exact_takes_long`.
     """
 
-    ridge: float = 1e-3
+    ridge: float = RIDGE
     sweeps: int = 16
     repair_streams: bool = True
     output_metric: OutputMetric = "auto"
