@@ -18,7 +18,7 @@ from mpocompress.api.result import CompressionResult
 from mpocompress.api.size_budget import OnnxBytes
 from mpocompress.api.targets import Aim, Task, meet
 from mpocompress.api.tune import heal
-from mpocompress.errors import BudgetError, DataError, NoLayerMatched, PlanError
+from mpocompress.errors import BudgetError, DataError, NoLayerMatched, PlanError, check_count
 from mpocompress.loading import Batch
 from mpocompress.mpo.identity_gauge import Gauge
 from mpocompress.planning import (
@@ -34,7 +34,7 @@ from mpocompress.planning.options import PlannedPrecision
 from mpocompress.report import CompressionReport, Source
 from mpocompress.report.predictions import with_budget, with_comparisons
 from mpocompress.surgery import Inventory
-from mpocompress.tuning import DistillOptions, check_steps, output_errors
+from mpocompress.tuning import DistillOptions, output_errors
 
 
 @torch.inference_mode(False)
@@ -231,7 +231,7 @@ def compress(
         MPOCompressError: see `plan`.
     """
     model = uncompiled(model)
-    check_steps(distill, "distill")
+    check_count("distill", distill, 0, DataError)
     if distill and data is None:
         raise DataError(
             f"distill={distill} trains on data, and there is none. Give batches of forward "

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mpocompress.errors import DataError
+from mpocompress.errors import DataError, check_count
 from mpocompress.mpo import MPO, Layout
 from mpocompress.surgery import WeightSite
 from mpocompress.tuning.rounding import Rounded, Storage
@@ -44,8 +44,7 @@ class FitOptions:
     output_metric: OutputMetric = "auto"
 
     def __post_init__(self) -> None:
-        if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 0:
-            raise DataError(f"sweeps {self.sweeps!r}: a number of sweeps is 0 or more. Try 16.")
+        check_count("sweeps", self.sweeps, 0, DataError)
         if self.output_metric not in get_args(OutputMetric):
             raise DataError(
                 f"output_metric {self.output_metric!r} is none of "
