@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +285,7 @@ def compress(
     met = aim.met
     if task.fit is not None and distill:
         met = _heal(job, task, result, built, met, distill)
-    report = result.report if met is None else with_budget(result.report, met.as_settings())
+    report = result.report if met is None else with_budget(result.report, asdict(met))
     sample = None if task.fit is None else few_rows(task.held or task.fit)
     error = None if sample is None else output_errors(job.opened, built.model, (), sample).model
     report = with_comparisons(
@@ -344,18 +345,11 @@ def _heal(
         dense = task.metric.value(job.model, final=True)
         reached = dense - task.metric.value(result.model, final=True)
     if reached <= met.asked:
-        return Met(
-            target=met.target,
-            asked=met.asked,
-            reached=reached,
-            what=met.what,
-            where=met.where,
-            trials=met.trials,
-        )
+        return replace(met, reached=reached)
     result.model.load_state_dict(before)
     undone = {"steps": steps, "undone": f"the budget no longer held: {reached:.4g}"}
     settings: Mapping[str, Any] = {**report.settings, "healing": undone}
-    object.__setattr__(result, "report", report.model_copy(update={"settings": settings}))
+    result.report = report.model_copy(update={"settings": settings})
     return met
 
 
