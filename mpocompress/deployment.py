@@ -18,6 +18,7 @@ from mpocompress.export.calls import Slot
 from mpocompress.export.comparison import Comparison, compare
 from mpocompress.export.forms import FormChoice
 from mpocompress.export.quantize import Quantize
+from mpocompress.files import replacing
 from mpocompress.loading import Batch, example_inputs, load_batches
 from mpocompress.pipeline import (
     Opened,
@@ -196,7 +197,7 @@ def export_again(
                 ),
             )
         for file in exported.files:
-            with saving.replacing(output.parent / file) as target:
+            with replacing(output.parent / file) as target:
                 shutil.copyfile(Path(folder) / file, target)
     return Reexport(
         exported=replace(exported, path=output),

@@ -202,6 +202,24 @@ def test_rows_are_taken_apart_where_they_stand_for_themselves(model, batch, divi
     assert found.divisible == divisible
 
 
+def test_too_little_memory_says_nothing_of_the_rows():
+    class Full(nn.Module):
+        def __init__(self, rows_that_fit: int) -> None:
+            super().__init__()
+            self.rows_that_fit = rows_that_fit
+            self.net = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) < self.rows_that_fit:  # as when others take the memory meanwhile
+                raise torch.OutOfMemoryError("out of memory")
+            return self.net(x)
+
+    batch = Batch((rows(),))
+    for looked_at in (check_calls, with_whole_batches):
+        with pytest.raises(torch.OutOfMemoryError):
+            looked_at(Full(rows_that_fit=100), [batch])
+
+
 def test_a_graph_is_healed_as_a_whole():
     torch.manual_seed(0)
     model = Graph()

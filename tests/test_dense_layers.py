@@ -202,17 +202,21 @@ def test_small_experts_that_some_batches_do_not_call_do_not_end_a_run():
 
 
 def test_where_compression_changes_which_layers_are_called_nothing_is_corrected():
+    big = linear(48, 48)
+    weight, bias = big.weight.detach().clone(), big.bias.detach().clone()
+
     def forward(m, x):
         h = m.big(x)
-        return m.tail(h) if bool(h[0, 0] > 0.0) else h[:, :1]
+        return m.tail(h) if torch.allclose(h, x @ weight.T + bias, atol=1e-3) else h[:, :1]
 
-    model = Parts(forward, big=linear(48, 48), tail=linear(48, 1)).eval()
-    with torch.no_grad():
-        least = min(float(model.big(x)[0, 0]) for x in DATA)
-        model.big.bias[0] -= least - 1e-6  # all just above the threshold
+    model = Parts(forward, big=big, tail=linear(48, 1)).eval()
     result = mpo.compress(model, bond_dim=1, layout="svd", data=DATA)
     assert isinstance(result.model.big, mpo.MPOLinear)
     assert torch.equal(result.model.tail.weight, model.tail.weight)
+    assert torch.equal(result.model.tail.bias, model.tail.bias)
+    (reason,) = (layer.reason for layer in result.report.layers if layer.name == "tail")
+    assert "stays as it was: batches take different paths" in reason
+    assert "took up" not in reason
 
 
 @pytest.mark.parametrize("rows_of_a_batch", [1, 200])

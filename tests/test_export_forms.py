@@ -133,7 +133,7 @@ def test_the_dense_file_is_as_small_as_the_chain(tmp_path):
     assert sizes["dense"] < 1.02 * sizes["chain"]
 
 
-def test_auto_takes_what_is_faster(tmp_path, monkeypatch):
+def test_auto_takes_what_is_faster(tmp_path):
     """At 1024 rows the two-site chain does 32 times the products; low rank does an eighth."""
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -141,7 +141,6 @@ def test_auto_takes_what_is_faster(tmp_path, monkeypatch):
         MPOLinear(512, 512, layout="svd", bond_dim=32),
     ).eval()
     example = torch.randn(256, 512)
-    monkeypatch.setattr(form_choice, "_measured", {})
     exported = export_onnx(model, tmp_path / "m.onnx", example, form="auto", form_batch=256)
     assert {name: layer.form for name, layer in exported.forms.items()} == {
         "0": "dense",
@@ -152,6 +151,21 @@ def test_auto_takes_what_is_faster(tmp_path, monkeypatch):
     metadata = {p.key: p.value for p in onnx.load(exported.path).metadata_props}
     assert json.loads(metadata["mpocompress.forms"]) == {"0": "dense", "1": "chain"}
     verify(exported.path, model).raise_if_failed()
+
+
+def test_layers_of_equal_sizes_are_measured_once_and_anew_for_each_export(tmp_path, monkeypatch):
+    layers = [MPOLinear(36, 24, layout="svd", bond_dim=4) for _ in range(2)]
+    model = nn.Sequential(layers[0], nn.Linear(24, 36), layers[1]).eval()
+    timings, measured = form_choice._timings, []
+
+    def counting(layer, rows):
+        measured.append(layer)
+        return timings(layer, rows)
+
+    monkeypatch.setattr(form_choice, "_timings", counting)
+    for count in (1, 2):
+        export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 36), form="auto")
+        assert len(measured) == count
 
 
 @pytest.mark.parametrize(("layout", "bond_dim"), LAYOUTS, ids=str)
@@ -168,7 +182,7 @@ def test_what_is_measured_is_what_is_exported(tmp_path, layout, bond_dim):
     assert shapes == cores
     x = torch.randn(5, 36)
     for made in (graph, form_choice._dense_graph(layer)):
-        (found,) = form_choice._session(made, layer, 1).run(None, {"x": x.numpy()})
+        (found,) = form_choice._session(made, layer).run(None, {"x": x.numpy()})
         with torch.no_grad():
             torch.testing.assert_close(torch.tensor(found), layer(x), **TOL[torch.float32]["onnx"])
 

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mpocompress as mpo
@@ -375,8 +377,25 @@ def test_a_foreign_state_is_refused(tmp_path):
     path = tmp_path / "state.safetensors"
     path.write_bytes(b"nonsense")
     teacher, student = problem()
-    with pytest.raises(LoadError, match="not a state of sweeps"):
+    with pytest.raises(LoadError, match="state of sweeps .* is truncated or foreign"):
         mpo.sweep(student, reference=teacher, data=batches(), state=path)
+
+
+def test_a_state_without_a_core_is_refused_before_anything_changes(tmp_path):
+    path = tmp_path / "state.safetensors"
+    teacher, student = problem()
+    options = {"reference": teacher, "data": batches(), "state": path}
+    mpo.sweep(student, sweeps=1, **options)
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    *_, last = (name for name in sorted(tensors) if "/" in name)
+    del tensors[last]
+    save_file(tensors, path, metadata)
+    _, student = problem()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    with pytest.raises(LoadError, match=f"there is no '{last}'.*Remove it to begin anew"):
+        mpo.sweep(student, sweeps=1, **options)
+    assert all(torch.equal(before[name], v) for name, v in student.state_dict().items())
 
 
 def test_equal_seeds_give_equal_results_and_a_result_is_taken_too(tmp_path):

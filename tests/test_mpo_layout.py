@@ -39,6 +39,13 @@ def test_text_is_out_by_in_per_site():
     assert str(layout) == "32x28,16x1"
 
 
+def test_the_layout_of_the_svd_is_known():
+    for layout in (Layout.svd(6, 4), Layout.svd(1, 1), Layout((7, 1), (1, 4), pad=True)):
+        assert layout.is_svd
+    for text in ("6x4", "1x4,6x1", "6x1,2x4", "6x2,1x4", "6x1,1x4,1x1"):
+        assert not Layout.parse(text).is_svd
+
+
 def test_pad_survives_parsing_and_transposing():
     assert Layout.parse("2x3,4x5", pad=True).transposed == Layout((3, 5), (2, 4), pad=True)
     assert Layout.from_pairs([(2, 3)], pad=True).pad

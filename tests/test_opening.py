@@ -1,6 +1,8 @@
 """Opened modules beyond the laws of `test_kinds`: options, states, masks, and what is refused."""
 
 import copy
+import pickle
+import threading
 
 import pytest
 import torch
@@ -175,6 +177,35 @@ def test_recurrent_layers_by_kernel_and_by_their_layers(cls, options):
         opened(packed)
     again = copy.deepcopy(opened)
     assert_close(again(x), dense(x), **EXACT)
+
+
+def test_calls_of_a_recurrent_layer_may_be_under_way_at_once(monkeypatch):
+    """While one call is in the kernel, another thread's comes and goes."""
+    model = seeded(lambda: nn.LSTM(6, 4))
+    opened = open_modules(model)
+    inputs = [gaussian(5, 3, 6, seed=seed) for seed in range(2)]
+    kernel, found, inside = nn.LSTM.forward, {}, []
+
+    def call(number):
+        found[number] = opened(inputs[number])[0]
+
+    def forward(shell, *given):
+        if not inside:
+            inside.append(shell)
+            other = threading.Thread(target=call, args=(1,))
+            other.start()
+            other.join()
+        return kernel(shell, *given)
+
+    expected = [model(x)[0] for x in inputs]
+    monkeypatch.setattr(nn.LSTM, "forward", forward)
+    call(0)
+    assert len(inside) == 1
+    for number in range(2):
+        assert torch.equal(found[number], expected[number])
+    monkeypatch.undo()
+    again = pickle.loads(pickle.dumps(opened))
+    assert torch.equal(again(inputs[0])[0], expected[0])
 
 
 def test_relu_and_projections():

@@ -12,6 +12,7 @@ from mpocompress.errors import (
     LayoutError,
     NoLayerMatched,
     PlanError,
+    SaveError,
 )
 from mpocompress.mpo import Layout, sequential_svd
 from mpocompress.mpo.factors import balanced_factors, balanced_layout, divisors
@@ -64,7 +65,7 @@ def test_balanced_layout_multiplies_to_the_shape(shape, sites):
 
 @pytest.mark.parametrize("sites", [0, -1, 2.0, True])
 def test_balanced_layout_refuses_odd_numbers_of_sites(sites):
-    with pytest.raises(LayoutError, match="at least 1 site"):
+    with pytest.raises(LayoutError, match=rf"sites {sites}: it is an integer, 1 or more"):
         balanced_layout(4, 4, sites)
 
 
@@ -241,7 +242,7 @@ def test_sites_and_a_layout_exclude_each_other(asked):
     for layout in ("svd", {"0": "svd"}):
         with pytest.raises(LayoutError, match="both force a layout"):
             mpo.plan(model(), layout=layout, sites=20, **asked)
-    with pytest.raises(LayoutError, match=r"sites 0.*at least 1"):
+    with pytest.raises(LayoutError, match="sites 0: it is an integer, 1 or more"):
         mpo.plan(model(), sites=0, **asked)
     with pytest.raises(LayoutError, match=r"has no factors for 90000 sites"):
         mpo.plan(model(), sites=90_000, **asked)
@@ -253,6 +254,29 @@ def test_a_layer_without_enough_factors_stays_dense():
     assert first.action == "compress"
     assert last.action == "keep"
     assert "7x13 has no factors for 4 sites" in last.reason
+
+
+def test_a_plan_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "plan.json"
+    plan = mpo.plan(model(), bond_dim=4)
+    plan.save(path)
+
+    def full(source, target):
+        raise OSError("No space left on device")
+
+    other = mpo.plan(model(), bond_dim=5)
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", full)
+        with pytest.raises(SaveError, match=r"plan\.json.*No space"):
+            other.save(path)
+    assert mpo.Plan.load(path) == plan
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+    with pytest.raises(
+        SaveError, match=r"cannot write '.*plan\.json': there is no folder '.*none'"
+    ):
+        plan.save(tmp_path / "none" / "plan.json")
+    with pytest.raises(SaveError, match="it is a folder"):
+        plan.save(tmp_path)
 
 
 def test_plan_round_trip_and_edit(tmp_path):

@@ -1,4 +1,7 @@
-"""Every tolerance of the tests, by dtype and operation, with the reason. No literal atol elsewhere.
+"""Tolerances of the tests, by dtype and operation, with the reason of each.
+
+What compares like with like takes them from here; a tolerance that follows from the numbers of one
+test stands there.
 
 `dense`: rebuild a matrix; `lookup`: a few of its rows, and their sums; `apply`: contract with a
 batch; `gradient`: backward through a contraction; `spectrum`: singular values and entropies;

@@ -5,7 +5,7 @@ from compact to exact, and measuring what comes out.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from mpocompress.api.job import Job
 from mpocompress.planning import Plan
@@ -35,17 +35,6 @@ class Met:
     what: str
     where: str
     trials: int
-
-    def as_settings(self) -> dict[str, Any]:
-        """For the report."""
-        return {
-            "target": self.target,
-            "asked": self.asked,
-            "reached": self.reached,
-            "what": self.what,
-            "where": self.where,
-            "trials": self.trials,
-        }
 
 
 def with_setting(job: Job, plan: Plan, name: str, value: float) -> Plan:

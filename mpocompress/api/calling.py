@@ -77,6 +77,8 @@ def _check_call(model: nn.Module, batch: Batch, number: int) -> None:
         try:
             _call(model, batch.take(torch.arange(_FEW, device="cpu")))
             return
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # whatever foreign code raises
             pass  # all rows may belong together, as the nodes of a graph
     try:
@@ -124,6 +126,8 @@ def with_whole_batches(model: nn.Module, calls: Sequence[Batch]) -> list[Batch]:
     whole = _call(model, first)
     try:
         apart = _call(model, first.take(last))
+    except torch.OutOfMemoryError:  # says nothing of the rows
+        raise
     except Exception:  # whatever foreign code raises
         apart = []
     if _stand_alone(whole, apart, last, count) or not _equal_all(whole, _call(model, first)):

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mpocompress.api.result import CompressionResult
 from mpocompress.api.size_budget import OnnxBytes
 from mpocompress.api.targets import Aim, Task, meet
 from mpocompress.api.tune import heal
-from mpocompress.errors import BudgetError, DataError, NoLayerMatched, PlanError
+from mpocompress.errors import BudgetError, DataError, NoLayerMatched, PlanError, check_count
 from mpocompress.loading import Batch
 from mpocompress.mpo.identity_gauge import Gauge
 from mpocompress.planning import (
@@ -34,7 +35,7 @@ from mpocompress.planning.options import PlannedPrecision
 from mpocompress.report import CompressionReport, Source
 from mpocompress.report.predictions import with_budget, with_comparisons
 from mpocompress.surgery import Inventory
-from mpocompress.tuning import DistillOptions, check_steps, output_errors
+from mpocompress.tuning import DistillOptions, output_errors
 
 
 @torch.inference_mode(False)
@@ -231,7 +232,7 @@ def compress(
         MPOCompressError: see `plan`.
     """
     model = uncompiled(model)
-    check_steps(distill, "distill")
+    check_count("distill", distill, 0, DataError)
     if distill and data is None:
         raise DataError(
             f"distill={distill} trains on data, and there is none. Give batches of forward "
@@ -284,7 +285,7 @@ def compress(
     met = aim.met
     if task.fit is not None and distill:
         met = _heal(job, task, result, built, met, distill)
-    report = result.report if met is None else with_budget(result.report, met.as_settings())
+    report = result.report if met is None else with_budget(result.report, asdict(met))
     sample = None if task.fit is None else few_rows(task.held or task.fit)
     error = None if sample is None else output_errors(job.opened, built.model, (), sample).model
     report = with_comparisons(
@@ -344,18 +345,11 @@ def _heal(
         dense = task.metric.value(job.model, final=True)
         reached = dense - task.metric.value(result.model, final=True)
     if reached <= met.asked:
-        return Met(
-            target=met.target,
-            asked=met.asked,
-            reached=reached,
-            what=met.what,
-            where=met.where,
-            trials=met.trials,
-        )
+        return replace(met, reached=reached)
     result.model.load_state_dict(before)
     undone = {"steps": steps, "undone": f"the budget no longer held: {reached:.4g}"}
     settings: Mapping[str, Any] = {**report.settings, "healing": undone}
-    object.__setattr__(result, "report", report.model_copy(update={"settings": settings}))
+    result.report = report.model_copy(update={"settings": settings})
     return met
 
 

@@ -12,6 +12,8 @@ from mpocompress.api.calling import check_calls
 from mpocompress.errors import DataError
 from mpocompress.loading import Batch, as_batches
 
+_FEW_ROWS = 256
+
 
 def calls_of(data: Any, model: nn.Module) -> list[Batch]:
     """The batches of the user's data in the model's dtype and on its device.
@@ -121,14 +123,14 @@ def split_calls(
     return parts
 
 
-def few_rows(calls: Sequence[Batch], rows: int = 256) -> list[Batch]:
-    """The first batches that have so many rows together."""
+def few_rows(calls: Sequence[Batch]) -> list[Batch]:
+    """The first batches that have 256 rows together."""
     found: list[Batch] = []
     seen = 0
     for call in calls:
         found.append(call)
         seen += call.num_rows
-        if seen >= rows:
+        if seen >= _FEW_ROWS:
             break
     return found
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from mpocompress import saving
 from mpocompress.api.calling import uncompiled
 from mpocompress.api.result import CompressionResult
+from mpocompress.files import replacing
 from mpocompress.report import CompressionReport
 
 
@@ -84,7 +85,7 @@ def write_report(report: CompressionReport, directory: Path) -> None:
         ("md", report.to_markdown()),
         ("json", report.to_json()),
     ):
-        with saving.replacing(directory / f"report.{suffix}") as scratch:
+        with replacing(directory / f"report.{suffix}") as scratch:
             scratch.write_text(text, encoding="utf-8")
 
 

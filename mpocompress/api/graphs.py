@@ -41,6 +41,9 @@ from mpocompress.report.collect import Outcome, collect_report, parity_of
 from mpocompress.surgery import Inventory, KeptEntry, WeightSite, check_finite
 from mpocompress.tuning import FitOptions, FittedWeight, SitePlan, fit_alone
 
+# Of data, about: a comparison of every sample would prove nothing more.
+_COMPARED_ROWS = 256
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class GraphResult:
@@ -316,7 +319,6 @@ def verify_graph(
     path: Path,
     calls: GraphCalls,
     *,
-    rows: int = 256,
     seed: int = 0,
 ) -> Parity:
     """Hold the written file against the original graph with the densified weights.
@@ -326,7 +328,6 @@ def verify_graph(
         result: the weights.
         path: of the written file.
         calls: data, or what can be made up.
-        rows: of data, about; a comparison of every sample would prove nothing more.
         seed: of what is made up.
 
     Raises:
@@ -339,7 +340,7 @@ def verify_graph(
         reference,
         model.folder,
         calls.inputs,
-        None if calls.feeds is None else _few(calls.feeds(), rows),
+        None if calls.feeds is None else _few(calls.feeds()),
         tolerance=tolerance_of(model, list(result.weights)),
         seed=seed,
     )
@@ -347,10 +348,10 @@ def verify_graph(
     return parity_of(found, reference="graph")
 
 
-def _few(feeds: Iterator[Feed], rows: int) -> Iterator[Feed]:
+def _few(feeds: Iterator[Feed]) -> Iterator[Feed]:
     seen = 0
     for feed in feeds:
         yield feed
         seen += _num_rows(feed)
-        if seen >= rows:
+        if seen >= _COMPARED_ROWS:
             return

@@ -81,6 +81,7 @@ class Built:
         fitted: what the fit found, of layers that stay dense, too; empty without data.
         bounds: on the relative weight errors, of weights that were not fitted.
         rounded: weights that are not stored in float32.
+        uncorrected: layers that were to take up what is lost before them and could not, and why.
     """
 
     plan: Plan
@@ -89,6 +90,7 @@ class Built:
     fitted: Mapping[WeightSite, FittedWeight]
     bounds: Mapping[WeightSite, float]
     rounded: Mapping[WeightSite, Rounded] = field(default_factory=dict)
+    uncorrected: Mapping[WeightSite, str] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -319,12 +321,14 @@ class Job:
             ]
             with self.clock("fitting"):
                 corrections = correction_plans(opened, kept, planned, self.calls)
+        uncorrected: dict[WeightSite, str] = {}
         try:
             fitted = self._fit(opened, [*planned, *corrections], moments)
-        except DataError:
+        except DataError as error:
             if not corrections:
                 raise
             # Behind a compressed router rows may go elsewhere than in the dense model.
+            uncorrected = {entry.site: str(error) for entry in corrections}
             fitted = self._fit(opened, planned, moments)
         with self.clock("factorization"):
             stored = stored_weights(
@@ -340,6 +344,7 @@ class Job:
             fitted=fitted,
             bounds=stored.bounds,
             rounded=stored.rounded,
+            uncorrected=uncorrected,
         )
 
     def finish(self, built: Built, *, source: Source | None) -> CompressionResult:
@@ -382,6 +387,7 @@ class Job:
                 for site, found in built.fitted.items()
                 if site not in built.weights and is_corrected(site, found)
             ],
+            uncorrected={site.name: why for site, why in built.uncorrected.items()},
         )
         return CompressionResult(model=built.model, report=report, plan=built.plan)
 

@@ -11,13 +11,14 @@ from mpocompress.planning import Plan
 from mpocompress.report import CompressionReport
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(kw_only=True, slots=True, eq=False)
 class CompressionResult:
     """What `compress` returns.
 
     Attributes:
         model: a new module with MPO layers inside; same call signature, trainable.
-        report: what was measured.
+        report: what was measured; `sweep` and `distill`, which change the model in place, replace
+            it by the report of what the model is then.
         plan: what was executed.
     """
 

@@ -218,7 +218,7 @@ def _replace_report(
         "predictions": list(predictions),
         "seconds": clock.total(),
     }
-    object.__setattr__(result, "report", report.model_copy(update=update))
+    result.report = report.model_copy(update=update)
 
 
 def _of_trained(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,13 +41,10 @@ class LayerForm:
 
 
 _Timings = tuple[Spread, Spread]
-_measured: dict[tuple[object, ...], _Timings] = {}  # within a run, layers of equal sizes are one
 
 
-def choose_forms(
-    model: nn.Module, call: ForwardCall, *, batch: int = 1, threads: int = 1
-) -> dict[str, LayerForm]:
-    """Measure each layer in both forms, and take the faster.
+def choose_forms(model: nn.Module, call: ForwardCall, *, batch: int = 1) -> dict[str, LayerForm]:
+    """Measure each layer in both forms, on one thread, and take the faster.
 
     Layers of the same sites and bond dimensions are measured once. A layer is dense only where that
     is faster by 5 % and by 10 microseconds: the chain takes less memory.
@@ -56,18 +54,22 @@ def choose_forms(
         call: an example of its arguments.
         batch: rows of the example to measure at. A layer may see more rows than that: one for each
             token, say.
-        threads: of ONNX Runtime.
 
     Returns:
         By first name of the layer; layers that the example does not reach stay chains.
     """
     found: dict[str, LayerForm] = {}
+    measured: dict[tuple[object, ...], _Timings] = {}
     rows = _rows_of_layers(model, call.with_rows(batch))
     for name, layer in layers_of(model).items():
         if name not in rows:
             found[name] = LayerForm(form="chain")
             continue
-        chain, dense = _timings(layer, rows[name], threads)
+        sites = (layer.layout.pairs, layer.bond_dims, layer.in_features, layer.out_features)
+        key = (sites, layer.bias is None, rows[name])
+        if key not in measured:
+            measured[key] = _timings(layer, rows[name])
+        chain, dense = measured[key]
         # Of noisy timings the lower quartiles are the most alike from run to run.
         saved = chain.low - dense.low
         worth = dense.low < _WORTH_RATIO * chain.low and saved > _WORTH_SECONDS
@@ -97,18 +99,13 @@ def _rows_of_layers(model: nn.Module, call: ForwardCall) -> dict[str, int]:
     return rows
 
 
-def _timings(layer: MPOLinear, rows: int, threads: int) -> _Timings:
-    sites = (layer.layout.pairs, layer.bond_dims, layer.in_features, layer.out_features)
-    key = (sites, layer.bias is None, rows, threads)
-    if key not in _measured:
-        sessions = [_session(_chain_graph(layer), layer, threads)]
-        sessions.append(_session(_dense_graph(layer), layer, threads))
-        generator = torch.Generator().manual_seed(0)
-        feed = {"x": torch.randn(rows, layer.in_features, generator=generator).numpy()}
-        runs = [lambda session=session: session.run(None, feed) for session in sessions]
-        chain, dense = (Spread.of(seconds) for seconds in interleaved_seconds(runs, _REPEATS))
-        _measured[key] = (chain, dense)
-    return _measured[key]
+def _timings(layer: MPOLinear, rows: int) -> _Timings:
+    sessions = [_session(graph, layer) for graph in (_chain_graph(layer), _dense_graph(layer))]
+    generator = torch.Generator().manual_seed(0)
+    feed = {"x": torch.randn(rows, layer.in_features, generator=generator).numpy()}
+    runs = [lambda session=session: session.run(None, feed) for session in sessions]
+    chain, dense = (Spread.of(seconds) for seconds in interleaved_seconds(runs, _REPEATS))
+    return chain, dense
 
 
 @dataclass(slots=True)
@@ -171,7 +168,7 @@ def _matrix(cores: Sequence[Tensor], step: Step, group: object) -> np.ndarray:
     return np.ascontiguousarray(matrix.numpy())
 
 
-def _session(graph: _Graph, layer: MPOLinear, threads: int) -> object:
+def _session(graph: _Graph, layer: MPOLinear) -> Any:
     import onnx
     import onnxruntime
     from onnx import helper, numpy_helper
@@ -199,7 +196,7 @@ def _session(graph: _Graph, layer: MPOLinear, threads: int) -> object:
     )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

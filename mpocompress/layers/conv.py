@@ -92,11 +92,6 @@ class MPOConv(MPOLayer):
         """The dense kernel, rebuilt at each access and differentiable in the cores."""
         return self.geometry.kernel(self.matrix)
 
-    @property
-    def runs_as_chain(self) -> bool:
-        """Whether a forward is a chain of smaller convolutions."""
-        return self._steps is not None
-
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Convolve: (batch, in_channels, ...) or (in_channels, ...).
 

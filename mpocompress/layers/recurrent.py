@@ -3,6 +3,7 @@
 # Shape suffixes: T time, N batch, G all gates' rows, H hidden units, R recurrent features (the
 # hidden units, or their projection).
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -273,11 +274,11 @@ class OpenRecurrent(Opened):
 
     def _kernel(self, input: Any, hx: Any) -> tuple[Any, Any]:
         """By torch's own kernel on rebuilt dense weights."""
-        shell = self.__dict__.get("_shell")
-        if shell is None:
-            shell = self._make_shell()
+        made = self.__dict__.get("_shell")
+        if made is None:
+            made = self._make_shell()
             # Not a child: it has no weights of its own.
-            self.__dict__["_shell"] = shell
+            self.__dict__["_shell"] = made
         weights = []
         for suffix in self._suffixes():
             inner, outer = getattr(self, f"ih{suffix}"), getattr(self, f"hh{suffix}")
@@ -286,13 +287,11 @@ class OpenRecurrent(Opened):
                 weights += [inner.bias, outer.bias]
             if self.proj_size:
                 weights.append(getattr(self, f"hr{suffix}").weight)
+        shell = copy.copy(made)  # of this call alone: others may be under way in other threads
         shell.training = self.training
         shell._flat_weights = weights
-        try:
-            found: tuple[Any, Any] = shell.forward(input, hx)
-            return found
-        finally:
-            shell._flat_weights = []
+        found: tuple[Any, Any] = shell.forward(input, hx)
+        return found
 
     def _make_shell(self) -> nn.RNNBase:
         options: dict[str, Any] = {

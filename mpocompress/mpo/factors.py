@@ -3,7 +3,7 @@
 from functools import cache
 from math import log, prod
 
-from mpocompress.errors import LayoutError
+from mpocompress.errors import LayoutError, check_count
 from mpocompress.mpo.layout import Layout, LayoutLike, as_layout
 
 
@@ -52,8 +52,7 @@ def check_sites(sites: int) -> None:
     Raises:
         LayoutError: fewer than one, or no integer.
     """
-    if isinstance(sites, bool) or not isinstance(sites, int) or sites < 1:
-        raise LayoutError(f"sites {sites!r}: a layout has at least 1 site. Try 2.")
+    check_count("sites", sites, 1, LayoutError)
 
 
 def _prime_factors(number: int) -> int:

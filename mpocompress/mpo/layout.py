@@ -99,6 +99,11 @@ class Layout:
         return tuple(zip(self.out_dims, self.in_dims, strict=True))
 
     @property
+    def is_svd(self) -> bool:
+        """Whether it is ((out, 1), (1, in)), padded or not: its MPOs are truncated SVDs."""
+        return self.num_sites == 2 and self.in_dims[0] == 1 and self.out_dims[1] == 1
+
+    @property
     def num_sites(self) -> int:
         """Number of sites L; there are L - 1 bonds."""
         return len(self.out_dims)

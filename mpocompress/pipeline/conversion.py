@@ -151,6 +151,7 @@ def convert(
                 "parity": parity,
                 "onnx_note": onnx_note,
                 "seconds": clock.total(),
+                # Without its module a matrix is only a matrix; a table is known by its name.
                 "layers": [
                     layer.model_copy(update={"kind": "matrix"})
                     if kind == "state_dict" and layer.kind == "linear"

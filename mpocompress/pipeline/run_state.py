@@ -11,9 +11,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from mpocompress.errors import LoadError, SaveError
+from mpocompress.files import replacing
 from mpocompress.loading.hashes import file_sha256
 from mpocompress.pipeline.request import Request
-from mpocompress.saving import replacing
 from mpocompress.tuning.state_file import check_same_run
 
 _RECORD_FILE = "run.json"

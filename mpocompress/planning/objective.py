@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from mpocompress.errors import PlanError
+from mpocompress.errors import PlanError, check_count
 from mpocompress.mpo import Layout
 from mpocompress.planning.layouts import chain_macs
 
@@ -104,5 +104,4 @@ def check_objective(name: str, batch: int) -> None:
     """
     if name not in get_args(ObjectiveName):
         raise PlanError(f'objective {name!r}: a plan makes "size", "macs" or "latency" small.')
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise PlanError(f"batch {batch!r}: latency is measured for 1 row or more. Try 1.")
+    check_count("batch", batch, 1, PlanError)

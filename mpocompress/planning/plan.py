@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from mpocompress.errors import PlanError
+from mpocompress.files import replacing
 from mpocompress.mpo import Layout
 from mpocompress.mpo.identity_gauge import Gauge, index_dtype, stored_parameters
 from mpocompress.mpo.integers import place_bytes
@@ -291,8 +292,13 @@ class Plan(_Frozen):
         return plan
 
     def save(self, path: str | Path) -> None:
-        """Write the JSON to a file."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write the JSON to a file.
+
+        Raises:
+            SaveError: it cannot be written.
+        """
+        with replacing(Path(path)) as scratch:
+            scratch.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":

@@ -13,7 +13,6 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from mpocompress.mpo import Layout
 from mpocompress.mpo.identity_gauge import stored_parameters
 from mpocompress.planning.layouts import make_candidate
 from mpocompress.planning.objective import Objective
@@ -129,7 +128,7 @@ def _predicted(
     if layer.rounds:
         chosen = next((found for found in layer.candidates if found.chosen), None)
         loss = None if chosen is None else chosen.loss
-    elif layout is not None and layout.pairs == Layout.svd(*layer.shape).pairs:
+    elif layout is not None and layout.is_svd and not layout.pad:
         known = None if gains is None or not output_energy else gains(site)
         if known is not None and output_energy:
             lost_D = _beyond(known) / output_energy
@@ -162,7 +161,7 @@ def _curve(layer: LayerPlan, lost_D: Tensor) -> tuple[CandidateFigures, ...]:
         all_bonds, dense, key=lambda bond: stored_parameters(layout, (bond,), layer.gauge)
     )
     powers = {2**power for power in range(smaller.bit_length())}
-    bonds = powers | {smaller, chosen} - {0}
+    bonds = (powers | {smaller, chosen}) - {0}
     return tuple(
         CandidateFigures.of(
             make_candidate(layout, bond, gauge=layer.gauge),

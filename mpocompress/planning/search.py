@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp, log
 
+# A relative distance from the ceiling that is close enough.
+_CLOSE = 0.01
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -58,7 +61,6 @@ def approach_ceiling(
     ceiling: float,
     *,
     per_number: float,
-    close: float = 0.01,
     tries: int = 8,
 ) -> list[Measured]:
     """Find a size whose figure is below a ceiling and close to it.
@@ -72,7 +74,6 @@ def approach_ceiling(
         measure: the figure of a size.
         ceiling: of the figure.
         per_number: by how much the figure rises with the size, to begin with.
-        close: relative distance from the ceiling that is close enough.
         tries: measurements at most.
 
     Returns:
@@ -83,12 +84,12 @@ def approach_ceiling(
     while len(tried) < tries and size not in tried:
         figure = measure(size)
         tried[size] = Measured(size, figure, figure <= ceiling)
-        if tried[size].fits and (figure >= (1 - close) * ceiling or size >= most):
+        if tried[size].fits and (figure >= (1 - _CLOSE) * ceiling or size >= most):
             break
         below = [known for known in tried.values() if known.fits]
         above = [known for known in tried.values() if not known.fits]
         # A quarter of what is close enough is left for steps that are coarse.
-        aim = size + ((1 - close / 4) * ceiling - figure) / per_number
+        aim = size + ((1 - _CLOSE / 4) * ceiling - figure) / per_number
         if below and above:
             low = max(known.size for known in below)
             high = min(known.size for known in above)

@@ -298,7 +298,7 @@ class Sharing:
             self._refuse(site, self.objective.refusal(site.shape, layout))
             return None
         known = None
-        if gains is not None and layout.pairs == Layout.svd(*site.shape).pairs:
+        if gains is not None and layout.is_svd:
             known = gains(site)
         price = None
         if self.objective.name != "size":

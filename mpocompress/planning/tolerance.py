@@ -1,7 +1,7 @@
 """Plans by the error that each layer may have."""
 
 from collections.abc import Callable, Mapping
-from math import sqrt
+from math import prod, sqrt
 
 import torch
 from torch import Tensor
@@ -42,17 +42,10 @@ def weight_curve(weight_OI: Tensor, layout: Layout) -> Tensor:
 
 def merge_sites(layout: Layout, bond: int) -> Layout:
     """The layout of two sites that a bond cuts a layout into."""
-    left, right = layout.pairs[:bond], layout.pairs[bond:]
-
-    def product(pairs: tuple[tuple[int, int], ...], leg: int) -> int:
-        total = 1
-        for pair in pairs:
-            total *= pair[leg]
-        return total
-
+    outs, ins = layout.out_dims, layout.in_dims
     return Layout(
-        (product(left, 0), product(right, 0)),
-        (product(left, 1), product(right, 1)),
+        (prod(outs[:bond]), prod(outs[bond:])),
+        (prod(ins[:bond]), prod(ins[bond:])),
         pad=layout.pad,
     )
 
@@ -62,7 +55,7 @@ def curves_of(sharing: Sharing, curve: Curve | None = None) -> dict[str, Tensor]
     found = {}
     for part in sharing.parts:
         known = None
-        if curve is not None and part.layout.pairs == Layout.svd(*part.site.shape).pairs:
+        if curve is not None and part.layout.is_svd:
             known = curve(part.site)
         if known is None:
             known = weight_curve(part.site.matrix(), part.layout)

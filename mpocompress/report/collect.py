@@ -27,7 +27,7 @@ from mpocompress.report.schema import (
     Total,
     Totals,
 )
-from mpocompress.report.wording import CORRECTED
+from mpocompress.report.wording import CORRECTED, UNCORRECTED
 from mpocompress.surgery import Inventory, KeptEntry, WeightSite
 from mpocompress.surgery.inventory import RECURRENT
 
@@ -113,8 +113,8 @@ def collect_report(
     source: Source,
     seconds: Mapping[str, float],
     settings: Mapping[str, Any],
-    kind: str | None = None,
     corrected: Collection[str] = (),
+    uncorrected: Mapping[str, str] | None = None,
 ) -> CompressionReport:
     """Account for every parameter and buffer of the model.
 
@@ -125,8 +125,8 @@ def collect_report(
         source: where the model came from.
         seconds: wall time by stage.
         settings: what was asked for.
-        kind: of the convertible weights if their modules are not known, such as "matrix".
         corrected: names of weights that stay dense but have other values than before.
+        uncorrected: why weights that were to have other values have not, by name.
     """
     plans = {layer.name: layer for layer in plan.layers}
     layers: list[LayerReport] = []
@@ -134,11 +134,12 @@ def collect_report(
     for entry in inventory.entries:
         if isinstance(entry, WeightSite):
             outcome = outcomes.get(entry.name)
-            # Without its module a matrix is only a matrix; a table is known by its name.
-            shown = kind if kind and entry.kind == "linear" else entry.kind
-            layer = _weight(entry, plans[entry.name], outcome, shown)
+            layer = _weight(entry, plans[entry.name], outcome)
             if outcome is None and entry.name in corrected:
                 layer = layer.model_copy(update={"reason": _because(layer.reason, CORRECTED)})
+            if why := (uncorrected or {}).get(entry.name):
+                more = f"{UNCORRECTED}: {why}"
+                layer = layer.model_copy(update={"reason": _because(layer.reason, more)})
             layers.append(layer)
             after = entry.bytes if outcome is None else outcome.bytes
             sizes.append((outcome is not None, Size(dense=entry.bytes, compressed=after)))
@@ -282,14 +283,14 @@ def _total(sizes: Sequence[Size]) -> Total:
     return Total.of(sum(size.dense for size in sizes), sum(size.compressed for size in sizes))
 
 
-def _weight(site: WeightSite, plan: LayerPlan, outcome: Outcome | None, kind: str) -> LayerReport:
+def _weight(site: WeightSite, plan: LayerPlan, outcome: Outcome | None) -> LayerReport:
     dense = site.shape[0] * site.shape[1]
-    multiplied = kind in _MULTIPLIED
+    multiplied = site.kind in _MULTIPLIED
     macs = dense if multiplied else 0
     common: dict[str, Any] = {
         "name": site.name or "(model)",
         "also_known_as": list(site.names[1:]),
-        "kind": kind,
+        "kind": site.kind,
         "reason": plan.reason,
         "shape": list(site.shape),
     }

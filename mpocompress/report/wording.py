@@ -4,10 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mpocompress.mpo import Layout
 from mpocompress.report.schema import Candidate, LayerReport
 
-# The end of the reason of a layer that stays dense.
+# The end of the reason of a layer that stays dense; the second is followed by why.
 CORRECTED = "its values took up what is lost before it"
+UNCORRECTED = "it was to take up what is lost before it and stays as it was"
 # What the plan predicts and the run measures of the answers.
 OUTPUT_CHANGE = "relative change of the model's outputs"
 
@@ -154,8 +156,8 @@ def layout_name(layout: Sequence[Sequence[int]]) -> str:
 
 
 def is_svd(layout: Sequence[Sequence[int]]) -> bool:
-    """Whether a layout is ((out, 1), (1, in)): the truncated SVD."""
-    return len(layout) == 2 and layout[0][1] == 1 and layout[1][0] == 1
+    """Whether a layout, of a layer that has one, is ((out, 1), (1, in)): the truncated SVD."""
+    return bool(layout) and Layout.from_pairs(layout).is_svd
 
 
 def bond_dims_text(bond_dims: Sequence[int]) -> str:

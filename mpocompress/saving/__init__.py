@@ -13,7 +13,6 @@ from mpocompress.saving.staging import (
     CORES_FILE,
     ONNX_DATA_FILE,
     ONNX_FILE,
-    replacing,
     staged_output,
 )
 from mpocompress.saving.tensor_file import read_manifest
@@ -25,7 +24,6 @@ __all__ = [
     "densify_state",
     "load_model",
     "read_manifest",
-    "replacing",
     "save_graph_weights",
     "save_model",
     "save_state",

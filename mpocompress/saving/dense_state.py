@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpocompress.errors import SaveError
+from mpocompress.files import replacing
 from mpocompress.saving.manifest import OpenedRecord
-from mpocompress.saving.staging import replacing, umask
+from mpocompress.saving.staging import umask
 from mpocompress.saving.tensor_file import (
     cores_path,
     prefix_of,

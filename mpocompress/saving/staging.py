@@ -1,4 +1,4 @@
-"""Output directories and files that appear whole or not at all."""
+"""Output directories that appear whole or not at all."""
 
 import os
 import shutil
@@ -6,8 +6,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from mpocompress.errors import OutputExistsError, SaveError
 
@@ -105,25 +103,6 @@ def _publish(scratch: Path, target: Path) -> None:
                 (target / name).unlink(missing_ok=True)
     except OSError as error:
         raise SaveError(f"cannot write to {str(target)!r}: {error.strerror}.") from None
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A scratch file beside `path` that takes its place if the block succeeds.
-
-    Raises:
-        SaveError: the file cannot be written.
-    """
-    if not path.absolute().parent.is_dir():
-        raise SaveError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}.")
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield scratch
-        os.replace(scratch, path)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise SaveError(f"cannot write {str(path)!r}: {error}.") from error
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def umask() -> int:

@@ -2,7 +2,7 @@
 
 from mpocompress.tuning.dense_layers import correction_plans, is_corrected
 from mpocompress.tuning.distill import DistillResult, check_apart, distill_
-from mpocompress.tuning.distill_options import DistillOptions, check_steps
+from mpocompress.tuning.distill_options import DistillOptions
 from mpocompress.tuning.distill_state import DistillRecord
 from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan
 from mpocompress.tuning.fit_state import FitStore
@@ -53,7 +53,6 @@ __all__ = [
     "TrainResult",
     "TaskScore",
     "check_apart",
-    "check_steps",
     "correction_plans",
     "distill_",
     "fit_alone",

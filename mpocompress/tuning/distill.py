@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpocompress.errors import DataError
+from mpocompress.errors import DataError, check_count
 from mpocompress.layers.balance import balance_cores_
 from mpocompress.layers.gauges import plain_gauge
 from mpocompress.layers.modes import evaluation_mode
 from mpocompress.layers.rounded_scales import trainable_scales
 from mpocompress.tuning.blocks import can_replay, find_blocks, record_calls
 from mpocompress.tuning.distill_loss import Distance, normalized_error
-from mpocompress.tuning.distill_options import DistillOptions, check_steps
+from mpocompress.tuning.distill_options import DistillOptions
 from mpocompress.tuning.distill_state import (
     DistillRecord,
     DistillState,
@@ -101,7 +101,7 @@ def distill_(
         LoadError: a truncated checkpoint.
         SaveError: the checkpoint cannot be written.
     """
-    check_steps(steps, "steps")
+    check_count("steps", steps, 0, DataError)
     options = options or DistillOptions()
     # Layers in the identity gauge are trained with all entries of their cores: steps then are those
     # of balanced factors, not of the gauge's, and no core is rebuilt at every step.

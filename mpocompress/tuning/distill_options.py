@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from mpocompress.errors import DataError
+from mpocompress.errors import DataError, check_count
 from mpocompress.tuning.distill_loss import OutputLoss, check_output_loss
 
 
@@ -49,7 +49,7 @@ class DistillOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_steps(self.blockwise_steps, "blockwise_steps")
+        check_count("blockwise_steps", self.blockwise_steps, 0, DataError)
         check_output_loss(self.output_loss)
         rate = self.learning_rate
         if rate != "auto" and (isinstance(rate, str) or not 0 < rate < math.inf):
@@ -61,18 +61,8 @@ class DistillOptions:
             raise DataError(f"hidden_weight {self.hidden_weight!r}: a weight is 0 or more.")
         if not self.clip_norm > 0:
             raise DataError(f"clip_norm {self.clip_norm!r}: a norm to clip at is above 0.")
-        check_steps(self.accumulate, "accumulate", least=1)
+        check_count("accumulate", self.accumulate, 1, DataError)
         for name in ("evaluate_every", "patience"):
             value = getattr(self, name)
             if value is not None:
-                check_steps(value, name, least=1)
-
-
-def check_steps(steps: int, name: str, *, least: int = 0) -> None:
-    """Refuse what is no number of steps.
-
-    Raises:
-        DataError: not an integer, or below `least`.
-    """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < least:
-        raise DataError(f"{name} {steps!r}: needed is a whole number, {least} or more.")
+                check_count(name, value, 1, DataError)

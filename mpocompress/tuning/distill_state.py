@@ -5,15 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from mpocompress.errors import LoadError
-from mpocompress.tuning.state_file import check_same_run, read_tensors, write_tensors
-
-_FORMAT_VERSION = 3  # 1 had Adam's moments of cores, 2 nothing of the data
-_METADATA_KEY = "mpocompress.distillation"
+from mpocompress.tuning.state_file import StateFacts, StateFormat, check_same_run
 
 
 class DistillRecord(BaseModel):
@@ -67,10 +62,7 @@ class DistillState:
     moments: list[dict[str, Tensor]] = field(default_factory=list)
 
 
-class _Metadata(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format_version: int = _FORMAT_VERSION
+class _Facts(StateFacts):
     arguments: dict[str, Any]
     phase: int
     step: int
@@ -80,6 +72,15 @@ class _Metadata(BaseModel):
     best_loss: float
     best_record: int
     history: list[DistillRecord]
+
+
+_FORMAT = StateFormat(
+    what="checkpoint of a distillation",
+    anew="start anew",
+    key="mpocompress.distillation",
+    version=3,  # 1 had Adam's moments of cores, 2 nothing of the data
+    facts=_Facts,
+)
 
 
 def write_state(path: Path, state: DistillState, arguments: Mapping[str, Any]) -> None:
@@ -94,7 +95,7 @@ def write_state(path: Path, state: DistillState, arguments: Mapping[str, Any]) -
         tensors[f"best.{index}"] = best
     for index, moments in enumerate(state.moments):
         tensors |= {f"moments.{index}.{name}": value for name, value in moments.items()}
-    metadata = _Metadata(
+    facts = _Facts(
         arguments=dict(arguments),
         phase=state.phase,
         step=state.step,
@@ -105,7 +106,7 @@ def write_state(path: Path, state: DistillState, arguments: Mapping[str, Any]) -
         best_record=state.best_record,
         history=state.history,
     )
-    write_tensors(path, tensors, key=_METADATA_KEY, text=metadata.model_dump_json())
+    _FORMAT.write(path, facts, tensors)
 
 
 def read_state(path: Path, arguments: Mapping[str, Any]) -> DistillState | None:
@@ -117,41 +118,27 @@ def read_state(path: Path, arguments: Mapping[str, Any]) -> DistillState | None:
     """
     if not path.exists():
         return None
-    try:
-        text, tensors = read_tensors(path, key=_METADATA_KEY)
-        if text is None:
-            raise LoadError(
-                f"{str(path)!r} is a safetensors file, but no checkpoint of a distillation. Give "
-                "another path."
-            )
-        found = _Metadata.model_validate_json(text)
-    except (OSError, SafetensorError, ValidationError) as error:
-        raise LoadError(
-            f"the checkpoint {str(path)!r} is truncated or foreign: {str(error).splitlines()[0]}. "
-            "Remove it to start anew."
-        ) from None
-    if found.format_version != _FORMAT_VERSION:
-        raise LoadError(
-            f"the checkpoint {str(path)!r} was written by another version of mpocompress (format "
-            f"{found.format_version}, this one writes {_FORMAT_VERSION}). Remove it to start anew."
+
+    def build(facts: _Facts, tensors: Mapping[str, Tensor]) -> DistillState:
+        check_same_run(path, facts.arguments, arguments)
+        count = sum(name.startswith("best.") for name in tensors)
+        moments: list[dict[str, Tensor]] = [{} for _ in range(count)]
+        for name, value in tensors.items():
+            if name.startswith("moments."):
+                _, index, key = name.split(".")
+                moments[int(index)][key] = value
+        return DistillState(
+            phase=facts.phase,
+            step=facts.step,
+            learning_rate=facts.learning_rate,
+            learning_rates=facts.learning_rates,
+            stale=facts.stale,
+            best_loss=facts.best_loss,
+            best_record=facts.best_record,
+            history=list(facts.history),
+            current=[tensors[f"current.{index}"] for index in range(count)],
+            best=[tensors[f"best.{index}"] for index in range(count)],
+            moments=moments,
         )
-    check_same_run(path, found.arguments, arguments)
-    count = sum(name.startswith("best.") for name in tensors)
-    moments: list[dict[str, Tensor]] = [{} for _ in range(count)]
-    for name, value in tensors.items():
-        if name.startswith("moments."):
-            _, index, key = name.split(".")
-            moments[int(index)][key] = value
-    return DistillState(
-        phase=found.phase,
-        step=found.step,
-        learning_rate=found.learning_rate,
-        learning_rates=found.learning_rates,
-        stale=found.stale,
-        best_loss=found.best_loss,
-        best_record=found.best_record,
-        history=list(found.history),
-        current=[tensors[f"current.{index}"] for index in range(count)],
-        best=[tensors[f"best.{index}"] for index in range(count)],
-        moments=moments,
-    )
+
+    return _FORMAT.read(path, build)

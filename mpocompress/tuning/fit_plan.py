@@ -8,10 +8,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mpocompress.errors import DataError
+from mpocompress.errors import DataError, check_count
 from mpocompress.mpo import MPO, Layout
 from mpocompress.surgery import WeightSite
 from mpocompress.tuning.rounding import Rounded, Storage
+from mpocompress.tuning.shrinkage import RIDGE
 
 OutputMetric = Literal["auto", "exact", "sites"]
 
@@ -37,14 +38,13 @@ class FitOptions:
             layers together are so large that it would take long, see `exact_takes_long`.
     """
 
-    ridge: float = 1e-3
+    ridge: float = RIDGE
     sweeps: int = 16
     repair_streams: bool = True
     output_metric: OutputMetric = "auto"
 
     def __post_init__(self) -> None:
-        if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 0:
-            raise DataError(f"sweeps {self.sweeps!r}: a number of sweeps is 0 or more. Try 16.")
+        check_count("sweeps", self.sweeps, 0, DataError)
         if self.output_metric not in get_args(OutputMetric):
             raise DataError(
                 f"output_metric {self.output_metric!r} is none of "

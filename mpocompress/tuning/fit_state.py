@@ -6,30 +6,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mpocompress.errors import LoadError, SaveError
+from mpocompress.errors import SaveError
 from mpocompress.mpo import MPO
 from mpocompress.surgery import WeightSite
 from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan
 from mpocompress.tuning.later_calls import LaterCalls
 from mpocompress.tuning.lockstep import Call
-from mpocompress.tuning.state_file import fingerprint, read_tensors, tensors_of, write_tensors
-
-_METADATA_KEY = "mpocompress.fitted_layer"
-_FORMAT_VERSION = 2
+from mpocompress.tuning.state_file import StateFacts, StateFormat, fingerprint, tensors_of
 
 
-class _Metadata(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format_version: int = _FORMAT_VERSION
+class _Facts(StateFacts):
     layer: str
     shape: tuple[int, int]
     relative_output_error: float
     rows: int
+
+
+_FORMAT = StateFormat(
+    what="state",
+    anew="fit this layer anew",
+    key="mpocompress.fitted_layer",
+    version=2,
+    facts=_Facts,
+)
 
 
 class FitStore:
@@ -72,7 +73,7 @@ class FitStore:
         tensors = [*model.parameters(), *model.buffers(), *tensors_of(calls)]
         names = [name for name, _ in model.named_parameters()]
         again = [[site.name, found.rows, found.first_rows] for site, found in later.items()]
-        text = json.dumps([_FORMAT_VERSION, names, asdict(options), len(calls), *again])
+        text = json.dumps([_FORMAT.version, names, asdict(options), len(calls), *again])
         seen = [tensor for found in later.values() for tensor in found.tensors()]
         self._prefix = hashlib.sha256(text.encode())
         self._prefix.update(fingerprint([*tensors, *metrics, *seen]).encode())
@@ -91,25 +92,19 @@ class FitStore:
         path = self._path()
         if plan.storage.rounds or not path.exists():
             return None
-        try:
-            text, tensors = read_tensors(path, key=_METADATA_KEY)
-            if text is None:
-                raise LoadError(f"{str(path)!r} is no fitted layer. Remove it to fit anew.")
-            found = _Metadata.model_validate_json(text)
-            cores = [tensors[f"core.{site}"] for site in range(len(plan.bond_dims) + 1)]
-        except (OSError, SafetensorError, ValidationError, KeyError) as error:
-            raise LoadError(
-                f"the state {str(path)!r} is truncated or foreign: {str(error).splitlines()[0]}. "
-                "Remove it to fit this layer anew."
-            ) from None
         device = plan.site.device
-        bias = tensors.get("bias")
-        return FittedWeight(
-            mpo=MPO([core.to(device) for core in cores], shape=found.shape),
-            bias=None if bias is None else bias.to(device),
-            relative_output_error=found.relative_output_error,
-            rows=found.rows,
-        )
+
+        def build(facts: _Facts, tensors: Mapping[str, Tensor]) -> FittedWeight:
+            cores = [tensors[f"core.{site}"] for site in range(len(plan.bond_dims) + 1)]
+            bias = tensors.get("bias")
+            return FittedWeight(
+                mpo=MPO([core.to(device) for core in cores], shape=facts.shape),
+                bias=None if bias is None else bias.to(device),
+                relative_output_error=facts.relative_output_error,
+                rows=facts.rows,
+            )
+
+        return _FORMAT.read(path, build)
 
     def put(self, plan: SitePlan, fitted: FittedWeight) -> None:
         """Keep the fit of the layer that was reached last.
@@ -122,13 +117,13 @@ class FitStore:
         tensors = {f"core.{site}": core for site, core in enumerate(fitted.mpo.cores)}
         if fitted.bias is not None:
             tensors["bias"] = fitted.bias
-        metadata = _Metadata(
+        facts = _Facts(
             layer=plan.site.name,
             shape=fitted.mpo.shape,
             relative_output_error=fitted.relative_output_error,
             rows=fitted.rows,
         )
-        write_tensors(self._path(), tensors, key=_METADATA_KEY, text=metadata.model_dump_json())
+        _FORMAT.write(self._path(), facts, tensors)
 
     def _path(self) -> Path:
         return self._folder / f"layer-{self._prefix.hexdigest()[:32]}.safetensors"

@@ -38,7 +38,7 @@ from mpocompress.tuning.objectives import Loss, gradients_of, scalar_loss
 from mpocompress.tuning.prefix import FrozenPrefix
 from mpocompress.tuning.state_file import identity
 from mpocompress.tuning.sweep_options import LossSweepOptions, LossSweepRecord, Progress
-from mpocompress.tuning.sweep_state import SweepState, read_state, write_state
+from mpocompress.tuning.sweep_state import STATE_OF_SWEEPS, SweepState, read_state, write_state
 
 # After an update that was rolled back the steps in this layer get shorter, after one that was kept
 # they grow again: large steps pay as long as they work.
@@ -134,7 +134,7 @@ class _Run:
 
     def run(self) -> tuple[LossSweepRecord, ...]:
         if self._state is not None and self._state.exists():
-            self._take_up(read_state(self._state))
+            self._take_up(self._state)
         total = self._options.sweeps * len(self._chains)
         for number in range(len(self._history), total):
             sweep, position = divmod(number, len(self._chains))
@@ -143,7 +143,7 @@ class _Run:
                 self._progress(chain.name, number, total)
             self._history.append(self._sweep(chain, sweep, number))
             if self._state is not None:
-                write_state(self._current_state(), self._state)
+                write_state(self._state, self._current_state())
         return tuple(self._history)
 
     # -- the loss
@@ -328,24 +328,34 @@ class _Run:
             tensors=tensors | {name: p.detach() for name, p in self._dense.items()},
         )
 
-    def _take_up(self, state: SweepState) -> None:
+    def _take_up(self, path: Path) -> None:
+        state = read_state(path)
         mine = self._settings()
         differing = [key for key, value in mine.items() if state.settings.get(key) != value]
         if differing:
             key = differing[0]
             raise LoadError(
-                f"the state {str(self._state)!r} was written with {key} "
+                f"the state {str(path)!r} was written with {key} "
                 f"{state.settings.get(key)!r}, this run has {mine[key]!r}. Give the same options, "
                 "or another path to begin anew."
             )
         device = self._chains[0].cores[0].device
-        for chain in self._chains:
-            names = [f"{chain.name}/{site}" for site in range(len(chain.cores))]
-            chain.put([state.tensors[name].to(device) for name in names])
-            chain.step_scale = state.step_scales[chain.name]
+        with STATE_OF_SWEEPS.refusing(path):  # whole, before anything is changed
+            cores = {
+                chain.name: [
+                    state.tensors[f"{chain.name}/{site}"].to(device)
+                    for site in range(len(chain.cores))
+                ]
+                for chain in self._chains
+            }
+            scales = [state.step_scales[chain.name] for chain in self._chains]
+            dense = {name: state.tensors[name] for name in self._dense}
+        for chain, scale in zip(self._chains, scales, strict=True):
+            chain.put(cores[chain.name])
+            chain.step_scale = scale
         with torch.no_grad():
             for name, parameter in self._dense.items():
-                parameter.copy_(state.tensors[name])
+                parameter.copy_(dense[name])
         self._caps = dict(state.caps)
         self._history = list(state.history)
         if self._history:

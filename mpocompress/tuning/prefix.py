@@ -28,14 +28,11 @@ class FrozenPrefix:
     Args:
         model: in evaluation mode; nothing before the layers changes while this is in use.
         layers: that are open.
-        budget_bytes: of all recordings.
     """
 
-    def __init__(
-        self, model: nn.Module, layers: Sequence[nn.Module], *, budget_bytes: int = _BUDGET_BYTES
-    ) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
         self._layers = list(layers)
-        self._budget = budget_bytes
+        self._budget = _BUDGET_BYTES
         self._recordings: dict[int, list[tuple[nn.Module, Any]]] = {}
         self._trusted: bool | None = None
         self._recorded: list[tuple[nn.Module, Any]] | None = None

@@ -19,7 +19,7 @@ from mpocompress.surgery import WeightSite
 from mpocompress.tuning.gradients import LayerMoments
 from mpocompress.tuning.layer_rows import adapter_of, use_of
 from mpocompress.tuning.moments import CrossMoment, RowCounts
-from mpocompress.tuning.shrinkage import shrunk_metric
+from mpocompress.tuning.shrinkage import RIDGE, shrunk_metric
 from mpocompress.tuning.table_fit import HeadUse, table_gains, table_weights
 
 
@@ -27,7 +27,7 @@ def gain_of_bonds(
     site: WeightSite,
     moments: Mapping[nn.Module, LayerMoments],
     *,
-    ridge: float = 1e-3,
+    ridge: float = RIDGE,
 ) -> Tensor | None:
     """Squared singular values (min(out, in),) float64, descending, of the whitened weight.
 
@@ -118,7 +118,7 @@ def _gain_of_table(
 
 
 def output_error_curve(
-    site: WeightSite, moments: Mapping[nn.Module, LayerMoments], *, ridge: float = 1e-3
+    site: WeightSite, moments: Mapping[nn.Module, LayerMoments]
 ) -> Tensor | None:
     """Least relative output error of a layer at each bond dimension of ((out, 1), (1, in)).
 
@@ -127,7 +127,6 @@ def output_error_curve(
     Args:
         site: the weight; all modules that share it count.
         moments: of its modules, from `take_statistics`.
-        ridge: of the input moment, as in the fit.
 
     Returns:
         (min(out, in) + 1,) float64 on the CPU, entry r at bond dimension r, descending to 0; None
@@ -148,7 +147,7 @@ def output_error_curve(
     norm = float(torch.sum(weight_OI @ whole_II * weight_OI))
     if norm <= 0:
         return None
-    metric = shrunk_metric(input_II, inputs.rows, least=ridge)
+    metric = shrunk_metric(input_II, inputs.rows, least=RIDGE)
     whitened_OI = metric.input_factor.apply(weight_OI)
     squares = linalg.svd_values(whitened_OI).double().cpu() ** 2 / (1 + metric.ridge)
     lost_D = torch.zeros(min(site.shape) + 1, dtype=torch.float64, device="cpu")

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from mpocompress.mpo.metric import Metric
 
-# The share of the diagonal that few rows bring it to: half of the moment is then forgotten.
+# The share of the diagonal that is added at least: by fits, and by what predicts them.
+RIDGE = 1e-3
+# The one that few rows bring it to: half of the moment is then forgotten.
 _MOST = 1.0
 
 

@@ -1,44 +1,123 @@
 """The file that a run's state is kept in: safetensors with text in the metadata, never a pickle."""
 
 import hashlib
-import os
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mpocompress.errors import DataError, SaveError
+from mpocompress.errors import DataError, LoadError, MPOCompressError
+from mpocompress.files import replacing
 from mpocompress.tuning.lockstep import Call
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str, text: str) -> None:
-    """Write tensors and a text aside and rename: a killed run leaves the old file or the new.
+class StateFacts(BaseModel):
+    """All of a state that is no tensor; each kind of state has its own."""
 
-    Args:
-        path: of the file.
-        tensors: by name, of any device; they may share memory.
-        key: what the text is filed under.
-        text: all that is no tensor.
+    # A loss without a held-out part is infinite.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
-    Raises:
-        SaveError: it cannot be written.
+
+Facts = TypeVar("Facts", bound=StateFacts)
+State = TypeVar("State")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StateFormat(Generic[Facts]):
+    """How states of one kind are kept.
+
+    Attributes:
+        what: it is, as in "is no checkpoint of a training".
+        anew: what one does without it, as in "to start anew".
+        key: what the facts are filed under in the metadata.
+        version: of the format.
+        facts: their model.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+
+    what: str
+    anew: str
+    key: str
+    version: int
+    facts: type[Facts]
+
+    def write(self, path: Path, facts: Facts, tensors: Mapping[str, Tensor]) -> None:
+        """Write a state aside and rename: a killed run leaves the old file or the new.
+
+        Args:
+            path: of the file.
+            facts: all that is no tensor.
+            tensors: by name, of any device; they may share memory.
+
+        Raises:
+            SaveError: it cannot be written.
+        """
+        found = {"format_version": self.version, **json.loads(facts.model_dump_json())}
         plain = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in tensors.items()
         }
-        save_file(plain, aside, metadata={key: text})
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        raise SaveError(f"cannot write the checkpoint {str(path)!r}: {error}.") from error
-    finally:
-        aside.unlink(missing_ok=True)
+        with replacing(path) as aside:
+            save_file(plain, aside, metadata={self.key: json.dumps(found)})
+
+    def read(self, path: Path, build: Callable[[Facts, dict[str, Tensor]], State]) -> State:
+        """Read what `write` wrote.
+
+        Args:
+            path: of the file.
+            build: makes the state of the facts and of the tensors, which are on the CPU.
+
+        Raises:
+            LoadError: a truncated or foreign file, one of another version, or one that lacks what
+                `build` looks for.
+        """
+        with self.refusing(path):
+            with safe_open(path, framework="pt", device="cpu") as file:
+                text = (file.metadata() or {}).get(self.key)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if text is None:
+                raise LoadError(
+                    f"{str(path)!r} is a safetensors file, but no {self.what}. Give another path, "
+                    f"or remove it to {self.anew}."
+                )
+            found = dict(json.loads(text))
+            # Trainings and sweeps once wrote it as "version".
+            version = found.pop("format_version", found.pop("version", None))
+            if version != self.version:
+                raise LoadError(
+                    f"the {self.what} {str(path)!r} was written by another version of mpocompress "
+                    f"(format {version}, this one writes {self.version}). Remove it to "
+                    f"{self.anew}."
+                )
+            return build(self.facts.model_validate(found), tensors)
+
+    @contextmanager
+    def refusing(self, path: Path) -> Iterator[None]:
+        """Within the block, whatever the content of the file does not fit is a LoadError."""
+        try:
+            yield
+        except MPOCompressError:
+            raise
+        except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
+            raise LoadError(
+                f"the {self.what} {str(path)!r} is truncated or foreign: {_why(error)}. Remove it "
+                f"to {self.anew}."
+            ) from None
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    lines = str(error).splitlines() or [type(error).__name__]
+    return f"there is no {lines[0]}" if isinstance(error, KeyError) else lines[0]
 
 
 def moment_on(where: torch.device | Tensor, name: str, value: Tensor) -> Tensor:
@@ -52,24 +131,13 @@ def moment_on(where: torch.device | Tensor, name: str, value: Tensor) -> Tensor:
     return value.clone() if name == "step" else value.to(where, copy=True)
 
 
-def read_tensors(path: Path, *, key: str) -> tuple[str | None, dict[str, Tensor]]:
-    """The text filed under a key, None if there is none, and the tensors, on the CPU.
-
-    Raises:
-        OSError, SafetensorError: the file cannot be read; what that means is for those who call.
-    """
-    with safe_open(path, framework="pt", device="cpu") as file:
-        text = (file.metadata() or {}).get(key)
-        return text, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
 def check_same_run(path: Path, recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse the state of a run with other arguments.
 
     Raises:
         DataError: it names the first argument that differs.
     """
-    for name, value in given.items():
+    for name, value in json.loads(json.dumps(dict(given))).items():  # which knows no tuples
         if recorded.get(name) != value:
             raise DataError(
                 f"the checkpoint {str(path)!r} belongs to a run with {name} = "

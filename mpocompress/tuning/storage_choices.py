@@ -25,7 +25,7 @@ from mpocompress.tuning.layer_rows import adapter_of
 from mpocompress.tuning.moments import RowCounts
 from mpocompress.tuning.rounding import Storage, round_weight, shrunk, stored_tensors
 from mpocompress.tuning.sensitivity import lookups_of, moments_of, tied_heads
-from mpocompress.tuning.shrinkage import shrunk_metric
+from mpocompress.tuning.shrinkage import RIDGE, shrunk_metric
 from mpocompress.tuning.table_fit import table_weights
 
 # Blocks of columns are worth their scales at 4 bits, now and then at 3; on a sentence encoder, 2
@@ -49,7 +49,7 @@ _RATES = 48
 
 
 def storage_choices(
-    site: WeightSite, moments: Mapping[nn.Module, LayerMoments] | None, *, ridge: float = 1e-3
+    site: WeightSite, moments: Mapping[nn.Module, LayerMoments] | None
 ) -> list[StorageChoice]:
     """All ways to store a weight, with their bytes and losses.
 
@@ -57,7 +57,6 @@ def storage_choices(
         site: the weight; all modules that share it count.
         moments: of its modules, from `take_statistics`; None without data: all errors of entries
             count alike, relative to the size of the weight.
-        ridge: of the input moment, as in the fit.
 
     Returns:
         Without any if the weight is not float32, or stored by a layer that takes some layouts only.
@@ -65,8 +64,8 @@ def storage_choices(
     if not may_be_rounded(site):
         return []
     if any(adapter_of(module).looks_up for module in site.modules):
-        return list(_of_table(site, moments, ridge))
-    return list(_of_matrix(site, moments, ridge))
+        return list(_of_table(site, moments))
+    return list(_of_matrix(site, moments))
 
 
 def may_be_rounded(site: WeightSite) -> bool:
@@ -90,10 +89,10 @@ def smoothed_frequencies(counts: RowCounts) -> Tensor:
 
 
 def _of_matrix(
-    site: WeightSite, moments: Mapping[nn.Module, LayerMoments] | None, ridge: float
+    site: WeightSite, moments: Mapping[nn.Module, LayerMoments] | None
 ) -> Iterator[StorageChoice]:
     weight_OI = site.matrix().double()
-    metric, scale = _metric(site, moments, ridge)
+    metric, scale = _metric(site, moments)
     input_II = None if metric is None else shrunk(metric.ridged_input_II, int(scale))
     output_OO = None if metric is None else metric.ridged_output_OO
     dense = Layout.from_pairs([site.shape])
@@ -162,7 +161,7 @@ def _bytes_of(weight: object, storage: Storage) -> int:
 
 
 def _metric(
-    site: WeightSite, moments: Mapping[nn.Module, LayerMoments] | None, ridge: float
+    site: WeightSite, moments: Mapping[nn.Module, LayerMoments] | None
 ) -> tuple[Metric | None, float]:
     """The metric of a layer's errors and what a unit of it costs."""
     seen = None if moments is None else moments_of(site, moments)
@@ -171,14 +170,14 @@ def _metric(
         input_II = inputs.mean(centered=centered)[0]
         output_OO = gradients.mean(centered=False)[0]
         if bool(input_II.any()) and bool(output_OO.any()):
-            metric = shrunk_metric(input_II, inputs.rows, output_OO, least=ridge)
+            metric = shrunk_metric(input_II, inputs.rows, output_OO, least=RIDGE)
             return metric, inputs.rows / (1 + metric.ridge)
     size = float(torch.sum(site.matrix().double() ** 2))
     return None, site.parameters / size if size > 0 else 1.0
 
 
 def _of_table(
-    site: WeightSite, moments: Mapping[nn.Module, LayerMoments] | None, ridge: float
+    site: WeightSite, moments: Mapping[nn.Module, LayerMoments] | None
 ) -> Iterator[StorageChoice]:
     table_OI = site.matrix()
     rows, columns = site.shape

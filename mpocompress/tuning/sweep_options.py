@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any, Literal, get_args
 
-from mpocompress.errors import DataError
+from mpocompress.errors import DataError, check_count
 from mpocompress.mpo.truncate import Truncation
 
 Optimizer = Literal["adam", "sgd", "lbfgs"]
@@ -41,7 +41,7 @@ class LocalOptions:
     gradient: GradientPath = "manual"
 
     def __post_init__(self) -> None:
-        check_count("local_steps", self.steps, 1)
+        check_count("local_steps", self.steps, 1, DataError)
         check_choice("optimizer", self.optimizer, get_args(Optimizer))
         check_choice("gradient", self.gradient, get_args(GradientPath))
         if self.learning_rate is not None and not (
@@ -91,10 +91,10 @@ class LossSweepOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_count("sweeps", self.sweeps, 0)
+        check_count("sweeps", self.sweeps, 0, DataError)
         check_choice("sites", self.sites, (1, 2))
         if self.eval_batches is not None:
-            check_count("eval_batches", self.eval_batches, 1)
+            check_count("eval_batches", self.eval_batches, 1, DataError)
         Truncation(bond_dim=self.bond_dim, cutoff=self.cutoff)
         if self.sites == 1 and (self.bond_dim is not None or self.cutoff > 0):
             raise DataError(
@@ -136,12 +136,6 @@ class LossSweepRecord:
     gradient_evaluations: int
     loss_evaluations: int
     rejected: int
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """Refuse what is not an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise DataError(f"{name} {value!r}: it is an integer, {least} or more.")
 
 
 def check_choice(name: str, value: Any, known: tuple[Any, ...]) -> None:

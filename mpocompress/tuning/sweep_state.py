@@ -5,21 +5,15 @@ history, and the settings; every sweep along a layer begins with a fresh optimiz
 numbers that follow from the seed and its place, so nothing else is needed to go on bit for bit.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
-from mpocompress.errors import LoadError
-from mpocompress.tuning.state_file import read_tensors, write_tensors
+from mpocompress.tuning.state_file import StateFacts, StateFormat
 from mpocompress.tuning.sweep_options import LossSweepRecord
-
-_KEY = "mpocompress.loss_sweeps"
-_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,20 +35,35 @@ class SweepState:
     tensors: Mapping[str, Tensor]
 
 
-def write_state(state: SweepState, path: Path) -> None:
+class _Facts(StateFacts):
+    settings: dict[str, Any]
+    caps: dict[str, int | None]
+    step_scales: dict[str, float]
+    history: tuple[LossSweepRecord, ...]
+
+
+STATE_OF_SWEEPS = StateFormat(
+    what="state of sweeps",
+    anew="begin anew",
+    key="mpocompress.loss_sweeps",
+    version=2,
+    facts=_Facts,
+)
+
+
+def write_state(path: Path, state: SweepState) -> None:
     """Write the state aside and rename, so that a killed run leaves the old state or the new.
 
     Raises:
         SaveError: it cannot be written.
     """
-    facts = {
-        "version": _VERSION,
-        "settings": state.settings,
-        "caps": state.caps,
-        "step_scales": state.step_scales,
-        "history": [asdict(record) for record in state.history],
-    }
-    write_tensors(path, state.tensors, key=_KEY, text=json.dumps(facts))
+    facts = _Facts(
+        settings=dict(state.settings),
+        caps=dict(state.caps),
+        step_scales=dict(state.step_scales),
+        history=state.history,
+    )
+    STATE_OF_SWEEPS.write(path, facts, state.tensors)
 
 
 def read_state(path: Path) -> SweepState:
@@ -63,33 +72,14 @@ def read_state(path: Path) -> SweepState:
     Raises:
         LoadError: truncated, foreign or of another version.
     """
-    try:
-        text, tensors = read_tensors(path, key=_KEY)
-        facts = json.loads(text or "null")
-    except (OSError, SafetensorError, ValueError) as error:
-        raise LoadError(
-            f"{str(path)!r} is truncated or not a state of sweeps: {error}. Remove it to begin "
-            "anew."
-        ) from None
-    if not isinstance(facts, dict) or facts.get("version") != _VERSION:
-        raise LoadError(
-            f"{str(path)!r} is not a state of sweeps that this release can read. Remove it, or "
-            "give another path."
+
+    def build(facts: _Facts, tensors: Mapping[str, Tensor]) -> SweepState:
+        return SweepState(
+            settings=facts.settings,
+            caps=facts.caps,
+            step_scales=facts.step_scales,
+            history=facts.history,
+            tensors=tensors,
         )
-    history = tuple(
-        LossSweepRecord(
-            **{
-                **record,
-                "bond_dims": tuple(record["bond_dims"]),
-                "entropies_nats": tuple(record["entropies_nats"]),
-            }
-        )
-        for record in facts["history"]
-    )
-    return SweepState(
-        settings=facts["settings"],
-        caps=facts["caps"],
-        step_scales=facts["step_scales"],
-        history=history,
-        tensors=tensors,
-    )
+
+    return STATE_OF_SWEEPS.read(path, build)

@@ -89,7 +89,7 @@ def fit_table(
     rows alike, as a dense metric of the rows would be needed.
     """
     shape = (table_OI.shape[0], table_OI.shape[1])
-    if layout.pairs == Layout.svd(*shape).pairs:
+    if layout.is_svd and not layout.pad:
         left_OR, right_RI, error = column_basis(table_OI, weights_O, metric_II, bond_dims[0])
         cores = (left_OR[None, :, None, :], right_RI[:, None, :, None])
         return MPO(cores, shape=shape), error

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from math import inf
 from typing import Literal, get_args
 
-from mpocompress.errors import DataError
+from mpocompress.errors import DataError, check_count
 from mpocompress.mpo.truncate import Truncation
-from mpocompress.tuning.sweep_options import GradientPath, check_choice, check_count
+from mpocompress.tuning.sweep_options import GradientPath, check_choice
 
 Method = Literal["dmrg", "adam"]
 Sites = Literal[1, 2, "grow"]
@@ -71,9 +71,9 @@ class TrainOptions:
         check_choice("sites", self.sites, get_args(Sites))
         check_choice("gradient", self.gradient, get_args(GradientPath))
         for name in ("epochs", "batch_size", "local_steps"):
-            check_count(name, getattr(self, name), 1)
+            check_count(name, getattr(self, name), 1, DataError)
         if self.patience is not None:
-            check_count("patience", self.patience, 1)
+            check_count("patience", self.patience, 1, DataError)
         for name in ("learning_rate", "dense_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < inf:

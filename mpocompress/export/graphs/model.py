@@ -17,6 +17,8 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 from mpocompress.export.graphs.tensors import num_bytes
 
 STANDARD = ("", "ai.onnx")
+# Stored tensors that shapes may depend on, as targets of Reshape, are below it.
+_SMALL_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ class OnnxModel:
     @cached_property
     def shapes(self) -> dict[str, tuple[int | None, ...]]:
         """Sizes of values as far as they can be inferred, None for a dynamic one."""
-        light = without_data(self.proto)
+        light = _without_data(self.proto)
         try:
             light = onnx.shape_inference.infer_shapes(light)
         except Exception:  # a graph that runs need not pass: shapes only make ours simpler
@@ -143,14 +145,14 @@ def attribute(node: NodeProto, name: str, default: object) -> object:
     return default
 
 
-def without_data(model: ModelProto, *, keep: int = 1024) -> ModelProto:
-    """A copy in which stored tensors of more than `keep` bytes have type and shape only."""
+def _without_data(model: ModelProto) -> ModelProto:
+    """A copy in which stored tensors of more than a kilobyte have type and shape only."""
     copy = copy_without_graph(model)
     copy_graph_frame(model.graph, copy.graph)
     copy.graph.node.extend(model.graph.node)
     copy.graph.value_info.extend(model.graph.value_info)
     for tensor in model.graph.initializer:
-        if num_bytes(tensor) <= keep and tensor.data_location != TensorProto.EXTERNAL:
+        if num_bytes(tensor) <= _SMALL_BYTES and tensor.data_location != TensorProto.EXTERNAL:
             copy.graph.initializer.append(tensor)
         else:
             # An input carries the type just as well, and needs no data.

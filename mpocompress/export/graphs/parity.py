@@ -17,6 +17,8 @@ from mpocompress.export.graphs.write import write_graph
 from mpocompress.export.inputs import symbols
 from mpocompress.export.verify import Comparison, ParityResult
 
+# Tried besides the data, or instead of it.
+_BATCH_SIZES = (1, 3, 7)
 # Of batches made up for one batch size, the sizes of other open dimensions, from the guessed ones.
 _OTHER_SIZES = (lambda size: size, lambda size: size // 2 + 1, lambda size: size + 3)
 _REFERENCE = "reference.onnx"
@@ -35,7 +37,6 @@ def compare_graphs(
     inputs: GraphInputs,
     feeds: Iterable[Feed] | None,
     *,
-    batch_sizes: Sequence[int] = (1, 3, 7),
     tolerance: float = 1e-4,
     seed: int = 0,
 ) -> ParityResult:
@@ -50,7 +51,6 @@ def compare_graphs(
         folder: of the external data of the reference.
         inputs: of both.
         feeds: data, or None.
-        batch_sizes: to try besides.
         tolerance: largest difference of an output, relative to its largest entry.
         seed: of what is made up.
 
@@ -67,7 +67,7 @@ def compare_graphs(
         comparison = Comparison()
         made_up = feeds is None
         refused: DataError | None = None
-        for rows, feed, optional in _all_feeds(dense, inputs, feeds, batch_sizes, seed):
+        for rows, feed, optional in _all_feeds(dense, inputs, feeds, seed):
             try:
                 expected = _run(dense, feed, inputs, made_up)
             except DataError as error:
@@ -109,7 +109,6 @@ def _all_feeds(
     dense: Session,
     inputs: GraphInputs,
     feeds: Iterable[Feed] | None,
-    batch_sizes: Sequence[int],
     seed: int,
 ) -> Iterator[tuple[int, Feed, bool]]:
     """Rows, feed, and whether the dense graph may refuse it."""
@@ -121,7 +120,7 @@ def _all_feeds(
             yield _rows(feed), feed, False
         if first is None:
             raise DataError("the data contains no batches.")
-        for rows in batch_sizes if free else ():
+        for rows in _BATCH_SIZES if free else ():
             cut = {
                 name: array[np.arange(rows) % len(array)] if array.ndim else array
                 for name, array in first.items()
@@ -130,7 +129,7 @@ def _all_feeds(
         return
     generator = torch.Generator().manual_seed(seed)
     examples = symbols(inputs.specs)
-    for index, rows in enumerate(batch_sizes if free else (1,)):
+    for index, rows in enumerate(_BATCH_SIZES if free else (1,)):
         other = _OTHER_SIZES[index % len(_OTHER_SIZES)]
         batch = dict.fromkeys(inputs.batch_symbols, rows)
         varied = inputs.made_up({n: other(s) for n, s in examples.items()} | batch, generator)

@@ -1,0 +1,31 @@
+"""Files that appear whole or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from mpocompress.errors import SaveError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A scratch file beside `path` that takes its place if the block succeeds.
+
+    Raises:
+        SaveError: the file cannot be written.
+    """
+    if path.is_dir():
+        raise SaveError(f"cannot write {str(path)!r}: it is a folder. Give a file in it.")
+    if not path.absolute().parent.is_dir():
+        raise SaveError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}.")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise SaveError(f"cannot write {str(path)!r}: {error}.") from error
+    finally:
+        scratch.unlink(missing_ok=True)
