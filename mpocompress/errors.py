@@ -52,6 +52,10 @@ class DataError(MPOCompressError, ValueError):
     """Batches or example inputs that do not fit the model."""
 
 
+class PathsDifferError(DataError):
+    """Batches that take different paths through a model, or of which no row reaches a layer."""
+
+
 class SaveError(MPOCompressError, OSError):
     """The output cannot be written."""
 

@@ -112,7 +112,7 @@ def store(folder: Path) -> tuple[FitStore, SitePlan]:
     (site,) = find_weights(model).sites
     plan = SitePlan(site=site, layout=Layout.svd(4, 6), bond_dims=(2,))
     found = FitStore(folder)
-    found.begin(model, [Batch((torch.ones(3, 6),))], {}, FitOptions())
+    found.begin(model, [Batch((torch.ones(3, 6),))], {}, {}, FitOptions())
     return found, plan
 
 

@@ -53,7 +53,7 @@ def check_calls(model: nn.Module, calls: Sequence[Batch]) -> None:
 
     Raises:
         DataError: it does not take one; the message has its number, counted from 0, the shapes of
-            its inputs, and the model's error.
+            its inputs, and the model's error. Or it changes them in place.
     """
     kinds: dict[tuple[object, ...], list[int]] = {}
     for number, batch in enumerate(calls):
@@ -75,14 +75,14 @@ def _check_call(model: nn.Module, batch: Batch, number: int) -> None:
     """Call the model with a few rows of a batch or, where those alone are not taken, with all."""
     if batch.rows_come_first and batch.num_rows > _FEW:
         try:
-            _call(model, batch.take(torch.arange(_FEW, device="cpu")))
+            _check_unchanged(model, batch.take(torch.arange(_FEW, device="cpu")))
             return
-        except torch.OutOfMemoryError:
+        except (MPOCompressError, torch.OutOfMemoryError):
             raise
         except Exception:  # whatever foreign code raises
             pass  # all rows may belong together, as the nodes of a graph
     try:
-        _call(model, batch)
+        _check_unchanged(model, batch.map_inputs(torch.clone))
     except (MPOCompressError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -97,6 +97,22 @@ def _check_call(model: nn.Module, batch: Batch, number: int) -> None:
             f"{lines[0]}. A batch has the arguments of forward, in order or by name; labels go by "
             f"the name 'labels', as in {{{_first_argument(model)!r}: x, 'labels': y}}."
         ) from error
+
+
+def _check_unchanged(model: nn.Module, copied: Batch) -> None:
+    """Call the model and refuse one that writes to what it is given.
+
+    Every pass over the data would see others, and so would the user.
+    """
+    before = [tensor._version for _, tensor in copied.named_inputs()]
+    _call(model, copied)
+    for (name, tensor), version in zip(copied.named_inputs(), before, strict=True):
+        if tensor._version != version:
+            raise DataError(
+                f"forward of {type(model).__name__} changes its input {name!r} in place, so that "
+                "every pass over the data would see others. Write x = x - mean for x.sub_(mean), "
+                "or do it where the data is made."
+            )
 
 
 def _first_argument(model: nn.Module) -> str:

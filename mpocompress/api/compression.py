@@ -36,6 +36,7 @@ from mpocompress.report import CompressionReport, Source
 from mpocompress.report.predictions import with_budget, with_comparisons
 from mpocompress.surgery import Inventory
 from mpocompress.tuning import DistillOptions, output_errors
+from mpocompress.tuning.distill import check_trainable
 
 
 @torch.inference_mode(False)
@@ -271,6 +272,8 @@ def compress(
     calls = None if data is None else calls_of(data, model)
     task = Task.of(model, options, calls, eval_fn, onnx_bytes, seed)
     folder = None if state is None else Path(state)
+    if distill:
+        check_trainable(model.parameters())
     job = _job(model, options, task.fit, sweeps, seed, progress, state=folder)
     if plan is not None:
         check_belongs(plan, job.inventory)

@@ -106,7 +106,7 @@ def split_calls(
         return parts
     if len(calls) * min(shares) < 1:
         needed = int(1 / min(shares)) + 1
-        if not all(call.divisible for call in calls):
+        if not cut:
             raise DataError(
                 f"{len(calls)} batches are too few to hold out "
                 f"{' and '.join(f'{share:.0%}' for share in shares)} of them, and what stands in "

@@ -16,7 +16,7 @@ from mpocompress.api.storage import (
     stored_bytes,
 )
 from mpocompress.api.stored_weights import stored_weights
-from mpocompress.errors import DataError
+from mpocompress.errors import PathsDifferError
 from mpocompress.loading import Batch
 from mpocompress.mpo import Layout
 from mpocompress.mpo.identity_gauge import Gauge
@@ -324,7 +324,7 @@ class Job:
         uncorrected: dict[WeightSite, str] = {}
         try:
             fitted = self._fit(opened, [*planned, *corrections], moments)
-        except DataError as error:
+        except PathsDifferError as error:
             if not corrections:
                 raise
             # Behind a compressed router rows may go elsewhere than in the dense model.

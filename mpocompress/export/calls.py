@@ -145,7 +145,8 @@ def run(model: nn.Module, call: ForwardCall) -> dict[str, Tensor]:
     PyTorch's fused transformer layers are off: they set padded positions to zero, which the same
     layers do not do in training, nor in a traced graph.
     """
-    args, kwargs = call.arguments(call.tensors)
+    # Copies: a forward may write to what it is given, and the next one is to see the same.
+    args, kwargs = call.arguments([tensor.clone() for tensor in call.tensors])
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

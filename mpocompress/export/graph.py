@@ -30,16 +30,23 @@ def simplify(
 
     onnxscript's optimizer folds the arithmetic of shapes and fuses what it can. It is kept away
     from the parameters, which it would fold into nameless constants, of any size (a chain of cores
-    into the dense matrix): `fold_parameter_views` folds what only rearranges them.
+    into the dense matrix): `fold_parameter_views` folds what only rearranges them. It does not even
+    see their values: it merges parameters that are equal, such as biases of zeros, and a file would
+    grow as they come to differ.
 
     Args:
         model: the graph.
         integers: parameters that are stored as integers, by their first name in the model.
         first_names: see `rename`.
     """
+    values = {v: v.const_value for v in model.graph.initializers.values() if _is_parameter(v)}
+    for parameter in values:
+        parameter.const_value = None
     optimizer.optimize_ir(
         model, should_fold=lambda node: False if any(map(_is_parameter, node.inputs)) else None
     )
+    for parameter, value in values.items():
+        parameter.const_value = value
     if integers:
         store_integers(model, integers, first_names or {})
     fold_parameter_views(model)

@@ -157,10 +157,11 @@ def fill_module(
     own: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     ties = _tied_names(own)
     own |= dict(module.named_buffers(remove_duplicate=False))
+    state, prefix = _without_prefix(state, own)
     _check_fit(own, state, spec=spec, place=place)
     for names in ties:
         _check_tie([(name, state[name]) for name in names if name in state], place=place)
-    notes = _dtype_notes(own, state)
+    notes = (*prefix, *_dtype_notes(own, state))
     try:
         result = module.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
@@ -183,6 +184,24 @@ def fill_module(
             "buffers that are not saved on the CPU."
         )
     return notes
+
+
+def _without_prefix(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
+    """The state without what all of its names begin with, where the module knows what remains.
+
+    Training frameworks keep the network in an attribute of a module of their own.
+    """
+    first = next(iter(state), "")
+    for end in (place + 1 for place, sign in enumerate(first) if sign == "."):
+        prefix = first[:end]
+        if not all(name.startswith(prefix) for name in state):
+            break
+        if not own.keys() & state.keys() and own.keys() >= {name[end:] for name in state}:
+            note = f"all names begin with {prefix!r}, which was left away"
+            return {name[end:]: tensor for name, tensor in state.items()}, (note,)
+    return state, ()
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -6,7 +6,7 @@ weights are kept.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -362,13 +362,23 @@ def _assign(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Non
         parameter.copy_(value)
 
 
-def _trainable(model: nn.Module, reference: nn.Module) -> list[nn.Parameter]:
-    parameters = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
-    if not parameters:
+def check_trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Those that can be trained.
+
+    Raises:
+        DataError: there are none.
+    """
+    found = [p for p in parameters if p.requires_grad and p.is_floating_point()]
+    if not found:
         raise DataError(
             "the model has no floating parameter that requires gradients, so there is nothing to "
             "train. Call model.requires_grad_(True) first."
         )
+    return found
+
+
+def _trainable(model: nn.Module, reference: nn.Module) -> list[nn.Parameter]:
+    parameters = check_trainable(model.parameters())
     check_apart(model, reference)
     for name, parameter in (*model.named_parameters(), *reference.named_parameters()):
         if parameter.dtype in (torch.float16, torch.bfloat16):

@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol
 
 import torch
@@ -232,8 +232,17 @@ class OperationRecorder(TorchDispatchMode):
 
 def floating_outputs(outputs: Any) -> list[Tensor]:
     """All floating tensors in what a model returned, in the order of its structure."""
-    leaves = pytree.tree_leaves(outputs)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [leaf for leaf in tensors_in(outputs) if leaf.is_floating_point()]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in a structure, in its order; dataclasses are structures, too."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in fields(leaf):
+                yield from tensors_in(getattr(leaf, field.name))
 
 
 def main_output(output: Any) -> Tensor | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpocompress.errors import DataError
+from mpocompress.errors import DataError, PathsDifferError
 
 # Products of so many rows are formed in float32 and summed in float64: the rounding of a sum then
 # does not grow with the amount of data, at the speed of a float32 product.
@@ -146,7 +146,7 @@ class CrossMoment:
             DataError: no rows were seen.
         """
         if self._sums is None:
-            raise DataError(
+            raise PathsDifferError(
                 "no rows of activations were seen: the data is empty, or its mask marks everything "
                 "as padding."
             )

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from mpocompress.tuning.lockstep import tensors_in
 
 # What may be kept for all batches together; later batches are computed in full.
 _BUDGET_BYTES = 1 << 30
@@ -138,8 +139,4 @@ class FrozenPrefix:
 
 
 def _bytes(output: Any) -> int:
-    return sum(
-        leaf.numel() * leaf.element_size()
-        for leaf in pytree.tree_leaves(output)
-        if isinstance(leaf, Tensor)
-    )
+    return sum(leaf.numel() * leaf.element_size() for leaf in tensors_in(output))

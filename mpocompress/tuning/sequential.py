@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from mpocompress.errors import DataError, MPOCompressError
+from mpocompress.errors import DataError, MPOCompressError, PathsDifferError
 from mpocompress.layers.modes import evaluation_mode
 from mpocompress.layers.opened import layers_called
 from mpocompress.mpo import MPO, Layout
@@ -214,7 +214,7 @@ def _place(
     """
     dense, ours = pair
     if dense.arrival is None or ours.arrival is None:
-        raise DataError("a batch ended before it reached the layer that others wait at.")
+        raise PathsDifferError("a batch ended before it reached the layer that others wait at.")
     dense_input, our_input = dense.arrival.input, ours.arrival.input
     if copies:
         dense_input = dense_input.clone()
@@ -404,7 +404,7 @@ def _common_layer(pairs: Sequence[Pair]) -> nn.Module | None:
         for runner in pair
     }
     if len(layers) > 1:
-        raise DataError(
+        raise PathsDifferError(
             "batches take different paths through the model, so its layers cannot be fitted in "
             "sequence. Fit the layers of one path at a time (include)."
         )

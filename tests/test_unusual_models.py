@@ -1,0 +1,124 @@
+"""Models as people write them: what works elsewhere in torch works here, or is refused in time."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mpocompress as mpo
+from mpocompress.errors import DataError, NoLayerMatched
+from mpocompress.loading import load_source
+
+
+@dataclass
+class Scores:
+    hidden: Tensor
+    logits: Tensor
+
+
+class GivesADataclass(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Scores:
+        hidden = torch.relu(self.first(x))
+        return Scores(hidden, self.second(hidden))
+
+
+class Normalizes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(24, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.sub_(0.5))
+
+
+class Messages(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(48, 48)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        pairs = torch.relu(self.layer(torch.cat([x[edges[0]], x[edges[1]]], -1)))
+        return x.new_zeros(len(x), 48).index_add_(0, edges[1], pairs)
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(40, 24, generator=generator) for _ in range(4)]
+
+
+def test_outputs_in_a_dataclass():
+    dense, data = GivesADataclass(), batches()
+    for options in ({"bond_dim": 4}, {"ratio": 2}, {"max_error": 0.6}):
+        model = mpo.compress(dense, data=data, **options).model
+        assert isinstance(model(data[0]), Scores)
+    mpo.sweep(model, reference=dense, data=data, sweeps=1)
+    mpo.distill(model, reference=dense, data=data, steps=2)
+
+
+def test_inputs_that_a_forward_changes():
+    data = batches()
+    before = [x.clone() for x in data]
+    with pytest.raises(DataError, match="changes its input 'argument 0' in place"):
+        mpo.compress(Normalizes(), bond_dim=4, data=data)
+    assert all(map(torch.equal, data, before))
+
+
+@pytest.mark.onnx
+def test_an_onnx_file_of_a_forward_that_changes_its_input(tmp_path):
+    model, data = Normalizes().eval(), batches()
+    before = [x.clone() for x in data]
+    mpo.export_onnx(model, tmp_path / "model.onnx", data[0])
+    mpo.verify(tmp_path / "model.onnx", model, data).raise_if_failed()
+    assert all(map(torch.equal, data, before))
+
+
+def test_too_few_graphs_to_hold_some_out():
+    data = [(x, torch.randint(0, 40, (2, 30))) for x in batches()]
+    with pytest.raises(DataError, match="what stands in one batch cannot be taken apart"):
+        mpo.compress(Messages(), max_error=0.3, data=data)
+
+
+def test_sweeps_of_recurrent_layers():
+    dense = nn.GRU(24, 32)
+    data = [x[:, None] for x in batches()]
+    model = mpo.compress(dense, bond_dim=4).model
+    with pytest.raises(NoLayerMatched, match=r"recurrent layers run on dense weights.*distill"):
+        mpo.sweep(model, reference=dense, data=data, sweeps=1)
+
+
+def test_frozen_models_are_not_healed_and_say_so_at_once(monkeypatch):
+    monkeypatch.setattr("mpocompress.api.compression.meet", None)  # nothing is planned, nor fitted
+    frozen = nn.Linear(24, 32).requires_grad_(False)
+    with pytest.raises(DataError, match="requires_grad_"):
+        mpo.compress(frozen, ratio=2, data=batches(), distill=5)
+
+
+def test_names_that_begin_with_an_attribute_of_a_training_framework(tmp_path, monkeypatch):
+    (tmp_path / "net_for_prefixes.py").write_text(
+        "from torch import nn\n\n\ndef make():\n    return nn.Sequential(nn.Linear(24, 32))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    dense = nn.Sequential(nn.Linear(24, 32))
+    state = {f"model.net.{name}": tensor for name, tensor in dense.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "last.ckpt")
+    found = load_source(tmp_path / "last.ckpt", factory="net_for_prefixes:make")
+    assert torch.equal(found.module[0].weight, dense[0].weight)
+    assert any("all names begin with 'model.net.'" in note for note in found.notes)
+
+
+@pytest.mark.onnx
+def test_a_size_is_kept_where_biases_are_equal_at_first(tmp_path):
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 64) for _ in range(4)]
+    for layer in layers:
+        nn.init.zeros_(layer.bias)
+    dense = nn.Sequential(*[part for layer in layers for part in (layer, nn.Tanh())])
+    data = [torch.randn(64, 64) for _ in range(4)]
+    result = mpo.compress(dense, max_size=30_000, data=data)
+    written = mpo.export_onnx(result.model, tmp_path / "model.onnx", data[0]).num_bytes
+    assert written == result.report.budget.reached <= 30_000
