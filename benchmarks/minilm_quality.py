@@ -5,7 +5,8 @@ embeddings of sentences that no method has seen are compared with the dense mode
 and Spearman correlation of the similarities of all pairs. Every method has the same parameters
 (biases, norms and pivot indices not counted) and the same calibration sentences:
 
-    truncated SVD            of the weights, uniform
+    truncated SVD            of the weights, uniform; with larger bond dimensions in the identity
+                             gauge
     whitened SVD             in the metric of each layer's inputs in the dense model, uniform
     sequential               the same on the inputs of the compressed prefix, with repaired streams
     ours                     compress(ratio=R, of="layers", data=...): metric of inputs and
@@ -48,6 +49,7 @@ import mpocompress as mpo
 from mpocompress.loading import as_batches
 from mpocompress.mpo import linalg
 from mpocompress.mpo.fit import fit
+from mpocompress.mpo.identity_gauge import Gauge
 from mpocompress.mpo.metric import Metric
 from mpocompress.planning import Plan
 from mpocompress.surgery import WeightSite, copy_with_replacements, find_weights
@@ -58,12 +60,15 @@ PACKAGES = ("mpocompress", "torch", "transformers", "numpy")
 Method = Callable[[nn.Module, list[Tokens], float, int], nn.Module]
 
 
-def _uniform(model: nn.Module, ratio: float) -> Plan:
-    return mpo.plan(model, ratio=ratio, of="layers", layout="svd", include=LAYERS)
+def _uniform(model: nn.Module, ratio: float, gauge: Gauge = "none") -> Plan:
+    return mpo.plan(model, ratio=ratio, of="layers", layout="svd", include=LAYERS, gauge=gauge)
 
 
-def truncated(model: nn.Module, data: list[Tokens], ratio: float, seed: int) -> nn.Module:
-    return mpo.compress(model, _uniform(model, ratio), seed=seed).model
+def _truncated(gauge: Gauge) -> Method:
+    def method(model: nn.Module, data: list[Tokens], ratio: float, seed: int) -> nn.Module:
+        return mpo.compress(model, _uniform(model, ratio, gauge), seed=seed).model
+
+    return method
 
 
 def whitened(model: nn.Module, data: list[Tokens], ratio: float, seed: int) -> nn.Module:
@@ -102,7 +107,7 @@ def sequential(model: nn.Module, data: list[Tokens], ratio: float, seed: int) ->
     return with_fitted(model, {site: weight.mpo for site, weight in fitted.items()}, fitted)
 
 
-def _ours(gauge: str) -> Method:
+def _ours(gauge: Gauge) -> Method:
     def method(model: nn.Module, data: list[Tokens], ratio: float, seed: int) -> nn.Module:
         return mpo.compress(
             model,
@@ -120,7 +125,8 @@ def _ours(gauge: str) -> Method:
 
 OURS = "ours, identity gauge"
 METHODS: dict[str, Method] = {
-    "truncated SVD": truncated,
+    "truncated SVD": _truncated("none"),
+    "truncated SVD, identity gauge": _truncated("identity"),
     "whitened SVD": whitened,
     "sequential": sequential,
     "ours": _ours("none"),
