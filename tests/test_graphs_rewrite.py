@@ -331,6 +331,44 @@ def test_external_data_is_read_and_written(tmp_path, limit):
     np.testing.assert_allclose(run(target, x)[0], run(proto, x)[0], **ONNX)
 
 
+def test_small_external_tensors_do_not_point_into_the_new_data_file_of_the_same_name(tmp_path):
+    branches = [
+        helper.make_graph(
+            [node("Add", "m inner", "a")],
+            name,
+            [],
+            [helper.make_tensor_value_info("a", TensorProto.FLOAT, None)],
+            [numpy_helper.from_array(np.full(64, value, np.float32), "inner")],
+        )
+        for name, value in (("then", 5), ("else", 7))
+    ]
+    proto = model(
+        [
+            node("MatMul", "x w", "h"),
+            node("Add", "h b", "m"),
+            node("If", "flag", "y", then_branch=branches[0], else_branch=branches[1]),
+        ],
+        {"w": weight(64, 64), "b": np.arange(64, dtype=np.float32)},
+        inputs={"x": ["batch", 64], "flag": []},
+        outputs={"y": ["batch", 64]},
+        input_types={"flag": TensorProto.BOOL},
+    )
+    for name in ("in", "out"):
+        (tmp_path / name).mkdir()
+    source = save(proto, tmp_path / "in" / "model.onnx", external=True)
+    read = onnx.load(source, load_external_data=False)
+    assert all(t.data_location == TensorProto.EXTERNAL for t in read.graph.initializer)
+    target = tmp_path / "out" / "model.onnx"
+    write_graph(read, tmp_path / "in", target, single_file_bytes=1000)
+    made = onnx.load(target, load_external_data=False)
+    assert [t.data_location == TensorProto.EXTERNAL for t in made.graph.initializer] == [
+        True,
+        False,
+    ]
+    x = feed(4, 64) | {"flag": np.array(True)}
+    np.testing.assert_array_equal(run(target, x)[0], run(source, x)[0])
+
+
 def test_parity_finds_a_wrong_core(tmp_path):
     graph = opened(conv_net())
     weights = lossless(graph)
