@@ -107,6 +107,60 @@ def test_refused_weights_say_why(reason):
         select_sites(found)
 
 
+def test_paths_that_scale_rows_and_columns_are_different_weights():
+    # Transposed and then scaled row by row, or scaled and then transposed: by columns of the other.
+    proto = quantized_twice(
+        [node("Transpose", "wq", "a"), node("DequantizeLinear", "a s", "w1", axis=0)],
+        [node("DequantizeLinear", "wq s", "b", axis=0), node("Transpose", "b", "w2")],
+        scale=np.linspace(0.001, 0.05, 64).astype(np.float32),
+    )
+    found = inventory(proto)
+    assert not found.sites
+    assert "in different forms" in {entry.name: entry.reason for entry in found.kept}["wq"]
+
+
+@pytest.mark.parametrize("scales", [1, 64])
+def test_paths_that_give_the_same_numbers_are_one_weight(scales):
+    axis = {"axis": 0} if scales > 1 else {}
+    proto = quantized_twice(
+        [node("DequantizeLinear", "wq s", "a", **axis), node("Transpose", "a", "w1")],
+        [
+            node("DequantizeLinear", "wq s", "b", **axis),
+            node("Transpose", "b", "c", perm=[0, 1]),
+            node("Transpose", "c", "w2"),
+        ],
+        scale=np.linspace(0.001, 0.05, scales)
+        .astype(np.float32)
+        .reshape(() if scales == 1 else -1),
+    )
+    (site,) = graph_sites(inventory(proto))
+    assert len(site.products) == 2
+
+
+def test_a_transpose_that_moves_nothing_is_none():
+    proto = model(
+        [
+            node("Transpose", "W", "t", perm=[0, 1]),
+            node("MatMul", "x t", "y"),
+            node("Gemm", "x W", "z", transB=1),
+        ],
+        W,
+        inputs={"x": ["batch", 24]},
+        outputs={"y": ["batch", 24], "z": ["batch", 24]},
+    )
+    assert "in different forms" in inventory(proto).refused["W"]
+
+
+def quantized_twice(first, second, *, scale):
+    numbers = np.random.default_rng(0).integers(-128, 128, (64, 1)) * np.ones((1, 64))
+    return model(
+        [*first, *second, node("MatMul", "x w1", "y1"), node("MatMul", "x w2", "y2")],
+        {"wq": numbers.astype(np.int8), "s": scale},
+        inputs={"x": ["batch", 64]},
+        outputs={"y1": ["batch", 64], "y2": ["batch", 64]},
+    )
+
+
 def test_a_weight_that_a_loop_reads_stays():
     body = helper.make_graph(
         [node("MatMul", "x W", "inside")],

@@ -179,7 +179,10 @@ class _Survey:
                 f"its weight is {TensorProto.DataType.Name(operand_type(model, first))}; float16, "
                 "bfloat16, float32 and float64 are converted"
             )
-        forms = {(path.signature, path.flips != _reads_transposed(c)) for c, path in readers}
+        forms = {
+            (path.signature(model), path.flips(model) != _reads_transposed(consumer))
+            for consumer, path in readers
+        }
         if len(forms) > 1:
             return "its products use it in different forms (transposed, or cast to other dtypes)"
         return None

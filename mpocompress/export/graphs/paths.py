@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import onnx
@@ -33,18 +34,25 @@ class WeightPath:
         """Name of the value that the product reads."""
         return str(self.nodes[-1].output[0]) if self.nodes else self.stored
 
-    @property
-    def flips(self) -> bool:
-        """Whether rows and columns have changed places; never across a Reshape."""
-        if any(node.op_type == "Reshape" for node in self.nodes):
-            return False
-        return sum(node.op_type == "Transpose" for node in self.nodes) % 2 == 1
+    def flips(self, model: OnnxModel) -> bool:
+        """Whether rows and columns change places behind all that depends on which is which."""
+        behind = self.nodes[self._bound(model) :]
+        return sum(map(_swaps, behind)) % 2 == 1
 
-    @property
-    def signature(self) -> tuple[bytes, ...]:
-        """Equal for paths that give the same numbers, rows and columns aside."""
-        whole = any(node.op_type == "Reshape" for node in self.nodes)
-        return tuple(_signature(node) for node in self.nodes if whole or node.op_type in _CHANGES)
+    def signature(self, model: OnnxModel) -> tuple[bytes, ...]:
+        """Equal for paths that give the same numbers, but for what `flips` says."""
+        bound = self._bound(model)
+        return tuple(
+            _signature(node)
+            for position, node in enumerate(self.nodes)
+            if position < bound or node.op_type in _CHANGES
+        )
+
+    def _bound(self, model: OnnxModel) -> int:
+        """Number of nodes up to the last one that a Transpose may not be moved across."""
+        return max(
+            (n for n, node in enumerate(self.nodes, 1) if _sees_axes(node, model)), default=0
+        )
 
     def helpers(self, model: OnnxModel) -> frozenset[str]:
         """The other stored tensors on the way: scales, zero points, shapes."""
@@ -145,6 +153,18 @@ def _evaluate(model: OnnxModel, path: WeightPath) -> np.ndarray:
             f"the weight {path.stored!r} behind {path.describe()} cannot be evaluated: {error}"
         ) from error
     return found
+
+
+def _sees_axes(node: NodeProto, model: OnnxModel) -> bool:
+    """Whether a node does something else to rows than to columns."""
+    if node.op_type == "DequantizeLinear":
+        return prod(model.stored[node.input[1]].dims) != 1
+    return node.op_type == "Reshape"
+
+
+def _swaps(node: NodeProto) -> bool:
+    perm = attribute(node, "perm", None)
+    return node.op_type == "Transpose" and (not isinstance(perm, Sequence) or list(perm) == [1, 0])
 
 
 def _signature(node: NodeProto) -> bytes:
