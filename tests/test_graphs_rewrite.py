@@ -391,6 +391,31 @@ def test_parity_finds_a_wrong_core(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
+def test_made_up_masks_do_not_hide_everything_from_parity(tmp_path):
+    # True = ignore, of which the graph says nothing: NaN where all is ignored, and NaN agrees.
+    proto = model(
+        [
+            node("MatMul", "x W", "h"),
+            node("Where", "pad_mask low h", "s"),
+            node("Softmax", "s", "y", axis=-1),
+        ],
+        {"W": weight(24, 24), "low": np.array(-np.inf, np.float32)},
+        inputs={"x": [1, 24], "pad_mask": [1, 24]},
+        outputs={"y": [1, 24]},
+        input_types={"pad_mask": TensorProto.BOOL},
+    )
+    graph = opened(proto)
+    weights = lossless(graph)
+    path = tmp_path / "model.onnx"
+    for factor, passes in ((1.0, True), (1.1, False)):
+        cores = {s: MPO([c * factor for c in m.cores], shape=m.shape) for s, m in weights.items()}
+        write_graph(with_cores(graph, cores), Path(), path)
+        found = compare_graphs(
+            path, with_matrices(graph, weights), Path(), GraphInputs(graph), None
+        )
+        assert found.passed == passes
+
+
 def test_the_reference_of_a_large_model_goes_to_a_data_file(tmp_path):
     graph = opened(mlp())
     weights = lossless(graph)

@@ -1,6 +1,6 @@
 """ONNX Runtime sessions of graphs, and what they take: feeds from batches, and made-up ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,12 @@ from mpocompress.errors import DataError, LoadError
 from mpocompress.export.calls import first_line
 from mpocompress.export.graphs.model import OnnxModel, attribute
 from mpocompress.export.graphs.tensors import FLOATS, from_torch
-from mpocompress.export.inputs import InputSpec, guessed_spec, random_tensors
+from mpocompress.export.inputs import (
+    InputSpec,
+    guessed_spec,
+    other_conventions,
+    random_tensors,
+)
 
 Feed = dict[str, np.ndarray]
 
@@ -168,12 +173,13 @@ class GraphInputs:
             feed[spec.name] = _as_array(tensor.to(spec.torch_dtype))
         return feed
 
-    def made_up(self, sizes: Mapping[str, int], generator: torch.Generator) -> Feed:
-        """Random numbers of the right kind; see `random_tensors`."""
-        tensors = random_tensors(self.specs, sizes, generator)
-        return {
-            spec.name: _as_array(tensor) for spec, tensor in zip(self.specs, tensors, strict=True)
-        }
+    def made_up(self, sizes: Mapping[str, int], generator: torch.Generator) -> Iterator[Feed]:
+        """Random numbers of the right kind, with masks as `other_conventions` after the first."""
+        for specs in (self.specs, *other_conventions(self.specs)):
+            tensors = random_tensors(specs, sizes, generator)
+            yield {
+                spec.name: _as_array(tensor) for spec, tensor in zip(specs, tensors, strict=True)
+            }
 
 
 def _as_array(tensor: Tensor) -> np.ndarray:
