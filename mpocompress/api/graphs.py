@@ -267,10 +267,12 @@ def calls_of_graph(
         shapes: of inputs that are made up where there is no data, as in "1x784".
 
     Raises:
-        DataError: an input that data cannot be given for, or data or shapes that do not fit.
+        DataError: an input that data cannot be given for, data or shapes that do not fit, or
+            neither for an input without a shape.
     """
     inputs = GraphInputs(model, [parse_input_spec(text).shape for text in shapes])
     if data is None:
+        inputs.check_ranks()
         return GraphCalls(inputs=inputs, feeds=None)
 
     def feeds() -> Iterator[Feed]:

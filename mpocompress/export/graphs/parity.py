@@ -136,13 +136,13 @@ def _all_feeds(
         other = _OTHER_SIZES[index % len(_OTHER_SIZES)]
         batch = dict.fromkeys(inputs.batch_symbols, rows)
         varied = {name: other(size) for name, size in examples.items()}
-        feed = _best(dense, inputs.made_up(varied | batch, generator))
-        if feed is None:
+        made = _best(dense, inputs.made_up(varied | batch, generator))
+        if made is None:
             # Sizes that belong together, or that the graph limits: those of the guess then.
-            feed = _best(dense, inputs.made_up(examples | batch, generator))
-        if feed is None:
-            feed = next(inputs.made_up(examples | batch, generator))  # to say why it is refused
-        yield _rows(feed), feed, free
+            made = _best(dense, inputs.made_up(examples | batch, generator))
+        if made is None:
+            made = next(inputs.made_up(examples | batch, generator))  # to say why it is refused
+        yield _rows(made), made, free
 
 
 def _best(dense: Session, feeds: Iterator[Feed]) -> Feed | None:

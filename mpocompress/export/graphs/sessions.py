@@ -105,9 +105,15 @@ class GraphInputs:
                     "given for. Cut the graph behind it (onnx.utils.extract_model)."
                 )
             spec = guessed_spec(
-                value.name, position, _DTYPES[code], _sizes(value), _bound(model, value.name)
+                value.name,
+                position,
+                _DTYPES[code],
+                sizes_of(value) or (),
+                _bound(model, value.name),
             )
             specs.append(spec)
+        # Inputs of which not even the number of dimensions is known.
+        self._open = {value.name for value in model.inputs if sizes_of(value) is None}
         if shapes:
             specs = [*self._shaped(specs, shapes)]
         self.specs = tuple(specs)
@@ -115,6 +121,8 @@ class GraphInputs:
     def _shaped(
         self, specs: Sequence[InputSpec], shapes: Sequence[tuple[int, ...]]
     ) -> list[InputSpec]:
+        if len(shapes) == len(specs):
+            specs = [self._ranked(*pair) for pair in zip(specs, map(len, shapes), strict=True)]
         fits = len(shapes) == len(specs) and all(
             len(shape) == len(spec.shape)
             and all(
@@ -128,14 +136,41 @@ class GraphInputs:
             raise DataError(
                 f"shapes {given} do not fit {self.name}, which takes {self.describe(specs)}."
             )
+        self._open = set()
         return [
             replace(spec, example_shape=shape) for spec, shape in zip(specs, shapes, strict=True)
         ]
 
+    def _ranked(self, spec: InputSpec, rank: int) -> InputSpec:
+        """The spec with so many open dimensions if nothing is known of them."""
+        if spec.name not in self._open:
+            return spec
+        open_ = guessed_spec(spec.name, spec.slot, spec.dtype, [None] * rank, None)
+        return replace(open_, high=spec.high)
+
+    def check_ranks(self) -> None:
+        """Refuse to make up what has no shape.
+
+        Raises:
+            DataError: an input has none, in the graph or in the shapes that were given.
+        """
+        if self._open:
+            names = ", ".join(map(repr, sorted(self._open)))
+            raise DataError(
+                f"{self.name} does not say how many dimensions {names} has; it takes "
+                f"{self.describe()}. Give --data, or the shape of each input as --input."
+            )
+
     def describe(self, specs: Sequence[InputSpec] | None = None) -> str:
         """All inputs, for messages."""
         specs = self.specs if specs is None else specs
-        return "; ".join(spec.describe() for spec in specs) or "no inputs"
+        described = (
+            f"{spec.name!r}: {spec.dtype} of any shape"
+            if spec.name in self._open
+            else spec.describe()
+            for spec in specs
+        )
+        return "; ".join(described) or "no inputs"
 
     @property
     def batch_symbols(self) -> frozenset[str]:
@@ -159,8 +194,9 @@ class GraphInputs:
             )
         sizes: dict[str, int] = {}
         feed = {}
-        for spec in self.specs:
-            tensor = given[spec.name]
+        for known in self.specs:
+            tensor = given[known.name]
+            spec = self._ranked(known, tensor.ndim)
             fits = len(spec.shape) == tensor.ndim and all(
                 sizes.setdefault(want, size) == size if isinstance(want, str) else want == size
                 for want, size in zip(spec.shape, tensor.shape, strict=True)
@@ -189,9 +225,15 @@ def _as_array(tensor: Tensor) -> np.ndarray:
     return tensor.contiguous().numpy()
 
 
-def _sizes(value: onnx.ValueInfoProto) -> list[int | str | None]:
+def sizes_of(value: onnx.ValueInfoProto) -> list[int | str | None] | None:
+    """Sizes of a tensor of a graph; None for an open one, and for all where there is no shape.
+
+    Some exporters write 0 or -1 for an open size.
+    """
+    if not value.type.tensor_type.HasField("shape"):
+        return None
     return [
-        size.dim_value if size.HasField("dim_value") else (size.dim_param or None)
+        size.dim_value if size.dim_value > 0 else (size.dim_param or None)
         for size in value.type.tensor_type.shape.dim
     ]
 
