@@ -314,6 +314,59 @@ def test_old_files_list_their_tensors_as_inputs():
     np.testing.assert_allclose(run(made, x)[0], run(proto, x)[0], **ONNX)
 
 
+@pytest.mark.parametrize("domain", ["", "com.microsoft"])
+@pytest.mark.parametrize("where", ["inside", "output"])
+def test_noted_sizes_that_are_wrong_do_not_matter(tmp_path, domain, where):
+    proto = model(
+        [
+            node("Gelu" if domain else "Relu", "x", "r", domain=domain),
+            node("MatMul", "r w", "t"),
+            node("Relu", "t", "y"),
+        ],
+        {"w": weight(64, 64)},
+        inputs={"x": ["N", "S", 64]},
+        outputs={"y": ["N", "S", 64]} | ({"r": [1, 16, 64]} if where == "output" else {}),
+    )
+    if domain:
+        proto.opset_import.append(helper.make_opsetid(domain, 1))
+    for name in "rt" if where == "inside" else "":
+        proto.graph.value_info.append(
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 16, 64])
+        )
+    graph = opened(proto)
+    weights = lossless(graph, 2)
+    path = tmp_path / "model.onnx"
+    write_graph(with_cores(graph, weights), Path(), path)
+    onnx.checker.check_model(path)
+    assert compare_graphs(
+        path, with_matrices(graph, weights), Path(), GraphInputs(graph), None
+    ).passed
+    assert graph.shapes.get("r") == (None if domain else (None, None, 64))
+
+
+def test_sizes_follow_from_the_inputs_through_bodies():
+    branch = helper.make_graph(
+        [node("MatMul", "x w", "b")],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("b", TensorProto.FLOAT, [1, 16, 64])],
+    )
+    proto = model(
+        [
+            node("If", "flag", "r", then_branch=branch, else_branch=branch),
+            node("Reshape", "r shape", "y"),
+        ],
+        {"w": weight(64, 64), "shape": np.array([0, 8, 2, 64])},
+        inputs={"x": ["N", 16, 64], "flag": []},
+        outputs={"y": ["N", 8, 2, 64]},
+        input_types={"flag": TensorProto.BOOL},
+    )
+    before = proto.SerializeToString(deterministic=True)
+    shapes = opened(proto).shapes
+    assert (shapes["r"], shapes["y"]) == ((None, 16, 64), (None, 8, 2, 64))
+    assert proto.SerializeToString(deterministic=True) == before
+
+
 @pytest.mark.parametrize("limit", [1, 1 << 30], ids=["data file", "one file"])
 def test_external_data_is_read_and_written(tmp_path, limit):
     proto = mlp()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
 from torch import Tensor
 
 from mpocompress.export.graphs.chain import Chain, GraphBuilder
@@ -15,6 +15,7 @@ from mpocompress.export.graphs.model import (
     copy_graph_frame,
     copy_without_graph,
     label,
+    sizes_of,
 )
 from mpocompress.export.graphs.tensors import ONNX_FLOATS, from_torch
 from mpocompress.mpo import MPO
@@ -163,7 +164,24 @@ def _rewritten(
         for value in model.graph.value_info
         if value.name not in dropped_nodes and value.name not in dropped_tensors
     )
+    read = {product.node.input[0] for site in weights for product in site.products}
+    outputs = (value for value in made.graph.output if value.name in read)
+    for value in (*made.graph.value_info, *outputs):
+        _open_unproven(value, model)
     return made
+
+
+def _open_unproven(value: ValueInfoProto, model: OnnxModel) -> None:
+    """Open the sizes that do not follow from the inputs.
+
+    ONNX Runtime takes the Shape of such a value, which a chain of cores may need, for a constant.
+    """
+    noted, proven = sizes_of(value) or [], model.shapes.get(value.name, ())
+    if len(proven) != len(noted):
+        proven = (None,) * len(noted)
+    for size, right in zip(value.type.tensor_type.shape.dim, proven, strict=True):
+        if size.HasField("dim_value") and size.dim_value != right:
+            size.ClearField("dim_value")
 
 
 def _only_for(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpocompress.errors import DataError, LoadError
 from mpocompress.export.calls import first_line
-from mpocompress.export.graphs.model import OnnxModel, attribute
+from mpocompress.export.graphs.model import OnnxModel, attribute, sizes_of
 from mpocompress.export.graphs.tensors import FLOATS, from_torch
 from mpocompress.export.inputs import (
     InputSpec,
@@ -223,19 +223,6 @@ def _as_array(tensor: Tensor) -> np.ndarray:
         array: np.ndarray = onnx.numpy_helper.to_array(from_torch(tensor, ""))
         return array
     return tensor.contiguous().numpy()
-
-
-def sizes_of(value: onnx.ValueInfoProto) -> list[int | str | None] | None:
-    """Sizes of a tensor of a graph; None for an open one, and for all where there is no shape.
-
-    Some exporters write 0 or -1 for an open size.
-    """
-    if not value.type.tensor_type.HasField("shape"):
-        return None
-    return [
-        size.dim_value if size.dim_value > 0 else (size.dim_param or None)
-        for size in value.type.tensor_type.shape.dim
-    ]
 
 
 def _bound(model: OnnxModel, value: str) -> int | None:
