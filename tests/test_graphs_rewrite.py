@@ -298,19 +298,31 @@ def test_sequences_of_maps_survive():
         assert ours_row == pytest.approx(theirs_row, rel=ONNX["rtol"], abs=ONNX["atol"])
 
 
-def test_old_files_list_their_tensors_as_inputs():
+def with_tensors_as_inputs(ir_version: int) -> onnx.ModelProto:
     proto = mlp(11)
-    proto.ir_version = 3
+    proto.ir_version = ir_version
     proto.graph.input.extend(
         helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
         for t in proto.graph.initializer
     )
+    return proto
+
+
+@pytest.mark.parametrize(
+    ("ir_version", "inputs"), [(3, ["x"]), (4, ["x", "fc0.bias", "fc1.weight", "fc1.bias"])]
+)
+def test_stored_tensors_that_are_inputs(ir_version, inputs):
+    # Before version 4 they had to be; since then they are defaults, which stay such.
+    proto = with_tensors_as_inputs(ir_version)
     graph = opened(proto)
     assert [value.name for value in graph.inputs] == ["x"]
-    made = with_cores(graph, lossless(graph))
-    onnx.checker.check_model(made)
-    assert [v.name for v in made.graph.input] == ["x", "fc0.bias", "fc1.bias"]
+    weights = lossless(graph)
+    first = {site: mpo for site, mpo in weights.items() if site.name == "fc0"}
     x = feed(4, 48)
+    for made in (with_cores(graph, first), with_matrices(graph, first)[0]):
+        assert [v.name for v in made.graph.input] == inputs
+    made = with_cores(graph, first)
+    onnx.checker.check_model(made)
     np.testing.assert_allclose(run(made, x)[0], run(proto, x)[0], **ONNX)
 
 

@@ -293,6 +293,21 @@ def test_an_input_without_a_shape_needs_data_or_a_shape(here, capsys):
     assert "shapes 2x3, 2 do not fit net.onnx, which takes 'x': float32 of any shape" in err
 
 
+def test_weights_that_a_caller_could_give_are_said_to_be_inputs_no_longer(here, capsys):
+    proto = mlp()
+    proto.graph.input.extend(
+        onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
+        for t in proto.graph.initializer
+    )
+    save(proto, here / "net.onnx")
+    arguments = ("net.onnx", "--bond-dim", "4", "--exclude", "fc1", "-o", "out")
+    code, _, err = command(capsys, *arguments)
+    assert code == 0, err
+    assert "net.onnx lets a caller give other weights for fc0.weight as inputs" in err
+    made = onnx.load(here / "out" / "model.onnx")
+    assert [v.name for v in made.graph.input] == ["x", "fc0.bias", "fc1.weight", "fc1.bias"]
+
+
 def without_weights() -> onnx.ModelProto:
     return model(
         [node("Mul", "x s", "y")],

@@ -312,6 +312,15 @@ def write_compressed(model: OnnxModel, result: GraphResult, path: Path) -> dict[
     return write_graph(made, model.folder, path)
 
 
+def lost_inputs(model: OnnxModel, result: GraphResult) -> tuple[str, ...]:
+    """Names of inputs with a default that are no inputs of the result: its weights, by cores now.
+
+    Exporters of long ago made all weights such inputs, so this is no reason to keep them dense.
+    """
+    gone = {name for site in result.weights for name in (site.stored, *site.helpers)}
+    return tuple(sorted(gone & model.defaults))
+
+
 def verify_graph(
     model: OnnxModel,
     result: GraphResult,

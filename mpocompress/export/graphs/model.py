@@ -19,6 +19,10 @@ from mpocompress.export.graphs.tensors import graphs_of, num_bytes
 
 STANDARD = ("", "ai.onnx")
 
+# IR version since when stored tensors need not be inputs, as each of them is in older files. Such
+# an input is a default since then, which a caller may replace.
+FREE_INITIALIZERS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
@@ -102,6 +106,14 @@ class OnnxModel:
         """Inputs that a caller must give: those without a stored value."""
         given = {tensor.name for tensor in self.graph.initializer}
         return tuple(value for value in self.graph.input if value.name not in given)
+
+    @cached_property
+    def defaults(self) -> frozenset[str]:
+        """Names of inputs that a caller may give, but need not: such with a stored value."""
+        if self.proto.ir_version < FREE_INITIALIZERS:
+            return frozenset()
+        given = {tensor.name for tensor in self.graph.initializer}
+        return frozenset(value.name for value in self.graph.input if value.name in given)
 
     @cached_property
     def names(self) -> frozenset[str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from mpocompress.export.graphs.chain import Chain, GraphBuilder
 from mpocompress.export.graphs.find import GraphSite, Product
 from mpocompress.export.graphs.model import (
+    FREE_INITIALIZERS,
     OnnxModel,
     attribute,
     copy_graph_frame,
@@ -19,9 +20,6 @@ from mpocompress.export.graphs.model import (
 )
 from mpocompress.export.graphs.tensors import ONNX_FLOATS, from_torch
 from mpocompress.mpo import MPO
-
-# Stored tensors need not be inputs since then; older files list each of them as an input, too.
-_FREE_INITIALIZERS = 4
 
 _Replace = Callable[[GraphSite, Product], list[NodeProto]]
 
@@ -144,11 +142,12 @@ def _rewritten(
     }
     dropped_nodes, dropped_tensors = _only_for(model, weights)
     made = copy_without_graph(model.proto)
-    made.ir_version = max(made.ir_version, _FREE_INITIALIZERS)
+    made.ir_version = max(made.ir_version, FREE_INITIALIZERS)
     copy_graph_frame(model.graph, made.graph)
-    inputs = [value for value in model.graph.input if value.name not in dropped_tensors]
+    # What had to be an input in an old file would become a default, of which nothing is folded.
+    needed = {value.name for value in model.inputs} | model.defaults - dropped_tensors
     del made.graph.input[:]
-    made.graph.input.extend(inputs)
+    made.graph.input.extend(value for value in model.graph.input if value.name in needed)
     for node in model.graph.node:
         key = node.output[0] if node.output else ""
         if key in products:
