@@ -88,6 +88,36 @@ REFUSED = {
         outputs=("z",),
     ),
     "has shape (2, 24, 24), not two": matmul({"W": np.ones((2, 24, 24), np.float32)}),
+    "it multiplies from the left in MatMul 'node_y'; weights on the right": model(
+        [node("MatMul", "W x", "y")],
+        W,
+        inputs={"x": [24, "columns"]},
+        outputs={"y": [24, None]},
+    ),
+    "it is added in Gemm 'node_y', and nothing multiplies by it": model(
+        [node("Gemm", "x x2 W", "y")],
+        W,
+        inputs={"x": [24, 24], "x2": [24, 24]},
+        outputs={"y": [24, 24]},
+    ),
+    "what Transpose 'node_t' makes of it is an output of the graph, too": model(
+        [node("Transpose", "W", "t"), node("MatMul", "x t", "y")],
+        W,
+        inputs={"x": ["batch", 24]},
+        outputs={"y": [None, None], "t": [24, 24]},
+    ),
+    "nothing reads what Transpose 'node_t' makes of it": model(
+        [node("Transpose", "W", "t"), node("Relu", "x", "y")],
+        W,
+        inputs={"x": ["batch", 24]},
+        outputs={"y": [None, None]},
+    ),
+    "its shape (24, 24) does not fit Reshape": model(
+        [node("Reshape", "W shape", "r"), node("MatMul", "x r", "y")],
+        {**W, "shape": np.array([5, -1])},
+        inputs={"x": ["batch", 5]},
+        outputs={"y": [None, None]},
+    ),
     "its weight is INT32": model(
         [node("Cast", "x", "x2", to=TensorProto.INT32), node("MatMul", "x2 W", "y")],
         {"W": np.ones((24, 24), np.int32)},

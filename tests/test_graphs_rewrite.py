@@ -93,6 +93,11 @@ PRODUCTS = {
         (240,),
         (5, 12),
     ),
+    "behind a Reshape of what is left": (
+        [node("Reshape", "W left", "r"), node("MatMul", "x r", "y")],
+        (12, 4, 5),
+        (5, 12),
+    ),
 }
 
 
@@ -104,6 +109,7 @@ def test_cores_compute_what_the_weight_computed(case, sites, tmp_path):
         "W": weight(12, 20, seed=1).reshape(shape),
         "b": vector(20),
         "shape": np.array([12, 20]),
+        "left": np.array([0, -1]),
     }
     used = {name for entry in nodes for name in entry.input}
     proto = model(

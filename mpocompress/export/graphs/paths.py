@@ -77,7 +77,7 @@ def continues(node: NodeProto, position: int, model: OnnxModel) -> bool:
 
 
 def operand_shape(model: OnnxModel, path: WeightPath) -> tuple[int, ...] | None:
-    """Sizes of the operand; None if a Reshape is given by something else than positive sizes."""
+    """Sizes of the operand; None if nodes on the way do not fit the tensor."""
     shape = tuple(model.stored[path.stored].dims)
     for node in path.nodes:
         if node.op_type == "Transpose":
@@ -87,11 +87,30 @@ def operand_shape(model: OnnxModel, path: WeightPath) -> tuple[int, ...] | None:
                 return None
             shape = tuple(shape[axis] for axis in axes)
         elif node.op_type == "Reshape":
-            wanted = read_array(model.stored[node.input[1]], model.folder).tolist()
-            if not isinstance(wanted, list) or any(size < 1 for size in wanted):
+            wanted = read_array(model.stored[node.input[1]], model.folder).reshape(-1).tolist()
+            found = _reshaped(shape, wanted, keeps_zeros=bool(attribute(node, "allowzero", 0)))
+            if found is None:
                 return None
-            shape = tuple(wanted)
+            shape = found
     return shape
+
+
+def _reshaped(
+    shape: tuple[int, ...], wanted: Sequence[int], *, keeps_zeros: bool
+) -> tuple[int, ...] | None:
+    """The shape that a Reshape gives: 0 stands for the size in its place, -1 for what is left."""
+    sizes = list(wanted)
+    for axis, size in enumerate(sizes):
+        if size == 0 and not keeps_zeros:
+            if axis >= len(shape):
+                return None
+            sizes[axis] = shape[axis]
+    if sizes.count(-1) == 1:
+        others = prod(size for size in sizes if size != -1)
+        if others < 1:
+            return None
+        sizes[sizes.index(-1)] = prod(shape) // others
+    return tuple(sizes) if min(sizes, default=0) >= 0 and prod(sizes) == prod(shape) else None
 
 
 def operand_type(model: OnnxModel, path: WeightPath) -> int:
