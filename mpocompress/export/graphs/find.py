@@ -183,7 +183,10 @@ class _Survey:
             for consumer, path in readers
         }
         if len(forms) > 1:
-            return "its products use it in different forms (transposed, or cast to other dtypes)"
+            return (
+                "its products use it in different forms (transposed, scaled along other axes, or "
+                "cast to other dtypes)"
+            )
         return None
 
     def _end(self, name: str) -> str | None:
@@ -252,7 +255,7 @@ class _Survey:
             else:
                 entry = self._kept(name, tensor)
                 entries.append(entry)
-                if len(entry.shape) > 1 and not entry.is_buffer:
+                if name in self.refused or (len(entry.shape) > 1 and not entry.is_buffer):
                     refused[name] = entry.reason
         return Inventory(entries=tuple(entries), refused=refused)
 

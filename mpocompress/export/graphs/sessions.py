@@ -194,12 +194,14 @@ class GraphInputs:
             )
         sizes: dict[str, int] = {}
         feed = {}
-        for known in self.specs:
-            tensor = given[known.name]
-            spec = self._ranked(known, tensor.ndim)
-            fits = len(spec.shape) == tensor.ndim and all(
-                sizes.setdefault(want, size) == size if isinstance(want, str) else want == size
-                for want, size in zip(spec.shape, tensor.shape, strict=True)
+        for spec in self.specs:
+            tensor = given[spec.name]
+            fits = spec.name in self._open or (
+                len(spec.shape) == tensor.ndim
+                and all(
+                    sizes.setdefault(want, size) == size if isinstance(want, str) else want == size
+                    for want, size in zip(spec.shape, tensor.shape, strict=True)
+                )
             )
             if not fits or tensor.is_floating_point() != spec.torch_dtype.is_floating_point:
                 raise DataError(
