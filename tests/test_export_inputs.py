@@ -1,5 +1,7 @@
 """Descriptions of graph inputs, and batches that are made up after them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from mpocompress.export.inputs import (
     from_json,
     guessed_spec,
     kind_of,
+    other_conventions,
     random_tensors,
     symbols,
     to_json,
@@ -65,6 +68,41 @@ def test_masks_follow_the_convention_of_the_example(padding):
     assert lengths[0] == 9
     positions = torch.arange(9).expand(40, 9)
     assert torch.equal(mask == used, positions < lengths[:, None])
+
+
+@pytest.mark.parametrize(
+    ("row", "dtype", "used"),
+    [
+        ("00011111", torch.bool, 0),
+        ("11100000", torch.bool, 1),
+        ("11100000", torch.int64, 1),
+        ("00000111", torch.int64, 1),  # padded on the left
+    ],
+)
+def test_columns_tell_the_convention_where_every_row_has_padding(row, dtype, used):
+    example = torch.tensor([[int(digit) for digit in row]]).to(dtype)
+    rows = torch.cat([example, torch.cat([example[:, :1], example[:, :-2], example[:, -1:]], 1)])
+    for mask in (example, rows):
+        assert value_range("mask", mask) == (1.0 - used, float(used))
+    (mask,) = made_up(spec_of("mask", rows, ("batch", "sequence")), batch=40, sequence=9)
+    assert (mask[0] == used).all()
+
+
+def test_masks_are_made_up_in_the_other_convention_too():
+    mask = spec_of("mask", torch.ones(2, 3, dtype=torch.bool), ("batch", 3))
+    ids = spec_of("ids", torch.tensor([[0, 5]]), ("batch", 2))
+    other = replace(mask, name="other")
+    exchanged = [
+        [(spec.low, spec.high) for spec in specs] for specs in other_conventions([mask, ids, other])
+    ]
+    kept, ranges = (0.0, 5.0), ((0.0, 1.0), (1.0, 0.0))
+    assert exchanged == [
+        [ranges[1], kept, ranges[1]],
+        [ranges[1], kept, ranges[0]],
+        [ranges[0], kept, ranges[1]],
+    ]
+    assert len(list(other_conventions([mask]))) == 1
+    assert not list(other_conventions([ids]))
 
 
 def test_floats_stay_in_the_range_of_the_example():

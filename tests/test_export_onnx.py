@@ -307,6 +307,19 @@ def test_padding_masks_of_torch(tmp_path):
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+@pytest.mark.parametrize(
+    "lengths", [(1, 2), (0, 3)], ids=["every row has padding", "nothing tells"]
+)
+def test_padding_masks_of_torch_are_made_up_so_that_outputs_are_finite(tmp_path, lengths):
+    torch.manual_seed(0)
+    model = Encoder()
+    mask = torch.arange(3) >= torch.tensor(lengths)[:, None]
+    exported = export_onnx(model, tmp_path / "m.onnx", (torch.randn(2, 3, 8), mask))
+    result = verify(exported.path, model)
+    result.raise_if_failed()
+    assert result.batch_sizes == (1, 3, 7)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_are_written_as_float32(tmp_path, dtype):
     model = nn.Sequential(MPOLinear(8, 8, bond_dim=2), nn.Linear(8, 2)).to(dtype)

@@ -88,6 +88,36 @@ REFUSED = {
         outputs=("z",),
     ),
     "has shape (2, 24, 24), not two": matmul({"W": np.ones((2, 24, 24), np.float32)}),
+    "it multiplies from the left in MatMul 'node_y'; weights on the right": model(
+        [node("MatMul", "W x", "y")],
+        W,
+        inputs={"x": [24, "columns"]},
+        outputs={"y": [24, None]},
+    ),
+    "it is added in Gemm 'node_y', and nothing multiplies by it": model(
+        [node("Gemm", "x x2 W", "y")],
+        W,
+        inputs={"x": [24, 24], "x2": [24, 24]},
+        outputs={"y": [24, 24]},
+    ),
+    "what Transpose 'node_t' makes of it is an output of the graph, too": model(
+        [node("Transpose", "W", "t"), node("MatMul", "x t", "y")],
+        W,
+        inputs={"x": ["batch", 24]},
+        outputs={"y": [None, None], "t": [24, 24]},
+    ),
+    "nothing reads what Transpose 'node_t' makes of it": model(
+        [node("Transpose", "W", "t"), node("Relu", "x", "y")],
+        W,
+        inputs={"x": ["batch", 24]},
+        outputs={"y": [None, None]},
+    ),
+    "its shape (24, 24) does not fit Reshape": model(
+        [node("Reshape", "W shape", "r"), node("MatMul", "x r", "y")],
+        {**W, "shape": np.array([5, -1])},
+        inputs={"x": ["batch", 5]},
+        outputs={"y": [None, None]},
+    ),
     "its weight is INT32": model(
         [node("Cast", "x", "x2", to=TensorProto.INT32), node("MatMul", "x2 W", "y")],
         {"W": np.ones((24, 24), np.int32)},
@@ -105,6 +135,60 @@ def test_refused_weights_say_why(reason):
     assert reason in entry.reason
     with pytest.raises(NoLayerMatched, match="no layer that can be converted"):
         select_sites(found)
+
+
+def test_paths_that_scale_rows_and_columns_are_different_weights():
+    # Transposed and then scaled row by row, or scaled and then transposed: by columns of the other.
+    proto = quantized_twice(
+        [node("Transpose", "wq", "a"), node("DequantizeLinear", "a s", "w1", axis=0)],
+        [node("DequantizeLinear", "wq s", "b", axis=0), node("Transpose", "b", "w2")],
+        scale=np.linspace(0.001, 0.05, 64).astype(np.float32),
+    )
+    found = inventory(proto)
+    with pytest.raises(NoLayerMatched, match=r"'wq' \(its products use it in different"):
+        select_sites(found)
+
+
+@pytest.mark.parametrize("scales", [1, 64])
+def test_paths_that_give_the_same_numbers_are_one_weight(scales):
+    axis = {"axis": 0} if scales > 1 else {}
+    proto = quantized_twice(
+        [node("DequantizeLinear", "wq s", "a", **axis), node("Transpose", "a", "w1")],
+        [
+            node("DequantizeLinear", "wq s", "b", **axis),
+            node("Transpose", "b", "c", perm=[0, 1]),
+            node("Transpose", "c", "w2"),
+        ],
+        scale=np.linspace(0.001, 0.05, scales)
+        .astype(np.float32)
+        .reshape(() if scales == 1 else -1),
+    )
+    (site,) = graph_sites(inventory(proto))
+    assert len(site.products) == 2
+
+
+def test_a_transpose_that_moves_nothing_is_none():
+    proto = model(
+        [
+            node("Transpose", "W", "t", perm=[0, 1]),
+            node("MatMul", "x t", "y"),
+            node("Gemm", "x W", "z", transB=1),
+        ],
+        W,
+        inputs={"x": ["batch", 24]},
+        outputs={"y": ["batch", 24], "z": ["batch", 24]},
+    )
+    assert "in different forms" in inventory(proto).refused["W"]
+
+
+def quantized_twice(first, second, *, scale):
+    numbers = np.random.default_rng(0).integers(-128, 128, (64, 1)) * np.ones((1, 64))
+    return model(
+        [*first, *second, node("MatMul", "x w1", "y1"), node("MatMul", "x w2", "y2")],
+        {"wq": numbers.astype(np.int8), "s": scale},
+        inputs={"x": ["batch", 64]},
+        outputs={"y1": ["batch", 64], "y2": ["batch", 64]},
+    )
 
 
 def test_a_weight_that_a_loop_reads_stays():

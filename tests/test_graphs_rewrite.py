@@ -93,6 +93,11 @@ PRODUCTS = {
         (240,),
         (5, 12),
     ),
+    "behind a Reshape of what is left": (
+        [node("Reshape", "W left", "r"), node("MatMul", "x r", "y")],
+        (12, 4, 5),
+        (5, 12),
+    ),
 }
 
 
@@ -104,6 +109,7 @@ def test_cores_compute_what_the_weight_computed(case, sites, tmp_path):
         "W": weight(12, 20, seed=1).reshape(shape),
         "b": vector(20),
         "shape": np.array([12, 20]),
+        "left": np.array([0, -1]),
     }
     used = {name for entry in nodes for name in entry.input}
     proto = model(
@@ -298,20 +304,85 @@ def test_sequences_of_maps_survive():
         assert ours_row == pytest.approx(theirs_row, rel=ONNX["rtol"], abs=ONNX["atol"])
 
 
-def test_old_files_list_their_tensors_as_inputs():
+def with_tensors_as_inputs(ir_version: int) -> onnx.ModelProto:
     proto = mlp(11)
-    proto.ir_version = 3
+    proto.ir_version = ir_version
     proto.graph.input.extend(
         helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
         for t in proto.graph.initializer
     )
+    return proto
+
+
+@pytest.mark.parametrize(
+    ("ir_version", "inputs"), [(3, ["x"]), (4, ["x", "fc0.bias", "fc1.weight", "fc1.bias"])]
+)
+def test_stored_tensors_that_are_inputs(ir_version, inputs):
+    # Before version 4 they had to be; since then they are defaults, which stay such.
+    proto = with_tensors_as_inputs(ir_version)
     graph = opened(proto)
     assert [value.name for value in graph.inputs] == ["x"]
-    made = with_cores(graph, lossless(graph))
-    onnx.checker.check_model(made)
-    assert [v.name for v in made.graph.input] == ["x", "fc0.bias", "fc1.bias"]
+    weights = lossless(graph)
+    first = {site: mpo for site, mpo in weights.items() if site.name == "fc0"}
     x = feed(4, 48)
+    for made in (with_cores(graph, first), with_matrices(graph, first)[0]):
+        assert [v.name for v in made.graph.input] == inputs
+    made = with_cores(graph, first)
+    onnx.checker.check_model(made)
     np.testing.assert_allclose(run(made, x)[0], run(proto, x)[0], **ONNX)
+
+
+@pytest.mark.parametrize("domain", ["", "com.microsoft"])
+@pytest.mark.parametrize("where", ["inside", "output"])
+def test_noted_sizes_that_are_wrong_do_not_matter(tmp_path, domain, where):
+    proto = model(
+        [
+            node("Gelu" if domain else "Relu", "x", "r", domain=domain),
+            node("MatMul", "r w", "t"),
+            node("Relu", "t", "y"),
+        ],
+        {"w": weight(64, 64)},
+        inputs={"x": ["N", "S", 64]},
+        outputs={"y": ["N", "S", 64]} | ({"r": [1, 16, 64]} if where == "output" else {}),
+    )
+    if domain:
+        proto.opset_import.append(helper.make_opsetid(domain, 1))
+    for name in "rt" if where == "inside" else "":
+        proto.graph.value_info.append(
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 16, 64])
+        )
+    graph = opened(proto)
+    weights = lossless(graph, 2)
+    path = tmp_path / "model.onnx"
+    write_graph(with_cores(graph, weights), Path(), path)
+    onnx.checker.check_model(path)
+    assert compare_graphs(
+        path, with_matrices(graph, weights), Path(), GraphInputs(graph), None
+    ).passed
+    assert graph.shapes.get("r") == (None if domain else (None, None, 64))
+
+
+def test_sizes_follow_from_the_inputs_through_bodies():
+    branch = helper.make_graph(
+        [node("MatMul", "x w", "b")],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("b", TensorProto.FLOAT, [1, 16, 64])],
+    )
+    proto = model(
+        [
+            node("If", "flag", "r", then_branch=branch, else_branch=branch),
+            node("Reshape", "r shape", "y"),
+        ],
+        {"w": weight(64, 64), "shape": np.array([0, 8, 2, 64])},
+        inputs={"x": ["N", 16, 64], "flag": []},
+        outputs={"y": ["N", 8, 2, 64]},
+        input_types={"flag": TensorProto.BOOL},
+    )
+    before = proto.SerializeToString(deterministic=True)
+    shapes = opened(proto).shapes
+    assert (shapes["r"], shapes["y"]) == ((None, 16, 64), (None, 8, 2, 64))
+    assert proto.SerializeToString(deterministic=True) == before
 
 
 @pytest.mark.parametrize("limit", [1, 1 << 30], ids=["data file", "one file"])
@@ -329,6 +400,44 @@ def test_external_data_is_read_and_written(tmp_path, limit):
     (tmp_path / "in.onnx.data").unlink()
     x = feed(4, 48)
     np.testing.assert_allclose(run(target, x)[0], run(proto, x)[0], **ONNX)
+
+
+def test_small_external_tensors_do_not_point_into_the_new_data_file_of_the_same_name(tmp_path):
+    branches = [
+        helper.make_graph(
+            [node("Add", "m inner", "a")],
+            name,
+            [],
+            [helper.make_tensor_value_info("a", TensorProto.FLOAT, None)],
+            [numpy_helper.from_array(np.full(64, value, np.float32), "inner")],
+        )
+        for name, value in (("then", 5), ("else", 7))
+    ]
+    proto = model(
+        [
+            node("MatMul", "x w", "h"),
+            node("Add", "h b", "m"),
+            node("If", "flag", "y", then_branch=branches[0], else_branch=branches[1]),
+        ],
+        {"w": weight(64, 64), "b": np.arange(64, dtype=np.float32)},
+        inputs={"x": ["batch", 64], "flag": []},
+        outputs={"y": ["batch", 64]},
+        input_types={"flag": TensorProto.BOOL},
+    )
+    for name in ("in", "out"):
+        (tmp_path / name).mkdir()
+    source = save(proto, tmp_path / "in" / "model.onnx", external=True)
+    read = onnx.load(source, load_external_data=False)
+    assert all(t.data_location == TensorProto.EXTERNAL for t in read.graph.initializer)
+    target = tmp_path / "out" / "model.onnx"
+    write_graph(read, tmp_path / "in", target, single_file_bytes=1000)
+    made = onnx.load(target, load_external_data=False)
+    assert [t.data_location == TensorProto.EXTERNAL for t in made.graph.initializer] == [
+        True,
+        False,
+    ]
+    x = feed(4, 64) | {"flag": np.array(True)}
+    np.testing.assert_array_equal(run(target, x)[0], run(source, x)[0])
 
 
 def test_parity_finds_a_wrong_core(tmp_path):
@@ -351,6 +460,31 @@ def test_parity_finds_a_wrong_core(tmp_path):
     assert not found.passed
     assert 0.005 < found.max_relative_difference < 0.02  # two cores, each 1 % too large; a bias
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_made_up_masks_do_not_hide_everything_from_parity(tmp_path):
+    # True = ignore, of which the graph says nothing: NaN where all is ignored, and NaN agrees.
+    proto = model(
+        [
+            node("MatMul", "x W", "h"),
+            node("Where", "pad_mask low h", "s"),
+            node("Softmax", "s", "y", axis=-1),
+        ],
+        {"W": weight(24, 24), "low": np.array(-np.inf, np.float32)},
+        inputs={"x": [1, 24], "pad_mask": [1, 24]},
+        outputs={"y": [1, 24]},
+        input_types={"pad_mask": TensorProto.BOOL},
+    )
+    graph = opened(proto)
+    weights = lossless(graph)
+    path = tmp_path / "model.onnx"
+    for factor, passes in ((1.0, True), (1.1, False)):
+        cores = {s: MPO([c * factor for c in m.cores], shape=m.shape) for s, m in weights.items()}
+        write_graph(with_cores(graph, cores), Path(), path)
+        found = compare_graphs(
+            path, with_matrices(graph, weights), Path(), GraphInputs(graph), None
+        )
+        assert found.passed == passes
 
 
 def test_the_reference_of_a_large_model_goes_to_a_data_file(tmp_path):

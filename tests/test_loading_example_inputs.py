@@ -83,6 +83,45 @@ def test_integers_are_valid_indices_and_masks_hide_nothing():
     assert bool(example.args[1].bool().all())
 
 
+@pytest.mark.parametrize("true_means", ["use", "ignore"])
+def test_boolean_masks_hide_nothing_whatever_true_means(true_means):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(9, 4)
+
+        def forward(self, mask, ids):
+            hidden = mask if true_means == "ignore" else ~mask
+            scores = self.table(ids).sum(-1).masked_fill(hidden, float("-inf"))
+            return scores.softmax(-1)
+
+    example = example_inputs(Net(), specs=["2x50:bool", "2x50:int64"])
+    assert set(example.args[0].flatten().tolist()) == {true_means == "use"}
+    assert len(set(example.args[1].flatten().tolist())) == 9
+
+
+def test_a_mask_that_is_named_after_padding_marks_it():
+    class Net(nn.Module):
+        def forward(self, x, src_key_padding_mask):
+            return x.masked_fill(src_key_padding_mask, 0)
+
+    example = example_inputs(Net(), specs=["2x3", "2x3:bool"])
+    assert not example.args[1].any()
+
+
+def test_a_mask_that_the_model_refuses_is_tried_the_other_way_round():
+    class Net(nn.Module):
+        def forward(self, x, skip):
+            if skip.all():
+                raise ValueError("nothing is left")
+            return x
+
+    example = example_inputs(Net(), specs=["2x3", "2x3:bool"])
+    assert not example.args[1].any()
+    with pytest.raises(DataError, match="does not accept 2x3:bool: .*missing 1 required"):
+        example_inputs(Net(), specs=["2x3:bool"])
+
+
 def test_spec_that_does_not_fit_shows_shape_and_reason():
     model = nn.Sequential(nn.Linear(784, 10))
     message = (

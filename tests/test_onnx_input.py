@@ -246,6 +246,68 @@ def test_inputs_that_must_fit_together_are_given_by_shape(here, capsys):
     assert {file.name for file in here.iterdir()} == {"net.onnx", "out"}
 
 
+def of_shape(shape: list[int | str | None] | None) -> onnx.ModelProto:
+    proto = model(
+        [node("MatMul", "x W", "y")],
+        {"W": weight(64, 64)},
+        inputs={"x": [1]},
+        outputs={"y": [1]},
+    )
+    for value in (proto.graph.input[0], proto.graph.output[0]):
+        value.CopyFrom(
+            onnx.helper.make_tensor_value_info(value.name, onnx.TensorProto.FLOAT, shape)
+        )
+    return proto
+
+
+@pytest.mark.parametrize("size", [-1, 0])
+def test_sizes_below_1_are_open(here, capsys, size):
+    save(of_shape([size, 64]), here / "net.onnx")
+    code, _, err = command(capsys, "net.onnx", "--bond-dim", "8", "-o", "made-up")
+    assert code == 0, err
+    assert f"net.onnx: sizes below 1 are read as open: 'x' (dimension 0: {size})" in err
+    np.savez(here / "data.npz", x=rows(40, 64))
+    code, _, err = command(capsys, "net.onnx", "--bond-dim", "8", "--data", "data.npz", "-o", "out")
+    assert code == 0, err
+    for result in ("made-up", "out"):
+        assert run(here / result / "model.onnx", {"x": rows(5, 64)})[0].shape == (5, 64)
+        assert checked_result(here, "net.onnx", result)["parity"]["batch_sizes"][:3] == [1, 3, 7]
+
+
+def test_an_input_without_a_shape_needs_data_or_a_shape(here, capsys):
+    save(of_shape(None), here / "net.onnx")
+    code, _, err = command(capsys, "net.onnx", "--bond-dim", "8", "-o", "no")
+    assert code == 2
+    assert "net.onnx does not say how many dimensions 'x' has; it takes 'x': float32 of any" in err
+    assert "Give --data, or the shape of each input as --input." in err
+    np.savez(here / "data.npz", x=rows(40, 3, 64))
+    given = {"data": ("--data", "data.npz"), "shape": ("--input", "2x3x64")}
+    for result, arguments in given.items():
+        code, _, err = command(capsys, "net.onnx", "--bond-dim", "8", *arguments, "-o", result)
+        assert code == 0, err
+        checked_result(here, "net.onnx", result)
+    code, _, err = command(
+        capsys, "net.onnx", "--bond-dim", "8", "--input", "2x3", "--input", "2", "-o", "no"
+    )
+    assert code == 2
+    assert "shapes 2x3, 2 do not fit net.onnx, which takes 'x': float32 of any shape" in err
+
+
+def test_weights_that_a_caller_could_give_are_said_to_be_inputs_no_longer(here, capsys):
+    proto = mlp()
+    proto.graph.input.extend(
+        onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
+        for t in proto.graph.initializer
+    )
+    save(proto, here / "net.onnx")
+    arguments = ("net.onnx", "--bond-dim", "4", "--exclude", "fc1", "-o", "out")
+    code, _, err = command(capsys, *arguments)
+    assert code == 0, err
+    assert "net.onnx lets a caller give other weights for fc0.weight as inputs" in err
+    made = onnx.load(here / "out" / "model.onnx")
+    assert [v.name for v in made.graph.input] == ["x", "fc0.bias", "fc1.weight", "fc1.bias"]
+
+
 def without_weights() -> onnx.ModelProto:
     return model(
         [node("Mul", "x s", "y")],

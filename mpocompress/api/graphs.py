@@ -270,10 +270,12 @@ def calls_of_graph(
         shapes: of inputs that are made up where there is no data, as in "1x784".
 
     Raises:
-        DataError: an input that data cannot be given for, or data or shapes that do not fit.
+        DataError: an input that data cannot be given for, data or shapes that do not fit, or
+            neither for an input without a shape.
     """
     inputs = GraphInputs(model, [parse_input_spec(text).shape for text in shapes])
     if data is None:
+        inputs.check_ranks()
         return GraphCalls(inputs=inputs, feeds=None)
 
     def feeds() -> Iterator[Feed]:
@@ -311,6 +313,15 @@ def write_compressed(model: OnnxModel, result: GraphResult, path: Path) -> dict[
     """
     made = with_cores(model, result.weights, result.vectors, result.metadata())
     return write_graph(made, model.folder, path)
+
+
+def lost_inputs(model: OnnxModel, result: GraphResult) -> tuple[str, ...]:
+    """Names of inputs with a default that are no inputs of the result: its weights, by cores now.
+
+    Exporters of long ago made all weights such inputs, so this is no reason to keep them dense.
+    """
+    gone = {name for site in result.weights for name in (site.stored, *site.helpers)}
+    return tuple(sorted(gone & model.defaults))
 
 
 def verify_graph(

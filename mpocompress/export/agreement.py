@@ -43,6 +43,13 @@ def check_tolerance(tolerance: float) -> None:
         raise DataError(f"tolerance {tolerance}: it is a relative difference, 0 or more. Try 1e-4.")
 
 
+def num_infinite(array: np.ndarray) -> int:
+    """How many numbers are NaN or infinite."""
+    if not (np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16"):
+        return 0
+    return int((~np.isfinite(array.astype(np.float64))).sum())
+
+
 def differences(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """Absolute differences; 0 for equal infinities and NaN on both sides, else infinite."""
     if not np.issubdtype(expected.dtype, np.floating):

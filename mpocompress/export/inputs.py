@@ -1,8 +1,8 @@
 """What the inputs of a graph look like, and made-up batches of the right kind for checking it."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -87,11 +87,39 @@ def value_range(kind: Kind, tensor: Tensor, bound: int | None = None) -> tuple[f
 
 
 def _mask_values(mask: Tensor) -> tuple[float, float]:
-    # Both conventions exist (1 = attend, True = ignore). Of whole rows only one kind makes sense:
-    # the longest sentence of a batch, of which everything is used.
+    # Both conventions exist (1 = attend, True = ignore).
+    return (1.0, 0.0) if _used_value(mask) == 0 else (0.0, 1.0)
+
+
+def _used_value(mask: Tensor) -> int:
+    """What marks a position to be used: 0 or 1, which is also the answer where nothing tells.
+
+    Of whole rows only one kind makes sense: the longest sentence of a batch, of which everything is
+    used. Where every row has padding, its side is the last column or the first, and the other one
+    is used in all rows. PyTorch's boolean masks are padded on the right; of integers, which
+    tokenizers make for padding on either side, 1 marks what is used.
+    """
     rows = mask.reshape(-1, mask.shape[-1]) if mask.ndim else mask.reshape(1, 1)
-    inverted = not bool((rows == 1).all(dim=-1).any()) and bool((rows == 0).all(dim=-1).any())
-    return (1.0, 0.0) if inverted else (0.0, 1.0)
+    if not rows.numel():
+        return 1
+    whole = [bool((rows == value).all(dim=-1).any()) for value in (0, 1)]
+    if any(whole):
+        return 0 if whole == [True, False] else 1
+    columns = (rows[:, 0], rows[:, -1])
+    constant = [int(column[0]) for column in columns if bool((column == column[0]).all())]
+    if not constant or (len(set(constant)) == 2 and mask.dtype != torch.bool):
+        return 1
+    return constant[0]
+
+
+def other_conventions(specs: Sequence[InputSpec]) -> Iterator[list[InputSpec]]:
+    """The specs with zeros and ones exchanged in all masks, and then in each of several alone."""
+    masks = [spec for spec in specs if spec.kind == "mask"]
+    for chosen in [masks] * bool(masks) + [[mask] for mask in masks] * (len(masks) > 1):
+        yield [
+            replace(spec, low=spec.high, high=spec.low) if spec in chosen else spec
+            for spec in specs
+        ]
 
 
 def symbols(specs: Iterable[InputSpec]) -> dict[str, int]:

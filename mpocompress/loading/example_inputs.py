@@ -156,12 +156,24 @@ def _verified(
     origin: str,
     hint: str,
 ) -> ExampleInputs:
+    return _tried(module, args, kwargs, origin=origin, hint=hint)[0]
+
+
+def _tried(
+    module: nn.Module,
+    args: tuple[Tensor, ...],
+    kwargs: dict[str, Tensor],
+    *,
+    origin: str,
+    hint: str,
+) -> tuple[ExampleInputs, Any]:
+    """The inputs, and what the model gives for them."""
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     args = tuple(tensor.to(device) for tensor in args)
     kwargs = {name: tensor.to(device) for name, tensor in kwargs.items()}
     try:
         with _evaluation(module):
-            module(*args, **kwargs)
+            output = module(*args, **kwargs)
     except Exception as error:
         given = [_describe(tensor) for tensor in args]
         given += [f"{name}={_describe(tensor)}" for name, tensor in kwargs.items()]
@@ -170,7 +182,7 @@ def _verified(
             f"{origin}: the model does not accept {', '.join(given)}: {type(error).__name__}: "
             f"{reason}. Its forward takes ({', '.join(_forward_names(module))}). {hint}"
         ) from error
-    return ExampleInputs(args, kwargs, origin)
+    return ExampleInputs(args, kwargs, origin), output
 
 
 def _describe(tensor: Tensor) -> str:
@@ -202,18 +214,53 @@ def _from_data(module: nn.Module, batches: Batches) -> ExampleInputs:
 
 
 def _from_specs(module: nn.Module, specs: list[InputSpec]) -> ExampleInputs:
+    """Random floats and indices, and masks that hide nothing, as far as the outputs tell.
+
+    In a boolean mask True may mean use or ignore, as in PyTorch's `src_key_padding_mask`: ones are
+    tried first, zeros where the argument is named after padding, and the others where the outputs
+    are not finite then.
+    """
+    origin = f"--input {' '.join(map(str, specs))}"
+    found: ExampleInputs | None = None
+    failure: DataError | None = None
+    masks = [number for number, spec in enumerate(specs) if spec.dtype is torch.bool]
+    names = dict(enumerate(_forward_names(module)))
+    ignores = any("pad" in names.get(number, "").lower() for number in masks)
+    for mask_value in (not ignores, ignores) if masks else (True,):
+        args = _made_up(module, specs, mask_value, origin)
+        try:
+            tried, output = _tried(module, args, {}, origin=origin, hint=f"{_RIGHT_SPEC}.")
+        except DataError as error:
+            failure = failure or error
+            continue
+        found = found or tried
+        if all(map(_is_finite, _leaves(output))):
+            return tried
+    if found is None:
+        raise failure or DataError(f"{origin}: the model does not accept it. {_RIGHT_SPEC}.")
+    return found
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, Tensor) or bool(torch.isfinite(value).all())
+
+
+def _made_up(
+    module: nn.Module, specs: Sequence[InputSpec], mask_value: bool, origin: str
+) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     kinds = nn.Embedding | nn.EmbeddingBag
     tables = [m.num_embeddings for m in module.modules() if isinstance(m, kinds)]
-    origin = f"--input {' '.join(map(str, specs))}"
     args: list[Tensor] = []
     for spec in specs:
         dtype = spec.dtype or _main_dtype(module)
-        first_integer = not any(not t.is_floating_point() for t in args)
+        first_integer = all(t.is_floating_point() or t.dtype is torch.bool for t in args)
         try:
             if dtype.is_floating_point:
                 tensor = torch.randn(spec.shape, generator=generator, device="cpu").to(dtype)
-            elif first_integer and tables and dtype is not torch.bool:
+            elif dtype is torch.bool:
+                tensor = torch.full(spec.shape, mask_value, device="cpu")
+            elif first_integer and tables:
                 # Indices into the smallest table are valid for each of them.
                 high = min(*tables, torch.iinfo(dtype).max)
                 tensor = torch.randint(high, spec.shape, generator=generator, device="cpu").to(
@@ -226,7 +273,7 @@ def _from_specs(module: nn.Module, specs: list[InputSpec]) -> ExampleInputs:
         except RuntimeError as error:
             raise DataError(f"{origin}: no tensor of {spec} can be made: {error}") from error
         args.append(tensor)
-    return _verified(module, tuple(args), {}, origin=origin, hint=f"{_RIGHT_SPEC}.")
+    return tuple(args)
 
 
 def _from_tokenizer(module: nn.Module, folder: Path) -> ExampleInputs:

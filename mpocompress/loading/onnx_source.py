@@ -54,6 +54,7 @@ def load_onnx(path: str | os.PathLike[str]) -> OnnxSource:
             f"{place} ({size} bytes) is no complete ONNX file: {describe_foreign_file(place)}. "
             "Copy or export it again."
         ) from error
+    notes = _open_sizes(proto, place.name)
     model = OnnxModel(proto, place.parent, place.name)
     _check(model, size)
     files = external_files(proto, place.parent)
@@ -61,7 +62,23 @@ def load_onnx(path: str | os.PathLike[str]) -> OnnxSource:
         model=model,
         name=place.name,
         sha256=file_sha256(place) if not files else listing_sha256([place, *files]),
+        notes=notes,
     )
+
+
+def _open_sizes(proto: onnx.ModelProto, name: str) -> tuple[str, ...]:
+    """Open the sizes of inputs and outputs that are below 1: ONNX Runtime takes a 0 literally."""
+    found = []
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    inputs = [value for value in proto.graph.input if value.name not in stored]
+    for value in (*inputs, *proto.graph.output):
+        for axis, size in enumerate(value.type.tensor_type.shape.dim):
+            if size.HasField("dim_value") and size.dim_value < 1:
+                found.append(f"{value.name!r} (dimension {axis}: {size.dim_value})")
+                size.ClearField("dim_value")
+    if not found:
+        return ()
+    return (f"{name}: sizes below 1 are read as open: {', '.join(found)}.",)
 
 
 def _check(model: OnnxModel, size: int) -> None:

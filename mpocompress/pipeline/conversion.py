@@ -199,6 +199,11 @@ def _convert_graph(
                 "an ONNX graph has no gradients, so all layers got the same ratio; the data only "
                 "fitted them"
             )
+        if lost := graphs.lost_inputs(source.model, result):
+            opened.notes.append(
+                f"{source.name} lets a caller give other weights for {', '.join(lost)} as inputs; "
+                "they are compressed, and inputs no longer. Exclude those that are given"
+            )
         with clock("saving"):
             graphs.save_graph(source.model, result, scratch / saving.CORES_FILE)
         if progress is not None:

@@ -14,7 +14,7 @@ from onnx import NodeProto, TensorProto
 from torch import Tensor, nn
 
 from mpocompress.errors import ConversionError
-from mpocompress.export.graphs.kept import describe
+from mpocompress.export.graphs.kept import PRODUCTS, describe
 from mpocompress.export.graphs.model import STANDARD, Consumer, OnnxModel, attribute
 from mpocompress.export.graphs.names import weight_names
 from mpocompress.export.graphs.paths import (
@@ -28,8 +28,6 @@ from mpocompress.export.graphs.tensors import FLOATS, num_bytes, to_torch
 from mpocompress.mpo.weight import Weight
 from mpocompress.surgery import Inventory, KeptEntry, WeightSite
 from mpocompress.surgery.adapter import OneWeight
-
-_PRODUCTS = frozenset({"MatMul", "Gemm"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -161,7 +159,7 @@ class _Survey:
         model, readers = self.model, self.readers[name]
         for consumer, _ in readers:
             if not _is_weight(consumer):
-                left = consumer.position == 0 and consumer.node.op_type in _PRODUCTS
+                left = consumer.position == 0 and consumer.node.op_type in PRODUCTS
                 how = "multiplies from the left in" if left else "is also read by"
                 return f"it {how} {consumer.label}"
         values = {name} | {node.output[0] for _, path in readers for node in path.nodes}
@@ -169,9 +167,10 @@ class _Survey:
             return "it is an output of the graph, too"
         first = readers[0][1]
         shape = operand_shape(model, first)
-        if shape is None or len(shape) != 2:
-            shown = tuple(model.stored[name].dims) if shape is None else shape
-            return f"its weight has shape {shown}, not two dimensions"
+        if shape is None:
+            return f"its shape {tuple(model.stored[name].dims)} does not fit {first.describe()}"
+        if len(shape) != 2:
+            return f"its weight has shape {shape}, not two dimensions"
         if 0 in shape:
             return f"its weight is empty, {shape[0]}x{shape[1]}"
         if operand_type(model, first) not in FLOATS:
@@ -179,9 +178,26 @@ class _Survey:
                 f"its weight is {TensorProto.DataType.Name(operand_type(model, first))}; float16, "
                 "bfloat16, float32 and float64 are converted"
             )
-        forms = {(path.signature, path.flips != _reads_transposed(c)) for c, path in readers}
+        forms = {
+            (path.signature(model), path.flips(model) != _reads_transposed(consumer))
+            for consumer, path in readers
+        }
         if len(forms) > 1:
-            return "its products use it in different forms (transposed, or cast to other dtypes)"
+            return (
+                "its products use it in different forms (transposed, scaled along other axes, or "
+                "cast to other dtypes)"
+            )
+        return None
+
+    def _end(self, name: str) -> str | None:
+        """What becomes of a tensor that is rearranged and then read by no node that could tell."""
+        for consumer, _ in self.readers[name]:
+            if continues(consumer.node, consumer.position, self.model):
+                output = consumer.node.output[0]
+                if output in self.model.outputs:
+                    too = ", too" if output in self.model.consumers else ""
+                    return f"what {consumer.label} makes of it is an output of the graph{too}"
+                return f"nothing reads what {consumer.label} makes of it"
         return None
 
     def _site(self, name: str, used: set[str]) -> GraphSite:
@@ -239,7 +255,7 @@ class _Survey:
             else:
                 entry = self._kept(name, tensor)
                 entries.append(entry)
-                if len(entry.shape) > 1 and not entry.is_buffer:
+                if name in self.refused or (len(entry.shape) > 1 and not entry.is_buffer):
                     refused[name] = entry.reason
         return Inventory(entries=tuple(entries), refused=refused)
 
@@ -247,6 +263,8 @@ class _Survey:
         kind, reason = describe(tensor, [consumer for consumer, _ in self.readers[name]])
         if name in self.refused:
             kind, reason = "linear", self.refused[name]
+        elif tensor.data_type in FLOATS and len(tensor.dims) > 1:
+            reason = self._end(name) or reason
         numbers = prod(tensor.dims)
         is_buffer = tensor.data_type not in FLOATS or not tensor.dims
         return KeptEntry(
@@ -263,7 +281,7 @@ class _Survey:
 
 def _is_weight(consumer: Consumer) -> bool:
     node = consumer.node
-    return consumer.position == 1 and node.op_type in _PRODUCTS and node.domain in STANDARD
+    return consumer.position == 1 and node.op_type in PRODUCTS and node.domain in STANDARD
 
 
 def _reads_transposed(consumer: Consumer) -> bool:

@@ -39,6 +39,7 @@ _BY_OPERATOR = {
         ("quantized", _QUANTIZED),
     ),
 }
+PRODUCTS = frozenset({"MatMul", "Gemm"})
 _SUMS = frozenset({"Add", "Sub", "Sum", "Gemm", "Conv", "ConvTranspose"})
 
 
@@ -69,6 +70,11 @@ def describe(tensor: TensorProto, consumers: Sequence[Consumer]) -> tuple[str, s
     operator = first.node.op_type
     if first.node.domain not in STANDARD:
         operator = f"{first.node.domain}.{operator}"
+    if first.node.op_type in PRODUCTS and first.node.domain in STANDARD and dims > 1:
+        how = f"is added in {first.label}, and nothing multiplies by it"
+        if first.position == 0:
+            how = f"multiplies from the left in {first.label}; weights on the right are converted"
+        return "matrix" if dims == 2 else "other", f"it {how}"
     if dims < 2:
         return "other", f"a vector, used by {operator}"
     return "matrix" if dims == 2 else "other", f"{operator} is not an operator that is converted"

@@ -7,18 +7,23 @@ classifiers, annotations) survives untouched.
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
-from mpocompress.export.graphs.tensors import num_bytes
+from mpocompress.export.graphs.tensors import graphs_of, num_bytes
 
 STANDARD = ("", "ai.onnx")
 # Stored tensors that shapes may depend on, as targets of Reshape, are below it.
 _SMALL_BYTES = 1024
+
+# IR version since when stored tensors need not be inputs, as each of them is in older files. Such
+# an input is a default since then, which a caller may replace.
+FREE_INITIALIZERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +104,18 @@ class OnnxModel:
         return frozenset(value.name for value in self.graph.output)
 
     @cached_property
-    def inputs(self) -> tuple[onnx.ValueInfoProto, ...]:
+    def inputs(self) -> tuple[ValueInfoProto, ...]:
         """Inputs that a caller must give: those without a stored value."""
         given = {tensor.name for tensor in self.graph.initializer}
         return tuple(value for value in self.graph.input if value.name not in given)
+
+    @cached_property
+    def defaults(self) -> frozenset[str]:
+        """Names of inputs that a caller may give, but need not: such with a stored value."""
+        if self.proto.ir_version < FREE_INITIALIZERS:
+            return frozenset()
+        given = {tensor.name for tensor in self.graph.initializer}
+        return frozenset(value.name for value in self.graph.input if value.name in given)
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -115,21 +128,34 @@ class OnnxModel:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """Sizes of values as far as they can be inferred, None for a dynamic one."""
+        """Sizes of values as far as they follow from inputs and stored tensors.
+
+        None for a dynamic size. Sizes that the file notes of other values are no source: nothing
+        holds them to what the graph computes, and ONNX Runtime ignores them where they are wrong.
+        """
         light = _without_data(self.proto)
-        try:
+        with suppress(Exception):  # a graph that runs need not pass: shapes only make ours simpler
             light = onnx.shape_inference.infer_shapes(light)
-        except Exception:  # a graph that runs need not pass: shapes only make ours simpler
-            light = self.proto
         graph = light.graph
         found = {}
         for value in (*graph.input, *graph.value_info, *graph.output):
-            if value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape"):
-                found[value.name] = tuple(
-                    size.dim_value if size.HasField("dim_value") else None
-                    for size in value.type.tensor_type.shape.dim
-                )
+            sizes = sizes_of(value)
+            if sizes is not None:
+                found[value.name] = tuple(size if isinstance(size, int) else None for size in sizes)
         return found
+
+
+def sizes_of(value: ValueInfoProto) -> list[int | str | None] | None:
+    """Sizes of a tensor of a graph; None for an open one, and for all where there is no shape.
+
+    Some exporters write 0 or -1 for an open size.
+    """
+    if not value.type.tensor_type.HasField("shape"):
+        return None
+    return [
+        size.dim_value if size.dim_value > 0 else (size.dim_param or None)
+        for size in value.type.tensor_type.shape.dim
+    ]
 
 
 def label(node: NodeProto) -> str:
@@ -146,11 +172,15 @@ def attribute(node: NodeProto, name: str, default: object) -> object:
 
 
 def _without_data(model: ModelProto) -> ModelProto:
-    """A copy in which stored tensors of more than a kilobyte have type and shape only."""
+    """A copy for inferring shapes anew.
+
+    Stored tensors of more than a kilobyte have type and shape only, and the sizes of all values
+    but them and the inputs are forgotten.
+    """
     copy = copy_without_graph(model)
     copy_graph_frame(model.graph, copy.graph)
     copy.graph.node.extend(model.graph.node)
-    copy.graph.value_info.extend(model.graph.value_info)
+    _forget_sizes(copy)
     for tensor in model.graph.initializer:
         if num_bytes(tensor) <= _SMALL_BYTES and tensor.data_location != TensorProto.EXTERNAL:
             copy.graph.initializer.append(tensor)
@@ -163,6 +193,15 @@ def _without_data(model: ModelProto) -> ModelProto:
                     )
                 )
     return copy
+
+
+def _forget_sizes(model: ModelProto) -> None:
+    for number, graph in enumerate(graphs_of(model.graph)):
+        del graph.value_info[:]
+        for value in (*graph.output, *(graph.input if number else ())):
+            value.type.tensor_type.ClearField("shape")
+    for function in model.functions:
+        del function.value_info[:]
 
 
 def copy_without_graph(model: ModelProto) -> ModelProto:

@@ -1,5 +1,6 @@
 """A compressed graph in ONNX Runtime against the original one with the densified weights."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from onnx import ModelProto
 from torch import Tensor
 
 from mpocompress.errors import DataError, ParityError
+from mpocompress.export.agreement import num_infinite
 from mpocompress.export.calls import first_line
 from mpocompress.export.graphs.find import GraphSite
 from mpocompress.export.graphs.model import OnnxModel
@@ -132,13 +134,34 @@ def _all_feeds(
     for index, rows in enumerate(_BATCH_SIZES if free else (1,)):
         other = _OTHER_SIZES[index % len(_OTHER_SIZES)]
         batch = dict.fromkeys(inputs.batch_symbols, rows)
-        varied = inputs.made_up({n: other(s) for n, s in examples.items()} | batch, generator)
-        try:
-            dense.run(varied)
-        except Exception:
+        varied = {name: other(size) for name, size in examples.items()}
+        made = _best(dense, inputs.made_up(varied | batch, generator))
+        if made is None:
             # Sizes that belong together, or that the graph limits: those of the guess then.
-            varied = inputs.made_up(examples | batch, generator)
-        yield _rows(varied), varied, free
+            made = _best(dense, inputs.made_up(examples | batch, generator))
+        if made is None:
+            made = next(inputs.made_up(examples | batch, generator))  # to say why it is refused
+        yield _rows(made), made, free
+
+
+def _best(dense: Session, feeds: Iterator[Feed]) -> Feed | None:
+    """The first feed whose outputs are finite, or have the fewest that are not; None if all fail.
+
+    A mask that hides everything makes every number NaN, and NaN agrees with NaN.
+    """
+    best: Feed | None = None
+    fewest = math.inf
+    for feed in feeds:
+        try:
+            outputs = dense.run(feed)
+        except Exception:
+            continue
+        count = sum(num_infinite(array) for value in outputs for array in _arrays(value))
+        if count < fewest:
+            best, fewest = feed, count
+        if not fewest:
+            break
+    return best
 
 
 def _rows(feed: Feed) -> int:

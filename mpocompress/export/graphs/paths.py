@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import onnx
@@ -33,18 +34,25 @@ class WeightPath:
         """Name of the value that the product reads."""
         return str(self.nodes[-1].output[0]) if self.nodes else self.stored
 
-    @property
-    def flips(self) -> bool:
-        """Whether rows and columns have changed places; never across a Reshape."""
-        if any(node.op_type == "Reshape" for node in self.nodes):
-            return False
-        return sum(node.op_type == "Transpose" for node in self.nodes) % 2 == 1
+    def flips(self, model: OnnxModel) -> bool:
+        """Whether rows and columns change places behind all that depends on which is which."""
+        behind = self.nodes[self._bound(model) :]
+        return sum(map(_swaps, behind)) % 2 == 1
 
-    @property
-    def signature(self) -> tuple[bytes, ...]:
-        """Equal for paths that give the same numbers, rows and columns aside."""
-        whole = any(node.op_type == "Reshape" for node in self.nodes)
-        return tuple(_signature(node) for node in self.nodes if whole or node.op_type in _CHANGES)
+    def signature(self, model: OnnxModel) -> tuple[bytes, ...]:
+        """Equal for paths that give the same numbers, but for what `flips` says."""
+        bound = self._bound(model)
+        return tuple(
+            _signature(node)
+            for position, node in enumerate(self.nodes)
+            if position < bound or node.op_type in _CHANGES
+        )
+
+    def _bound(self, model: OnnxModel) -> int:
+        """Number of nodes up to the last one that a Transpose may not be moved across."""
+        return max(
+            (n for n, node in enumerate(self.nodes, 1) if _sees_axes(node, model)), default=0
+        )
 
     def helpers(self, model: OnnxModel) -> frozenset[str]:
         """The other stored tensors on the way: scales, zero points, shapes."""
@@ -69,7 +77,7 @@ def continues(node: NodeProto, position: int, model: OnnxModel) -> bool:
 
 
 def operand_shape(model: OnnxModel, path: WeightPath) -> tuple[int, ...] | None:
-    """Sizes of the operand; None if a Reshape is given by something else than positive sizes."""
+    """Sizes of the operand; None if nodes on the way do not fit the tensor."""
     shape = tuple(model.stored[path.stored].dims)
     for node in path.nodes:
         if node.op_type == "Transpose":
@@ -79,11 +87,30 @@ def operand_shape(model: OnnxModel, path: WeightPath) -> tuple[int, ...] | None:
                 return None
             shape = tuple(shape[axis] for axis in axes)
         elif node.op_type == "Reshape":
-            wanted = read_array(model.stored[node.input[1]], model.folder).tolist()
-            if not isinstance(wanted, list) or any(size < 1 for size in wanted):
+            wanted = read_array(model.stored[node.input[1]], model.folder).reshape(-1).tolist()
+            found = _reshaped(shape, wanted, keeps_zeros=bool(attribute(node, "allowzero", 0)))
+            if found is None:
                 return None
-            shape = tuple(wanted)
+            shape = found
     return shape
+
+
+def _reshaped(
+    shape: tuple[int, ...], wanted: Sequence[int], *, keeps_zeros: bool
+) -> tuple[int, ...] | None:
+    """The shape that a Reshape gives: 0 stands for the size in its place, -1 for what is left."""
+    sizes = list(wanted)
+    for axis, size in enumerate(sizes):
+        if size == 0 and not keeps_zeros:
+            if axis >= len(shape):
+                return None
+            sizes[axis] = shape[axis]
+    if sizes.count(-1) == 1:
+        others = prod(size for size in sizes if size != -1)
+        if others < 1:
+            return None
+        sizes[sizes.index(-1)] = prod(shape) // others
+    return tuple(sizes) if min(sizes, default=0) >= 0 and prod(sizes) == prod(shape) else None
 
 
 def operand_type(model: OnnxModel, path: WeightPath) -> int:
@@ -145,6 +172,18 @@ def _evaluate(model: OnnxModel, path: WeightPath) -> np.ndarray:
             f"the weight {path.stored!r} behind {path.describe()} cannot be evaluated: {error}"
         ) from error
     return found
+
+
+def _sees_axes(node: NodeProto, model: OnnxModel) -> bool:
+    """Whether a node does something else to rows than to columns."""
+    if node.op_type == "DequantizeLinear":
+        return prod(model.stored[node.input[1]].dims) != 1
+    return node.op_type == "Reshape"
+
+
+def _swaps(node: NodeProto) -> bool:
+    perm = attribute(node, "perm", None)
+    return node.op_type == "Transpose" and (not isinstance(perm, Sequence) or list(perm) == [1, 0])
 
 
 def _signature(node: NodeProto) -> bytes:

@@ -4,23 +4,22 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
 from torch import Tensor
 
 from mpocompress.export.graphs.chain import Chain, GraphBuilder
 from mpocompress.export.graphs.find import GraphSite, Product
 from mpocompress.export.graphs.model import (
+    FREE_INITIALIZERS,
     OnnxModel,
     attribute,
     copy_graph_frame,
     copy_without_graph,
     label,
+    sizes_of,
 )
 from mpocompress.export.graphs.tensors import ONNX_FLOATS, from_torch
 from mpocompress.mpo import MPO
-
-# Stored tensors need not be inputs since then; older files list each of them as an input, too.
-_FREE_INITIALIZERS = 4
 
 _Replace = Callable[[GraphSite, Product], list[NodeProto]]
 
@@ -143,11 +142,12 @@ def _rewritten(
     }
     dropped_nodes, dropped_tensors = _only_for(model, weights)
     made = copy_without_graph(model.proto)
-    made.ir_version = max(made.ir_version, _FREE_INITIALIZERS)
+    made.ir_version = max(made.ir_version, FREE_INITIALIZERS)
     copy_graph_frame(model.graph, made.graph)
-    inputs = [value for value in model.graph.input if value.name not in dropped_tensors]
+    # What had to be an input in an old file would become a default, of which nothing is folded.
+    needed = {value.name for value in model.inputs} | model.defaults - dropped_tensors
     del made.graph.input[:]
-    made.graph.input.extend(inputs)
+    made.graph.input.extend(value for value in model.graph.input if value.name in needed)
     for node in model.graph.node:
         key = node.output[0] if node.output else ""
         if key in products:
@@ -163,7 +163,24 @@ def _rewritten(
         for value in model.graph.value_info
         if value.name not in dropped_nodes and value.name not in dropped_tensors
     )
+    read = {product.node.input[0] for site in weights for product in site.products}
+    outputs = (value for value in made.graph.output if value.name in read)
+    for value in (*made.graph.value_info, *outputs):
+        _open_unproven(value, model)
     return made
+
+
+def _open_unproven(value: ValueInfoProto, model: OnnxModel) -> None:
+    """Open the sizes that do not follow from the inputs.
+
+    ONNX Runtime takes the Shape of such a value, which a chain of cores may need, for a constant.
+    """
+    noted, proven = sizes_of(value) or [], model.shapes.get(value.name, ())
+    if len(proven) != len(noted):
+        proven = (None,) * len(noted)
+    for size, right in zip(value.type.tensor_type.shape.dim, proven, strict=True):
+        if size.HasField("dim_value") and size.dim_value != right:
+            size.ClearField("dim_value")
 
 
 def _only_for(

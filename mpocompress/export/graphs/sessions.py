@@ -1,6 +1,6 @@
 """ONNX Runtime sessions of graphs, and what they take: feeds from batches, and made-up ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +12,14 @@ from torch import Tensor
 
 from mpocompress.errors import DataError, LoadError
 from mpocompress.export.calls import first_line
-from mpocompress.export.graphs.model import OnnxModel, attribute
+from mpocompress.export.graphs.model import OnnxModel, attribute, sizes_of
 from mpocompress.export.graphs.tensors import FLOATS, from_torch
-from mpocompress.export.inputs import InputSpec, guessed_spec, random_tensors
+from mpocompress.export.inputs import (
+    InputSpec,
+    guessed_spec,
+    other_conventions,
+    random_tensors,
+)
 
 Feed = dict[str, np.ndarray]
 
@@ -100,9 +105,15 @@ class GraphInputs:
                     "given for. Cut the graph behind it (onnx.utils.extract_model)."
                 )
             spec = guessed_spec(
-                value.name, position, _DTYPES[code], _sizes(value), _bound(model, value.name)
+                value.name,
+                position,
+                _DTYPES[code],
+                sizes_of(value) or (),
+                _bound(model, value.name),
             )
             specs.append(spec)
+        # Inputs of which not even the number of dimensions is known.
+        self._open = {value.name for value in model.inputs if sizes_of(value) is None}
         if shapes:
             specs = [*self._shaped(specs, shapes)]
         self.specs = tuple(specs)
@@ -110,6 +121,8 @@ class GraphInputs:
     def _shaped(
         self, specs: Sequence[InputSpec], shapes: Sequence[tuple[int, ...]]
     ) -> list[InputSpec]:
+        if len(shapes) == len(specs):
+            specs = [self._ranked(*pair) for pair in zip(specs, map(len, shapes), strict=True)]
         fits = len(shapes) == len(specs) and all(
             len(shape) == len(spec.shape)
             and all(
@@ -123,14 +136,41 @@ class GraphInputs:
             raise DataError(
                 f"shapes {given} do not fit {self.name}, which takes {self.describe(specs)}."
             )
+        self._open = set()
         return [
             replace(spec, example_shape=shape) for spec, shape in zip(specs, shapes, strict=True)
         ]
 
+    def _ranked(self, spec: InputSpec, rank: int) -> InputSpec:
+        """The spec with so many open dimensions if nothing is known of them."""
+        if spec.name not in self._open:
+            return spec
+        open_ = guessed_spec(spec.name, spec.slot, spec.dtype, [None] * rank, None)
+        return replace(open_, high=spec.high)
+
+    def check_ranks(self) -> None:
+        """Refuse to make up what has no shape.
+
+        Raises:
+            DataError: an input has none, in the graph or in the shapes that were given.
+        """
+        if self._open:
+            names = ", ".join(map(repr, sorted(self._open)))
+            raise DataError(
+                f"{self.name} does not say how many dimensions {names} has; it takes "
+                f"{self.describe()}. Give --data, or the shape of each input as --input."
+            )
+
     def describe(self, specs: Sequence[InputSpec] | None = None) -> str:
         """All inputs, for messages."""
         specs = self.specs if specs is None else specs
-        return "; ".join(spec.describe() for spec in specs) or "no inputs"
+        described = (
+            f"{spec.name!r}: {spec.dtype} of any shape"
+            if spec.name in self._open
+            else spec.describe()
+            for spec in specs
+        )
+        return "; ".join(described) or "no inputs"
 
     @property
     def batch_symbols(self) -> frozenset[str]:
@@ -156,9 +196,12 @@ class GraphInputs:
         feed = {}
         for spec in self.specs:
             tensor = given[spec.name]
-            fits = len(spec.shape) == tensor.ndim and all(
-                sizes.setdefault(want, size) == size if isinstance(want, str) else want == size
-                for want, size in zip(spec.shape, tensor.shape, strict=True)
+            fits = spec.name in self._open or (
+                len(spec.shape) == tensor.ndim
+                and all(
+                    sizes.setdefault(want, size) == size if isinstance(want, str) else want == size
+                    for want, size in zip(spec.shape, tensor.shape, strict=True)
+                )
             )
             if not fits or tensor.is_floating_point() != spec.torch_dtype.is_floating_point:
                 raise DataError(
@@ -168,12 +211,13 @@ class GraphInputs:
             feed[spec.name] = _as_array(tensor.to(spec.torch_dtype))
         return feed
 
-    def made_up(self, sizes: Mapping[str, int], generator: torch.Generator) -> Feed:
-        """Random numbers of the right kind; see `random_tensors`."""
-        tensors = random_tensors(self.specs, sizes, generator)
-        return {
-            spec.name: _as_array(tensor) for spec, tensor in zip(self.specs, tensors, strict=True)
-        }
+    def made_up(self, sizes: Mapping[str, int], generator: torch.Generator) -> Iterator[Feed]:
+        """Random numbers of the right kind, with masks as `other_conventions` after the first."""
+        for specs in (self.specs, *other_conventions(self.specs)):
+            tensors = random_tensors(specs, sizes, generator)
+            yield {
+                spec.name: _as_array(tensor) for spec, tensor in zip(specs, tensors, strict=True)
+            }
 
 
 def _as_array(tensor: Tensor) -> np.ndarray:
@@ -181,13 +225,6 @@ def _as_array(tensor: Tensor) -> np.ndarray:
         array: np.ndarray = onnx.numpy_helper.to_array(from_torch(tensor, ""))
         return array
     return tensor.contiguous().numpy()
-
-
-def _sizes(value: onnx.ValueInfoProto) -> list[int | str | None]:
-    return [
-        size.dim_value if size.HasField("dim_value") else (size.dim_param or None)
-        for size in value.type.tensor_type.shape.dim
-    ]
 
 
 def _bound(model: OnnxModel, value: str) -> int | None:

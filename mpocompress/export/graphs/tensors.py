@@ -55,8 +55,15 @@ def _inner(node: NodeProto) -> Iterator[GraphProto]:
 
 def tensors_of(model: ModelProto) -> Iterator[TensorProto]:
     """Every tensor that the model stores, in graphs, subgraphs, functions and attributes."""
-    for graph in graphs_of(model.graph):
-        yield from graph.initializer
+    yield from model.graph.initializer
+    yield from inner_tensors_of(model)
+
+
+def inner_tensors_of(model: ModelProto) -> Iterator[TensorProto]:
+    """Every tensor that the model stores but the initializers of its main graph."""
+    for number, graph in enumerate(graphs_of(model.graph)):
+        if number:
+            yield from graph.initializer
         yield from _attribute_tensors(graph.node)
     for function in model.functions:
         yield from _attribute_tensors(function.node)

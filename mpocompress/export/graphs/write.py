@@ -11,6 +11,7 @@ from mpocompress.export.graphs.tensors import (
     embed,
     external,
     from_torch,
+    inner_tensors_of,
     is_external,
     num_bytes,
     raw_bytes,
@@ -50,14 +51,17 @@ def write_graph(
     """
     data_path = path.with_name(f"{path.name}.data")
     try:
+        moved: frozenset[str] = frozenset()
         if sum(map(num_bytes, tensors_of(proto))) > single_file_bytes:
-            _write_data(proto, folder, data_path, computed or {})
+            moved = _write_data(proto, folder, data_path, computed or {})
         for tensor in proto.graph.initializer:
-            if tensor.name in (computed or {}) and not is_external(tensor):
+            if tensor.name in moved:
+                continue
+            if tensor.name in (computed or {}):
                 tensor.CopyFrom(from_torch((computed or {})[tensor.name](), tensor.name))
-        for tensor in tensors_of(proto):
-            if not (is_external(tensor) and data_path.exists() and _is_in(tensor, data_path)):
-                embed(tensor, folder)
+            embed(tensor, folder)
+        for tensor in inner_tensors_of(proto):
+            embed(tensor, folder)
         path.write_bytes(proto.SerializeToString(deterministic=True))
     except (OSError, ValueError) as error:  # protobuf: more than 2 GiB
         raise SaveError(
@@ -68,16 +72,14 @@ def write_graph(
     return {file.name: file.stat().st_size for file in written}
 
 
-def _is_in(tensor: TensorProto, data_path: Path) -> bool:
-    return any(e.key == "location" and e.value == data_path.name for e in tensor.external_data)
-
-
 def _write_data(
     proto: ModelProto,
     folder: Path,
     data_path: Path,
     computed: Mapping[str, Callable[[], Tensor]],
-) -> None:
+) -> frozenset[str]:
+    """Write the initializers that are not small; their names."""
+    moved = set()
     with data_path.open("wb") as file:
         for tensor in proto.graph.initializer:
             size = num_bytes(tensor)
@@ -98,6 +100,8 @@ def _write_data(
             else:
                 file.write(raw_bytes(tensor))
             _point_to(tensor, data_path.name, offset, size)
+            moved.add(tensor.name)
+    return frozenset(moved)
 
 
 def _point_to(tensor: TensorProto, location: str, offset: int, length: int) -> None:
