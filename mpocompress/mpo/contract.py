@@ -191,7 +191,7 @@ def apply_cores(
         plan = plans_for(cores).best(prod(lead))
     # Made once for all parts: merged cores may be as large as the dense weight.
     weights = [_as_matrix(merge_cores(cores, plan.groups[step.group]), step) for step in plan.steps]
-    padded = (prod(core.shape[1] for core in cores), prod(core.shape[2] for core in cores))
+    padded = (prod([core.shape[1] for core in cores]), prod([core.shape[2] for core in cores]))
     # A graph is for batches of any size; a single product has no state in between.
     if len(plan.steps) > 1 and not torch.compiler.is_compiling():
         at_once = max(1, _STATE_BYTES // (plan.widest * x.element_size()))
