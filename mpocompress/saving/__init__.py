@@ -8,7 +8,7 @@ skeleton when the result is loaded.
 """
 
 from mpocompress.saving.dense_state import densify_state, save_state
-from mpocompress.saving.model import load_model, save_graph_weights, save_model
+from mpocompress.saving.model import GraphWeight, load_model, save_graph_weights, save_model
 from mpocompress.saving.staging import (
     CORES_FILE,
     ONNX_DATA_FILE,
@@ -22,6 +22,7 @@ __all__ = [
     "CORES_FILE",
     "ONNX_DATA_FILE",
     "ONNX_FILE",
+    "GraphWeight",
     "densify_state",
     "load_model",
     "read_manifest",

@@ -31,6 +31,7 @@ class LayerRecord(_Record):
         gauge: how the cores are stored.
         dense_shape: of the dense weight; None if it is the matrix itself.
         transposed: whether the dense weight, seen as (first dimension, all others), is (in, out).
+        stored: name of the dense weight; None if it is `<name>.weight`, under each of the names.
     """
 
     names: tuple[str, ...]
@@ -41,6 +42,22 @@ class LayerRecord(_Record):
     gauge: Gauge = "none"
     dense_shape: tuple[int, ...] | None = None
     transposed: bool = False
+    stored: str | None = None
+
+    def dense_names(self) -> tuple[str, ...]:
+        """What the dense weight is called, for each of the names."""
+        if self.stored is not None:
+            return (self.stored,) * len(self.names)
+        return tuple(f"{prefix_of(name)}weight" for name in self.names)
+
+    def core_names(self, name: str) -> tuple[str, ...]:
+        """What the tensors are called that are stored for one of the names."""
+        prefix, last = f"{prefix_of(name)}cores.", len(self.layout) - 1
+        parts = [f"{prefix}{site}" for site in range(last + 1)]
+        if self.gauge == "none":
+            return tuple(parts)
+        halves = [f"{part}.{half}" for part in parts[:last] for half in ("free", "pivots")]
+        return (*halves, parts[last])
 
     def dense(self, matrix_OI: Tensor) -> Tensor:
         """The weight of the dense layer for this matrix."""
@@ -83,6 +100,11 @@ class Manifest(_Record):
     layers: tuple[LayerRecord, ...] = ()
     aliases: dict[str, str] = {}
     opened: tuple[OpenedRecord, ...] = ()
+
+
+def prefix_of(name: str) -> str:
+    """What stands before the names of a module's parameters."""
+    return f"{name}." if name else ""
 
 
 def layer_records(model: nn.Module) -> Iterator[LayerRecord]:

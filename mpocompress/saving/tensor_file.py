@@ -15,7 +15,7 @@ from mpocompress.errors import ContractionError, LoadError, SaveError
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.identity_gauge import IdentityGauge
 from mpocompress.mpo.weight import Weight
-from mpocompress.saving.manifest import FORMAT_VERSION, LayerRecord, Manifest
+from mpocompress.saving.manifest import FORMAT_VERSION, LayerRecord, Manifest, prefix_of
 from mpocompress.saving.staging import CORES_FILE
 
 _METADATA_KEY = "mpocompress"
@@ -147,8 +147,3 @@ def weight_of(record: LayerRecord, tensors: Mapping[str, Tensor]) -> Weight:
         raise LoadError(f"the saved result lacks {error.args[0]!r}; it is incomplete.") from None
     except ContractionError as error:
         raise LoadError(f"layer {record.names[0]!r} of the saved result: {error}") from None
-
-
-def prefix_of(name: str) -> str:
-    """What stands before the names of a module's parameters."""
-    return f"{name}." if name else ""

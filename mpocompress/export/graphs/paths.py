@@ -38,7 +38,13 @@ class WeightPath:
         """Whether rows and columns have changed places; never across a Reshape."""
         if any(node.op_type == "Reshape" for node in self.nodes):
             return False
-        return sum(node.op_type == "Transpose" for node in self.nodes) % 2 == 1
+        return sum(_swaps(node) for node in self.nodes) % 2 == 1
+
+    @property
+    def reorders(self) -> bool:
+        """Whether a Reshape mixes what a Transpose has put into another order."""
+        kinds = {node.op_type for node in self.nodes}
+        return {"Reshape", "Transpose"} <= kinds
 
     @property
     def signature(self) -> tuple[bytes, ...]:
@@ -145,6 +151,12 @@ def _evaluate(model: OnnxModel, path: WeightPath) -> np.ndarray:
             f"the weight {path.stored!r} behind {path.describe()} cannot be evaluated: {error}"
         ) from error
     return found
+
+
+def _swaps(node: NodeProto) -> bool:
+    """Whether a node transposes a matrix."""
+    perm = attribute(node, "perm", None)
+    return node.op_type == "Transpose" and not (isinstance(perm, Sequence) and [*perm] == [0, 1])
 
 
 def _signature(node: NodeProto) -> bytes:
