@@ -76,7 +76,15 @@ def compare_files(
         notes += opened_notes
         place = Path(onnx).parent if cores is None else cores
         if cores is not None or (place / saving.CORES_FILE).is_file():
-            compressed = saving.load_model(place, reference)
+            try:
+                compressed = saving.load_model(place, reference)
+            except LoadError as error:
+                if cores is not None or saving.read_manifest(place).source != "onnx":
+                    raise
+                notes.append(
+                    f"the cores beside {Path(onnx).name} have the names of a graph, which are not "
+                    f"the model's, so the export's error is not told apart: {error}"
+                )
         else:
             notes.append(
                 f"there is no {saving.CORES_FILE} beside {Path(onnx).name}, so the export's error "

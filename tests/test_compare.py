@@ -100,6 +100,25 @@ def test_an_onnx_reference_gives_the_same_total(pair, tmp_path):
         assert by_file.total[name].relative_error == pytest.approx(figures.relative_error, rel=1e-4)
 
 
+def test_the_file_may_have_output_names_of_its_own(pair, tmp_path):
+    dense, small, path = pair
+    names = ["states", "scores"]
+    named = export_onnx(small, tmp_path / "named.onnx", torch.randn(2, 24), output_names=names).path
+    found = compare(named, dense, batches(), compressed=small)
+    plain = compare(path, dense, batches(), compressed=small)
+    for part in ("total", "export", "approximation"):
+        figures = getattr(found, part)
+        assert list(figures) == names
+        for ours, theirs in zip(figures.values(), getattr(plain, part).values(), strict=True):
+            assert ours.relative_error == pytest.approx(theirs.relative_error, abs=1e-6)
+    # One output of several goes by name.
+    onnx.utils.extract_model(path, tmp_path / "one.onnx", ["x"], ["logits"])
+    found = compare(tmp_path / "one.onnx", dense, batches(), compressed=small)
+    assert list(found.approximation) == ["logits"]
+    lost = plain.approximation["logits"].relative_error
+    assert found.approximation["logits"].relative_error == pytest.approx(lost)
+
+
 def test_a_wrong_export_fails_although_the_total_is_not_bounded(pair):
     dense, small, path = pair
     model = onnx.load(path)
@@ -252,6 +271,35 @@ def test_command_line(here, capsys):
     code, _, err = run(capsys, "verify", made, "--against", "state.pt")
     assert code == 2
     assert "--model MODULE:FACTORY" in err
+
+
+def test_a_compressed_graph_against_the_model_that_the_graph_was_made_of(here, capsys):
+    model = torch.load("model.pt", weights_only=False)
+    export_onnx(model, "dense.onnx", torch.randn(2, 48), output_names=["logits"])
+    assert run(capsys, "dense.onnx", "--bond-dim", "8", "-o", "graph")[0] == 0
+    verify = ["verify", "graph/model.onnx", "--against", "model.pt", "--data", "data.npz"]
+    code, out, err = run(capsys, *verify)
+    assert (code, err) == (0, "")
+    assert "approximation" in out
+    code, out, _ = run(capsys, *verify, "--json")
+    assert code == 0
+    found = json.loads(out)
+    for part in ("total", "export", "approximation"):
+        assert list(found[part]) == ["logits"]
+    # A graph with names of its own, which the model does not have.
+    graph = onnx.load("dense.onnx")
+    for tensor in graph.graph.initializer:
+        tensor.name = tensor.name.replace("0.", "first.").replace("2.", "last.")
+    for node in graph.graph.node:
+        renamed = [name.replace("0.", "first.").replace("2.", "last.") for name in node.input]
+        node.input[:] = renamed
+    onnx.save(graph, "foreign.onnx")
+    assert run(capsys, "foreign.onnx", "--bond-dim", "8", "-o", "graph", "--force")[0] == 0
+    code, out, err = run(capsys, *verify, "--json")
+    assert code == 0
+    assert "the cores beside model.onnx have the names of a graph" in err
+    assert json.loads(out)["approximation"] is None
+    assert run(capsys, *verify, "--cores", "graph")[0] == 2
 
 
 def test_command_line_says_r_squared_and_the_mean_squared_error(here, capsys):

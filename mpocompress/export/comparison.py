@@ -122,9 +122,10 @@ def compare(
         ours, theirs = _paired(file, actual, expected)
         total.add(ours, theirs, kept)
         if between is not None:
-            middle = between.run(file, arrays)
-            export.add(*_paired(file, actual, middle), kept)
-            approximation.add(*_paired(file, middle, expected), kept)
+            # Under the file's names, as both others: the model's may be different ones.
+            _, middle = _paired(file, actual, between.run(file, arrays))
+            export.add(ours, middle, kept)
+            approximation.add(middle, theirs, kept)
         if labels is not None:
             # Paired, so that labels are held against the same output of both.
             scores["file"].add(ours, labels.cpu().numpy())
