@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import numpy as np
 import onnx
@@ -205,6 +206,89 @@ def test_special_values_and_integers():
     assert found["n"].cosine is None
     agreement.add({"a": np.zeros((1, 3))}, {"a": row})
     assert math.isinf(agreement.result()["a"].max_abs_difference)
+
+
+def test_integers_and_texts_are_compared_exactly():
+    big = 2**60
+    for ours, theirs in (
+        (np.array([big + 1]), np.array([big])),
+        (np.array(["a", "b"], object), np.array(["a", "c"], object)),
+        (np.array(["a"], object), np.array([1.0])),
+    ):
+        agreement = Agreement()
+        agreement.add({"y": ours}, {"y": theirs})
+        assert agreement.result()["y"].max_relative_difference >= 1
+        agreement = Agreement()
+        agreement.add({"y": theirs}, {"y": theirs})
+        assert agreement.result()["y"].max_relative_difference == 0
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    """A pipeline of scikit-learn with classes of a type, as ONNX: labels, and maps from classes."""
+    from skl2onnx import to_onnx
+    from sklearn.neural_network import MLPClassifier
+
+    x = np.random.default_rng(0).standard_normal((200, 64)).astype(np.float32)
+    classes = (x[:, 0] > 0).astype(np.int64) + (x[:, 1] > 0)
+
+    def made(names=None) -> bytes:
+        network = MLPClassifier((64, 48), max_iter=5, random_state=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it has not converged
+            network.fit(x, classes if names is None else names[classes])
+        return to_onnx(network, x[:1]).SerializeToString()
+
+    return made, x, classes
+
+
+@pytest.mark.parametrize("names", [None, np.array(["cat", "dog", "owl"])], ids=["numbers", "texts"])
+def test_classifiers_of_scikit_learn(classifier, names, tmp_path, monkeypatch, capsys):
+    made, x, classes = classifier
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.onnx").write_bytes(made(names))
+    np.savez("data.npz", X=x, labels=classes)
+    assert run(capsys, "net.onnx", "--ratio", "2", "-o", "out")[0] == 0
+    code, out, err = run(
+        capsys, *("verify", "out/model.onnx", "--against", "net.onnx"), "--data", "data.npz"
+    )
+    assert code == 0, err
+    assert "output_probability" in out
+    assert "accuracy on the labels" in out
+    code, out, _ = run(capsys, "verify", "net.onnx", "--against", "net.onnx", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert list(found["total"]) == ["output_label", "output_probability"]
+    assert found["total"]["output_label"]["max_abs_difference"] == 0
+    code, _, err = run(
+        capsys, *("bench", "out/model.onnx", "--against", "net.onnx"), *("--batch", "2"), "--json"
+    )
+    assert code == 0, err
+
+
+def test_sequences_of_tensors(tmp_path):
+    value = onnx.helper.make_tensor_value_info
+    sequence = onnx.helper.make_tensor_sequence_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("SplitToSequence", ["x"], ["y"], axis=1)],
+        "halves",
+        [value("x", onnx.TensorProto.FLOAT, ["batch", 2])],
+        [sequence("y", onnx.TensorProto.FLOAT, None)],
+    )
+    opset = onnx.helper.make_opsetid("", 17)
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8), tmp_path / "s.onnx"
+    )
+
+    class Halves(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return x[:, :1], x[:, 1:] + 0.5
+
+    found = compare(tmp_path / "s.onnx", Halves()).total
+    assert [figures.max_abs_difference for figures in found.values()] == [0, 0.5]
+    assert list(found) == ["y.0", "y.1"]
+    assert not mpo.verify(tmp_path / "s.onnx", Halves()).passed
+    assert compare(tmp_path / "s.onnx", tmp_path / "s.onnx", tolerance=0).failures == ()
 
 
 def test_what_does_not_fit_is_named(pair, tmp_path):

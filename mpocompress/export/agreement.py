@@ -17,7 +17,8 @@ class OutputAgreement:
 
     Attributes:
         max_abs_difference: of any number; infinite where one side is NaN or infinite alone.
-        max_relative_difference: `max|a - b| / max|b|`; integers must be equal: 1 or more if not.
+        max_relative_difference: `max|a - b| / max|b|`; integers and texts must be equal: 1 or more
+            if not.
         relative_error: `norm(a - b) / norm(b)`, Frobenius: what is lost on the whole.
         cosine: mean over all vectors (the last axis) of the cosine between both; None for numbers,
             and for outputs that are no floats.
@@ -44,8 +45,15 @@ def check_tolerance(tolerance: float) -> None:
 
 
 def differences(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Absolute differences; 0 for equal infinities and NaN on both sides, else infinite."""
+    """Absolute differences; 0 for equal infinities and NaN on both sides, else infinite.
+
+    Integers differ by 1 at least where they are not equal, and texts by 1.
+    """
+    if not (has_numbers(actual) and has_numbers(expected)):
+        return np.asarray(actual.astype(object) != expected.astype(object)).astype(np.float64)
+    unequal: np.ndarray | None = None
     if not np.issubdtype(expected.dtype, np.floating):
+        unequal = np.asarray(actual != expected)
         actual, expected = actual.astype(np.float64), expected.astype(np.float64)
     with np.errstate(invalid="ignore"):
         difference = np.asarray(np.abs(actual - expected))  # also of scalars
@@ -54,7 +62,12 @@ def differences(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
         ours, theirs = actual[special], expected[special]
         equal = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
         difference[special] = np.where(equal, 0, np.inf)
-    return difference
+    return difference if unequal is None else np.maximum(difference, unequal)
+
+
+def has_numbers(array: np.ndarray) -> bool:
+    """Whether an array holds no texts."""
+    return array.dtype.kind not in "OSU"
 
 
 @dataclass(slots=True)
@@ -72,7 +85,9 @@ class _Sums:
     def add(self, actual: np.ndarray, expected: np.ndarray) -> None:
         self.floats = bool(np.issubdtype(expected.dtype, np.floating))
         difference = differences(actual, expected).astype(np.float64)
-        finite = expected[np.isfinite(expected)].astype(np.float64)
+        finite = np.ones(expected.shape)
+        if has_numbers(expected):
+            finite = expected[np.isfinite(expected)].astype(np.float64)
         self.max_difference = max(self.max_difference, float(difference.max(initial=0)))
         self.max_value = max(self.max_value, float(np.abs(finite).max(initial=0)))
         self.squared_difference += float((difference**2).sum())

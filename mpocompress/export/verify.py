@@ -15,7 +15,7 @@ from mpocompress.export import inputs
 from mpocompress.export.agreement import check_tolerance, differences
 from mpocompress.export.calls import Batch, ForwardCall, first_line, inference_copy, run
 from mpocompress.export.inputs import InputSpec
-from mpocompress.export.session import described_inputs, open_session
+from mpocompress.export.session import described_inputs, named_arrays, open_session
 
 # Of the batches made up for one batch size, the sizes of the other dimensions, from the example's.
 _OTHER_SIZES = (lambda size: size // 2 + 1, lambda size: size + 3, lambda size: size)
@@ -150,7 +150,7 @@ class _Graph:
                 f"ONNX Runtime does not run {self.path} on {call.describe()}, although PyTorch "
                 f"does: {first_line(error)}. Export the model again with other example inputs."
             ) from error
-        return dict(zip(self.outputs, values, strict=True))
+        return named_arrays(self.outputs, values)
 
 
 def _made_up(

@@ -15,6 +15,7 @@ from mpocompress.export.graphs.model import OnnxModel
 from mpocompress.export.graphs.sessions import Feed, GraphInputs, Session
 from mpocompress.export.graphs.write import write_graph
 from mpocompress.export.inputs import symbols
+from mpocompress.export.session import arrays_of
 from mpocompress.export.verify import Comparison, ParityResult
 
 # Of batches made up for one batch size, the sizes of other open dimensions, from the guessed ones.
@@ -83,7 +84,7 @@ def compare_graphs(
                     f"{first_line(error)}. Please report this; the model's name helps."
                 ) from error
             for name, ours, theirs in zip(dense.outputs, actual, expected, strict=True):
-                _add(comparison, name, _arrays(ours), _arrays(theirs))
+                _add(comparison, name, arrays_of(ours), arrays_of(theirs))
             comparison.count(rows)
         if refused is not None and not comparison.samples:
             raise refused
@@ -144,17 +145,6 @@ def _all_feeds(
 
 def _rows(feed: Feed) -> int:
     return next((len(array) for array in feed.values() if array.ndim), 1)
-
-
-def _arrays(value: object) -> list[np.ndarray]:
-    """The numbers of an output: a tensor, or a sequence of tensors or of maps from classes."""
-    if isinstance(value, np.ndarray):
-        return [value]
-    if isinstance(value, list):
-        if value and isinstance(value[0], dict):
-            return [np.array([list(row.values()) for row in value])]
-        return [array for entry in value for array in _arrays(entry)]
-    return [] if value is None else [np.asarray(value)]
 
 
 def _add(
