@@ -386,6 +386,28 @@ def test_a_compressed_graph_against_the_model_that_the_graph_was_made_of(here, c
     assert run(capsys, *verify, "--cores", "graph")[0] == 2
 
 
+def test_json_has_no_infinity(here, capsys):
+    graph = onnx.load("model-mpo/model.onnx")
+    bias = next(tensor for tensor in graph.graph.initializer if tensor.name == "2.bias")
+    values = onnx.numpy_helper.to_array(bias).copy()
+    values[0] = np.inf
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    onnx.save(graph, "inf.onnx")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    code, out, _ = run(
+        capsys,
+        *("verify", "inf.onnx", "--against", "model-mpo/model.onnx", "--json", "--tolerance", "1"),
+    )
+    assert code == 3
+    found = json.loads(out, parse_constant=refuse)["total"]["output"]
+    assert found["max_abs_difference"] is found["max_relative_difference"] is None
+    assert found["finite"] is False
+    assert json.loads(out)["passed"] is False
+
+
 def test_command_line_says_r_squared_and_the_mean_squared_error(here, capsys):
     with np.load("data.npz") as data:
         x = data["input"]

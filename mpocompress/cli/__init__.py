@@ -4,7 +4,6 @@ Everything heavy is imported inside the commands, so that `--help` answers at on
 function that registers with `app`; the order in which its modules are imported is that of the help.
 """
 
-import json
 import os
 import signal
 import sys
@@ -19,6 +18,7 @@ from mpocompress.cli.app import app
 from mpocompress.cli.compression import compress
 from mpocompress.cli.inspection import inspect
 from mpocompress.cli.results import densify, report
+from mpocompress.cli.terminal import print_json
 from mpocompress.cli.verification import bench, export, verify
 from mpocompress.errors import LoadError, MPOCompressError
 
@@ -79,6 +79,6 @@ def _fail(error: Exception, code: int, as_json: bool, *, kind: str | None = None
     text = error.format_message() if isinstance(error, TyperException) else str(error)
     if as_json:
         what = {"type": kind or type(error).__name__, "message": text, "exit_code": code}
-        typer.echo(json.dumps({"error": what}))
+        print_json({"error": what}, indent=None)
     typer.echo(f"mpocompress: {text}", err=True)
     raise SystemExit(code)

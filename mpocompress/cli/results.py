@@ -1,6 +1,5 @@
 """The commands on what `compress` has written: `report` and `densify`; and its table."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,7 +7,7 @@ import typer
 
 from mpocompress.cli.app import app
 from mpocompress.cli.options import ForceOption, JsonOption, ResultArgument
-from mpocompress.cli.terminal import listed, number, print_table
+from mpocompress.cli.terminal import listed, number, print_json, print_table
 from mpocompress.errors import OutputExistsError
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def densify(
     save_dense(directory, target)
     size = target.stat().st_size
     if as_json:
-        typer.echo(json.dumps({"file": str(target), "bytes": size}))
+        print_json({"file": str(target), "bytes": size}, indent=None)
     else:
         typer.echo(f"{target}  {size} bytes")
 

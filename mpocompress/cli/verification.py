@@ -1,6 +1,5 @@
 """The commands on ONNX files: `export` again, `verify` against a reference, `bench`."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +21,7 @@ from mpocompress.cli.options import (
     ResultArgument,
     TrustOption,
 )
-from mpocompress.cli.terminal import print_table, progress_bar, show_notes
+from mpocompress.cli.terminal import print_json, print_table, progress_bar, show_notes
 
 if TYPE_CHECKING:
     from mpocompress.export.bench import BenchResult, Spread
@@ -112,7 +111,7 @@ def export(
             "parity": done.parity.model_dump(),
             "forms": None if done.forms is None else done.forms.to_dict(),
         }
-        typer.echo(json.dumps(found, indent=2))
+        print_json(found)
         return
     if done.forms is not None:
         _show_bench(done.forms)
@@ -181,7 +180,7 @@ def verify(
     )
     show_notes(notes)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2))
+        print_json(found.to_dict())
         if found.failures:  # all is said in the object
             raise typer.Exit(3)
         return
@@ -234,7 +233,7 @@ def bench(
             progress=progress,
         )
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2))
+        print_json(found.to_dict())
     else:
         _show_bench(found)
 

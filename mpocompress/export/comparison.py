@@ -8,6 +8,7 @@ against the reference). Without it there is only the whole.
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -70,8 +71,24 @@ class Comparison:
             raise ParityError(f"{'; '.join(self.failures)}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {**asdict(self), "passed": not self.failures}
+        """Plain values, for JSON: None for what is not finite.
+
+        Each output has "finite", too: whether its `max_abs_difference` is.
+        """
+        found = {**asdict(self), "passed": not self.failures}
+        for part in (found["total"], found["export"], found["approximation"]):
+            for figures in (part or {}).values():
+                figures["finite"] = isfinite(figures["max_abs_difference"])
+        plain: dict[str, Any] = _finite_or_none(found)
+        return plain
+
+
+def _finite_or_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite_or_none(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite_or_none(entry) for entry in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def compare(
