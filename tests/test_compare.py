@@ -386,6 +386,30 @@ def test_a_compressed_graph_against_the_model_that_the_graph_was_made_of(here, c
     assert run(capsys, *verify, "--cores", "graph")[0] == 2
 
 
+def test_nan_on_both_sides_is_no_agreement(here, capsys):
+    model = torch.load("model.pt", weights_only=False)
+    with torch.no_grad():
+        model[2].bias.fill_(torch.nan)
+    torch.save(model, "nan.pt")
+    code, _, err = run(capsys, "nan.pt", "--bond-dim", "8")
+    assert code == 3
+    assert "nothing was compared: 'output' is NaN or infinite throughout" in err
+    assert not (here / "nan-mpo").exists()
+    export_onnx(model, "nan.onnx", torch.randn(2, 48))
+    code, _, err = run(capsys, "nan.onnx", "--bond-dim", "8", "-o", "graph")
+    assert code == 3
+    assert "nothing was compared" in err
+    code, out, _ = run(capsys, "verify", "nan.onnx", "--against", "nan.onnx", "--json")
+    assert code == 3
+    assert "nothing was compared" in json.loads(out)["failures"][0]
+    # One of several outputs may be NaN on both sides.
+    agreement = Agreement()
+    agreement.add(
+        {"a": np.full(2, np.nan), "b": np.ones(2)}, {"a": np.full(2, np.nan), "b": np.ones(2)}
+    )
+    assert agreement.finite == 2
+
+
 def test_json_has_no_infinity(here, capsys):
     graph = onnx.load("model-mpo/model.onnx")
     bias = next(tensor for tensor in graph.graph.initializer if tensor.name == "2.bias")

@@ -79,6 +79,7 @@ class _Sums:
     cosines: float = 0.0
     argmax_equal: int = 0
     vectors: int = 0
+    finite: int = 0
     floats: bool = True
     wide: bool = False  # whether there is more than one entry to a vector
 
@@ -92,6 +93,7 @@ class _Sums:
         self.max_value = max(self.max_value, float(np.abs(finite).max(initial=0)))
         self.squared_difference += float((difference**2).sum())
         self.squared_value += float((finite**2).sum())
+        self.finite += finite.size
         if not self.floats or expected.ndim == 0 or expected.shape[-1] < 2 or not expected.size:
             self.vectors += int(np.prod(expected.shape[:-1], dtype=int))
             return
@@ -151,6 +153,11 @@ class Agreement:
             if keep is not None and theirs.ndim >= 3 and theirs.shape[:2] == keep.shape:
                 ours, theirs = ours[keep], theirs[keep]
             self._sums.setdefault(name, _Sums()).add(ours, theirs)
+
+    @property
+    def finite(self) -> int:
+        """Numbers of the expected outputs that are neither NaN nor infinite."""
+        return sum(sums.finite for sums in self._sums.values())
 
     def result(self) -> dict[str, OutputAgreement]:
         """The figures of each output."""

@@ -48,7 +48,8 @@ class Comparison:
         made_up: whether the inputs were random because there were no data.
         samples: rows compared.
         tolerance: for the largest relative difference in total; None if it was not asked for.
-        failures: one line for each output beyond a tolerance.
+        failures: one line for each output beyond a tolerance, or that nothing was compared, since
+            no output has a finite number.
     """
 
     total: Mapping[str, OutputAgreement]
@@ -152,7 +153,7 @@ def compare(
         raise DataError("the data contains no batches. Pass at least one, or no data at all.")
     return _result(
         file,
-        total.result(),
+        total,
         (export.result(), approximation.result()) if between is not None else (None, None),
         scores,
         made_up=data is None,
@@ -163,7 +164,7 @@ def compare(
 
 def _result(
     file: OnnxFile,
-    total: dict[str, OutputAgreement],
+    agreement: Agreement,
     parts: tuple[dict[str, OutputAgreement] | None, dict[str, OutputAgreement] | None],
     scores: Mapping[str, LabelScore],
     *,
@@ -172,7 +173,12 @@ def _result(
     tolerance: float | None,
 ) -> Comparison:
     quantization = file.metadata.get("mpocompress.quantization", "none")
-    failures = []
+    failures, total = [], agreement.result()
+    if not agreement.finite:
+        failures.append(
+            f"nothing was compared: the reference's {', '.join(map(repr, total))} "
+            f"{'is' if len(total) == 1 else 'are'} NaN or infinite throughout"
+        )
     if parts[0] is not None and quantization == "none":
         failures += _beyond(parts[0], EXPORT_TOLERANCE, "the export alone changes")
     if tolerance is not None:

@@ -271,11 +271,15 @@ def _matched(
 
 @dataclass(slots=True)
 class OutputFigures:
-    """Running figures of one output; `exact` for one that is not floating."""
+    """Running figures of one output; `exact` for one that is not floating.
+
+    `finite` counts the numbers that were compared and are neither NaN nor infinite.
+    """
 
     max_difference: float = 0.0
     max_value: float = 0.0
     exact: bool = False
+    finite: int = 0
 
     @property
     def relative(self) -> float:
@@ -311,13 +315,25 @@ class Comparison:
         finite = np.abs(expected[np.isfinite(expected)])
         output.max_difference = max(output.max_difference, float(difference.max(initial=0)))
         output.max_value = max(output.max_value, float(finite.max(initial=0)))
+        output.finite += finite.size
         floating = np.issubdtype(expected.dtype, np.floating)
         if floating and expected.ndim == 2 and expected.shape[1] > 1:
             self.argmax_rows += len(expected)
             self.argmax_equal += int((actual.argmax(1) == expected.argmax(1)).sum())
 
     def result(self, tolerance: float) -> ParityResult:
-        """What was found, held against the largest relative difference allowed."""
+        """What was found, held against the largest relative difference allowed.
+
+        Raises:
+            ParityError: no output has a finite number, so that nothing was compared.
+        """
+        if not any(output.finite for output in self.outputs.values()):
+            raise ParityError(
+                f"nothing was compared: {', '.join(map(repr, self.outputs))} "
+                f"{'is' if len(self.outputs) == 1 else 'are'} NaN or infinite throughout, over "
+                f"{self.samples} samples. Look for NaN in what was not compressed, such as biases, "
+                "or give data on which the model has finite outputs."
+            )
         relative = {name: output.relative for name, output in self.outputs.items()}
         worst = max(relative, key=lambda name: relative[name])
         return ParityResult(
