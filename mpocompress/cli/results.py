@@ -8,7 +8,6 @@ import typer
 from mpocompress.cli.app import app
 from mpocompress.cli.options import ForceOption, JsonOption, ResultArgument
 from mpocompress.cli.terminal import listed, number, print_json, print_table
-from mpocompress.errors import OutputExistsError
 
 if TYPE_CHECKING:
     from mpocompress.report import CompressionReport
@@ -46,10 +45,10 @@ def densify(
 ) -> None:
     """Turn a result back into an ordinary dense checkpoint."""
     from mpocompress.api import save_dense
+    from mpocompress.saving import check_output_file
 
     target = output or Path(f"{directory.resolve().name}-dense.safetensors")
-    if target.exists() and not force:
-        raise OutputExistsError(f"{str(target)!r} exists. Use --force to replace it.")
+    check_output_file(target, force=force)
     save_dense(directory, target)
     size = target.stat().st_size
     if as_json:

@@ -13,6 +13,7 @@ from mpocompress.saving.staging import (
     CORES_FILE,
     ONNX_DATA_FILE,
     ONNX_FILE,
+    check_output_file,
     replacing,
     staged_output,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "ONNX_DATA_FILE",
     "ONNX_FILE",
     "GraphWeight",
+    "check_output_file",
     "densify_state",
     "load_model",
     "read_manifest",

@@ -1,6 +1,7 @@
 """The dense checkpoint that a saved result stands for."""
 
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 
 import torch
@@ -69,7 +70,18 @@ def _check_names(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
 def _close(prefix: str, opened: OpenedRecord, tensors: dict[str, Tensor]) -> None:
     """Give the entries of an opened module the names and shapes that they had before."""
     for name, origin in opened.origins.items():
-        parts = [tensors.pop(f"{prefix}{part}") for part in origin.parts]
+        try:
+            parts = [tensors.pop(f"{prefix}{part}") for part in origin.parts]
+        except KeyError as error:
+            raise LoadError(
+                f"the saved result lacks {error.args[0]!r}; it is incomplete."
+            ) from None
+        numbers = sum(part.numel() for part in parts)
+        if numbers != prod(origin.shape) or len({part.shape[1:] for part in parts}) > 1:
+            raise LoadError(
+                f"{prefix}{name} of the saved result has shape {origin.shape}, but its parts are "
+                f"{', '.join(str(tuple(part.shape)) for part in parts)}. Compress the model again."
+            )
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         # What is tied stays the same object: a view would be a second tensor in the same memory.
         same = whole.shape == origin.shape

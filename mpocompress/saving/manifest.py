@@ -1,9 +1,10 @@
 """What the metadata of `model.mpo.safetensors` says of the model in it."""
 
 from collections.abc import Iterator
-from typing import Literal
+from math import prod
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from mpocompress._version import __version__
@@ -34,15 +35,29 @@ class LayerRecord(_Record):
         stored: name of the dense weight; None if it is `<name>.weight`, under each of the names.
     """
 
-    names: tuple[str, ...]
+    names: tuple[str, ...] = Field(min_length=1)
     kind: str
-    shape: tuple[int, int]
-    layout: tuple[tuple[int, int], ...]
-    bond_dims: tuple[int, ...]
+    shape: tuple[PositiveInt, PositiveInt]
+    layout: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(min_length=1)
+    bond_dims: tuple[PositiveInt, ...]
     gauge: Gauge = "none"
-    dense_shape: tuple[int, ...] | None = None
+    dense_shape: tuple[PositiveInt, ...] | None = None
     transposed: bool = False
     stored: str | None = None
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> Self:
+        if len(self.bond_dims) != len(self.layout) - 1:
+            raise ValueError(
+                f"{len(self.layout)} sites have {len(self.layout) - 1} bonds, not "
+                f"{len(self.bond_dims)}"
+            )
+        sites = (prod(out for out, _ in self.layout), prod(in_ for _, in_ in self.layout))
+        if sites[0] < self.shape[0] or sites[1] < self.shape[1]:
+            raise ValueError(f"sites of {sites[0]}x{sites[1]} do not hold {self.shape}")
+        if self.dense_shape is not None and prod(self.dense_shape) != prod(self.shape):
+            raise ValueError(f"dense_shape {self.dense_shape} does not hold {self.shape}")
+        return self
 
     def dense_names(self) -> tuple[str, ...]:
         """What the dense weight is called, for each of the names."""
@@ -70,14 +85,14 @@ class LayerRecord(_Record):
 class OriginRecord(_Record):
     """What a parameter of an opened module has become: entries below each other, and its shape."""
 
-    parts: tuple[str, ...]
-    shape: tuple[int, ...]
+    parts: tuple[str, ...] = Field(min_length=1)
+    shape: tuple[NonNegativeInt, ...]
 
 
 class OpenedRecord(_Record):
     """One opened module: all of its names, and its parameters under their dense names."""
 
-    names: tuple[str, ...]
+    names: tuple[str, ...] = Field(min_length=1)
     origins: dict[str, OriginRecord] = {}
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpocompress._version import __version__
-from mpocompress.errors import ContractionError, LoadError, SaveError
+from mpocompress.errors import ContractionError, LayoutError, LoadError, SaveError
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.identity_gauge import IdentityGauge
 from mpocompress.mpo.weight import Weight
@@ -145,5 +145,5 @@ def weight_of(record: LayerRecord, tensors: Mapping[str, Tensor]) -> Weight:
         )
     except KeyError as error:
         raise LoadError(f"the saved result lacks {error.args[0]!r}; it is incomplete.") from None
-    except ContractionError as error:
+    except (ContractionError, LayoutError) as error:
         raise LoadError(f"layer {record.names[0]!r} of the saved result: {error}") from None
