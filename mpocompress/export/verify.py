@@ -119,7 +119,13 @@ def verify(
             output = comparison.output(name)
             output.exact = not np.issubdtype(theirs.dtype, np.floating)
             comparison.compare(output, ours, theirs)
-    return comparison.result(tolerance)
+    return comparison.result(tolerance, _with_nan(model))
+
+
+def _with_nan(model: nn.Module) -> Iterator[str]:
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor) and bool(tensor.isnan().any()):
+            yield name
 
 
 class _Graph:
@@ -269,6 +275,13 @@ def _matched(
     return pairs
 
 
+def _who(suspects: Iterable[str]) -> str:
+    found = next(iter(suspects), None)
+    if found is None:
+        return "Give data on which the model has finite outputs."
+    return f"{found!r} of the model has NaN. Compress a checkpoint that has none."
+
+
 @dataclass(slots=True)
 class OutputFigures:
     """Running figures of one output; `exact` for one that is not floating.
@@ -321,8 +334,12 @@ class Comparison:
             self.argmax_rows += len(expected)
             self.argmax_equal += int((actual.argmax(1) == expected.argmax(1)).sum())
 
-    def result(self, tolerance: float) -> ParityResult:
+    def result(self, tolerance: float, suspects: Iterable[str] = ()) -> ParityResult:
         """What was found, held against the largest relative difference allowed.
+
+        Args:
+            tolerance: the difference.
+            suspects: names of tensors that have NaN; asked for where nothing could be compared.
 
         Raises:
             ParityError: no output has a finite number, so that nothing was compared.
@@ -331,8 +348,7 @@ class Comparison:
             raise ParityError(
                 f"nothing was compared: {', '.join(map(repr, self.outputs))} "
                 f"{'is' if len(self.outputs) == 1 else 'are'} NaN or infinite throughout, over "
-                f"{self.samples} samples. Look for NaN in what was not compressed, such as biases, "
-                "or give data on which the model has finite outputs."
+                f"{self.samples} samples. {_who(suspects)}"
             )
         relative = {name: output.relative for name, output in self.outputs.items()}
         worst = max(relative, key=lambda name: relative[name])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from onnx import ModelProto
+from onnx import ModelProto, numpy_helper
 from torch import Tensor
 
 from mpocompress.errors import DataError, ParityError
@@ -13,6 +13,7 @@ from mpocompress.export.calls import first_line
 from mpocompress.export.graphs.find import GraphSite
 from mpocompress.export.graphs.model import OnnxModel
 from mpocompress.export.graphs.sessions import Feed, GraphInputs, Session
+from mpocompress.export.graphs.tensors import FLOATS, is_external
 from mpocompress.export.graphs.write import write_graph
 from mpocompress.export.inputs import symbols
 from mpocompress.export.session import arrays_of
@@ -91,7 +92,15 @@ def compare_graphs(
     finally:
         beside.unlink(missing_ok=True)
         beside.with_name(f"{_REFERENCE}.data").unlink(missing_ok=True)
-    return comparison.result(tolerance)
+    return comparison.result(tolerance, _with_nan(reference[0]))
+
+
+def _with_nan(model: ModelProto) -> Iterator[str]:
+    for tensor in model.graph.initializer:
+        if tensor.data_type not in FLOATS or is_external(tensor):
+            continue
+        if np.isnan(numpy_helper.to_array(tensor).astype(np.float64)).any():
+            yield tensor.name
 
 
 def _run(dense: Session, feed: Feed, inputs: GraphInputs, made_up: bool) -> list[object]:
