@@ -98,7 +98,8 @@ def verify(
         DataError: a batch does not fit the graph's inputs or the model, there are no batches, or
             impossible batch sizes or tolerances.
         ParityError: ONNX Runtime does not run on a batch on which PyTorch does, or the outputs
-            differ in number or shape. A mere difference of values is in the result.
+            differ in number or shape, or all are NaN throughout. A mere difference of values is in
+            the result.
     """
     check_tolerance(tolerance)
     if min(batch_sizes, default=1 if data is not None else 0) < 1:
