@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mpocompress import saving
 from mpocompress.api.data import forward_arguments
-from mpocompress.errors import DataError, LoadError, OutputExistsError
+from mpocompress.errors import DataError, LoadError
 from mpocompress.export import ExportedModel, QuantizedModel, export_onnx
 from mpocompress.export.bench import BenchResult, bench
 from mpocompress.export.calls import Slot
@@ -77,7 +77,15 @@ def compare_files(
         notes += opened_notes
         place = Path(onnx).parent if cores is None else cores
         if cores is not None or (place / saving.CORES_FILE).is_file():
-            compressed = saving.load_model(place, reference)
+            try:
+                compressed = saving.load_model(place, reference)
+            except LoadError as error:
+                if cores is not None or saving.read_manifest(place).source != "onnx":
+                    raise
+                notes.append(
+                    f"the cores beside {Path(onnx).name} have the names of a graph, which are not "
+                    f"the model's, so the export's error is not told apart: {error}"
+                )
         else:
             notes.append(
                 f"there is no {saving.CORES_FILE} beside {Path(onnx).name}, so the export's error "
@@ -142,6 +150,7 @@ def export_again(
 
     Raises:
         OutputExistsError: there is such a file, without `force`.
+        SaveError: the output cannot be written.
         LoadError: a foreign directory or checkpoint.
         DataError: the shape of the inputs is not known, or the output is no `.onnx` file.
         ParityError: ONNX Runtime and PyTorch disagree; the output is not written.
@@ -151,8 +160,7 @@ def export_again(
             f"the output {str(output)!r} does not end in .onnx, which is what is written. Give one "
             "that does with -o."
         )
-    if output.exists() and not force:
-        raise OutputExistsError(f"{str(output)!r} exists. Use --force to replace it.")
+    saving.check_output_file(output, force=force)
     report = CompressionReport.load(directory)
     opened = open_model(source, factory=factory, trust_pickle=trust_pickle)
     model = saving.load_model(directory, _callable(opened, source))

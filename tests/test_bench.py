@@ -3,6 +3,7 @@
 import json
 from itertools import pairwise
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -69,6 +70,18 @@ def test_sequence_length_and_inputs_of_other_names(tmp_path):
     two = export_onnx(Net(), tmp_path / "b.onnx", example, input_names=["tokens"]).path
     found = bench([one, two], batch_sizes=[2], repeats=1, processes=1, sizes={"sequence": 5})
     assert found.sizes == {"sequence": 5}
+
+
+def test_bytes_are_those_of_all_data_files(files, tmp_path):
+    """Optimum calls them model.onnx_data; what merely lies beside does not count."""
+    graph = onnx.load(files[1])
+    place = {"save_as_external_data": True, "location": "model.onnx_data", "size_threshold": 0}
+    onnx.save(graph, tmp_path / "model.onnx", **place)
+    (tmp_path / "model.onnx.data").write_bytes(b"of an earlier run")
+    both = [tmp_path / name for name in ("model.onnx", "model.onnx_data")]
+    found = bench(both[:1], batch_sizes=[1], repeats=1, processes=1)
+    assert found.files[0].num_bytes == sum(file.stat().st_size for file in both)
+    assert found.files[0].num_bytes > 4 * 2 * 64 * 2048
 
 
 def test_refusals(files, tmp_path):

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mpocompress as mpo
 from mpocompress.cli import main
+from mpocompress.saving import read_manifest
 
 FACTORY = """
 from torch import nn
@@ -501,3 +502,84 @@ def test_bond_dim_or_ratio(here, capsys):
         assert "of --bond-dim, --ratio, --max-size, --max-error and --max-drop" in err
     assert run(capsys, "model.pt", "--ratio", "0.5")[0] == 2
     assert run(capsys, "model.pt", "--ratio", "2", "--of", "bytes")[0] == 2
+
+
+HUGE = "9" * 400
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["model.pt", "--bond-dim", "8", "--seed", HUGE],
+        ["model.pt", "--bond-dim", "8", "--batch", HUGE],
+        ["model.pt", "--bond-dim", "8", "--sites", HUGE],
+        ["model.pt", "--bond-dim", "8", "--data", "data.npz", "--distill", HUGE],
+        ["model.pt", "--bond-dim", "8", "--data", "data.npz", "--sweeps", HUGE],
+        ["model.pt", "--bond-dim", "8", "--input", "99999999999999999999x64"],
+        ["model.pt", "--bond-dim", "8", "-o", "o" * 300],
+        ["model.pt", "--bond-dim", "8", "-o", "o" * 250],
+        ["model.pt", "--bond-dim", "8", "-o", "o" * 300, "--resume"],
+        ["model.pt", "--bond-dim", "8", "-o", "lost"],
+        ["o" * 300, "--bond-dim", "8"],
+        ["inspect", "o" * 300],
+        ["densify", "cores", "-o", "o" * 300 + ".pt"],
+        ["densify", "cores", "-o", "nowhere/x.pt"],
+        ["densify", "cores", "-o", "cores", "--force"],
+        ["export", "cores", "--source", "model.pt", "-o", "nowhere/x.onnx"],
+        ["export", "cores", "--source", "model.pt", "--seed", HUGE],
+        ["verify", "o" * 300, "--against", "model.pt"],
+        ["bench", "model.onnx", "--threads", "99999999999999"],
+        ["bench", "model.onnx", "--batch", f"1,{HUGE}"],
+        ["bench", "model.onnx", "--repeats", HUGE],
+        ["bench", "model.onnx", "--length", HUGE],
+    ],
+    ids=lambda arguments: " ".join(word if len(word) < 30 else word[:3] for word in arguments),
+)
+def test_impossible_numbers_and_places_are_mistakes_in_usage(here, capsys, arguments):
+    """Refused before any work, and never as something unexpected."""
+    np.savez("data.npz", x=torch.randn(8, 48).numpy())
+    (here / "lost").symlink_to("nothing")
+    mpo.save(mpo.compress(network(), bond_dim=8), here / "cores")
+    before = {path.name for path in here.iterdir()}
+    code, _, err = run(capsys, *arguments)
+    assert code == 2, err
+    assert "unexpected" not in err
+    assert {path.name for path in here.iterdir()} == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+@pytest.mark.parametrize("arguments", [["inspect", "model.pt", "--json"], ["inspect", "model.pt"]])
+def test_a_full_disk_behind_the_standard_output(here, arguments):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mpocompress", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("mpocompress: cannot write the output: No space left on device.")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("names", []),
+        ("dense_shape", [7, 7]),
+        ("bond_dims", [-8]),
+        ("bond_dims", [8, 8]),
+        ("layout", [[7, 1], [1, 7]]),
+        ("shape", [0, 48]),
+    ],
+)
+def test_an_edited_manifest_is_refused(here, capsys, field, value):
+    mpo.save(mpo.compress(network(), bond_dim=8, layout="svd"), here / "cores")
+    file = here / "cores" / "model.mpo.safetensors"
+    manifest = json.loads(read_manifest(file).model_dump_json())
+    manifest["layers"][0][field] = value
+    save_file(load_file(file), file, metadata={"mpocompress": json.dumps(manifest)})
+    code, _, err = run(capsys, "densify", "cores")
+    assert code == 2
+    assert "the manifest of 'model.mpo.safetensors' is malformed: layers.0" in err

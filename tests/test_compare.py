@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import numpy as np
 import onnx
@@ -100,6 +101,25 @@ def test_an_onnx_reference_gives_the_same_total(pair, tmp_path):
         assert by_file.total[name].relative_error == pytest.approx(figures.relative_error, rel=1e-4)
 
 
+def test_the_file_may_have_output_names_of_its_own(pair, tmp_path):
+    dense, small, path = pair
+    names = ["states", "scores"]
+    named = export_onnx(small, tmp_path / "named.onnx", torch.randn(2, 24), output_names=names).path
+    found = compare(named, dense, batches(), compressed=small)
+    plain = compare(path, dense, batches(), compressed=small)
+    for part in ("total", "export", "approximation"):
+        figures = getattr(found, part)
+        assert list(figures) == names
+        for ours, theirs in zip(figures.values(), getattr(plain, part).values(), strict=True):
+            assert ours.relative_error == pytest.approx(theirs.relative_error, abs=1e-6)
+    # One output of several goes by name.
+    onnx.utils.extract_model(path, tmp_path / "one.onnx", ["x"], ["logits"])
+    found = compare(tmp_path / "one.onnx", dense, batches(), compressed=small)
+    assert list(found.approximation) == ["logits"]
+    lost = plain.approximation["logits"].relative_error
+    assert found.approximation["logits"].relative_error == pytest.approx(lost)
+
+
 def test_a_wrong_export_fails_although_the_total_is_not_bounded(pair):
     dense, small, path = pair
     model = onnx.load(path)
@@ -188,6 +208,89 @@ def test_special_values_and_integers():
     assert math.isinf(agreement.result()["a"].max_abs_difference)
 
 
+def test_integers_and_texts_are_compared_exactly():
+    big = 2**60
+    for ours, theirs in (
+        (np.array([big + 1]), np.array([big])),
+        (np.array(["a", "b"], object), np.array(["a", "c"], object)),
+        (np.array(["a"], object), np.array([1.0])),
+    ):
+        agreement = Agreement()
+        agreement.add({"y": ours}, {"y": theirs})
+        assert agreement.result()["y"].max_relative_difference >= 1
+        agreement = Agreement()
+        agreement.add({"y": theirs}, {"y": theirs})
+        assert agreement.result()["y"].max_relative_difference == 0
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    """A pipeline of scikit-learn with classes of a type, as ONNX: labels, and maps from classes."""
+    from skl2onnx import to_onnx
+    from sklearn.neural_network import MLPClassifier
+
+    x = np.random.default_rng(0).standard_normal((200, 64)).astype(np.float32)
+    classes = (x[:, 0] > 0).astype(np.int64) + (x[:, 1] > 0)
+
+    def made(names=None) -> bytes:
+        network = MLPClassifier((64, 48), max_iter=5, random_state=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it has not converged
+            network.fit(x, classes if names is None else names[classes])
+        return to_onnx(network, x[:1]).SerializeToString()
+
+    return made, x, classes
+
+
+@pytest.mark.parametrize("names", [None, np.array(["cat", "dog", "owl"])], ids=["numbers", "texts"])
+def test_classifiers_of_scikit_learn(classifier, names, tmp_path, monkeypatch, capsys):
+    made, x, classes = classifier
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.onnx").write_bytes(made(names))
+    np.savez("data.npz", X=x, labels=classes)
+    assert run(capsys, "net.onnx", "--ratio", "2", "-o", "out")[0] == 0
+    code, out, err = run(
+        capsys, *("verify", "out/model.onnx", "--against", "net.onnx"), "--data", "data.npz"
+    )
+    assert code == 0, err
+    assert "output_probability" in out
+    assert "accuracy on the labels" in out
+    code, out, _ = run(capsys, "verify", "net.onnx", "--against", "net.onnx", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert list(found["total"]) == ["output_label", "output_probability"]
+    assert found["total"]["output_label"]["max_abs_difference"] == 0
+    code, _, err = run(
+        capsys, *("bench", "out/model.onnx", "--against", "net.onnx"), *("--batch", "2"), "--json"
+    )
+    assert code == 0, err
+
+
+def test_sequences_of_tensors(tmp_path):
+    value = onnx.helper.make_tensor_value_info
+    sequence = onnx.helper.make_tensor_sequence_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("SplitToSequence", ["x"], ["y"], axis=1)],
+        "halves",
+        [value("x", onnx.TensorProto.FLOAT, ["batch", 2])],
+        [sequence("y", onnx.TensorProto.FLOAT, None)],
+    )
+    opset = onnx.helper.make_opsetid("", 17)
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8), tmp_path / "s.onnx"
+    )
+
+    class Halves(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return x[:, :1], x[:, 1:] + 0.5
+
+    found = compare(tmp_path / "s.onnx", Halves()).total
+    assert [figures.max_abs_difference for figures in found.values()] == [0, 0.5]
+    assert list(found) == ["y.0", "y.1"]
+    assert not mpo.verify(tmp_path / "s.onnx", Halves()).passed
+    assert compare(tmp_path / "s.onnx", tmp_path / "s.onnx", tolerance=0).failures == ()
+
+
 def test_what_does_not_fit_is_named(pair, tmp_path):
     dense, _, path = pair
     with pytest.raises(DataError, match=r"needs 'x': float32 \(batch, 24\), but the data has 'z'"):
@@ -252,6 +355,82 @@ def test_command_line(here, capsys):
     code, _, err = run(capsys, "verify", made, "--against", "state.pt")
     assert code == 2
     assert "--model MODULE:FACTORY" in err
+
+
+def test_a_compressed_graph_against_the_model_that_the_graph_was_made_of(here, capsys):
+    model = torch.load("model.pt", weights_only=False)
+    export_onnx(model, "dense.onnx", torch.randn(2, 48), output_names=["logits"])
+    assert run(capsys, "dense.onnx", "--bond-dim", "8", "-o", "graph")[0] == 0
+    verify = ["verify", "graph/model.onnx", "--against", "model.pt", "--data", "data.npz"]
+    code, out, err = run(capsys, *verify)
+    assert (code, err) == (0, "")
+    assert "approximation" in out
+    code, out, _ = run(capsys, *verify, "--json")
+    assert code == 0
+    found = json.loads(out)
+    for part in ("total", "export", "approximation"):
+        assert list(found[part]) == ["logits"]
+    # A graph with names of its own, which the model does not have.
+    graph = onnx.load("dense.onnx")
+    for tensor in graph.graph.initializer:
+        tensor.name = tensor.name.replace("0.", "first.").replace("2.", "last.")
+    for node in graph.graph.node:
+        renamed = [name.replace("0.", "first.").replace("2.", "last.") for name in node.input]
+        node.input[:] = renamed
+    onnx.save(graph, "foreign.onnx")
+    assert run(capsys, "foreign.onnx", "--bond-dim", "8", "-o", "graph", "--force")[0] == 0
+    code, out, err = run(capsys, *verify, "--json")
+    assert code == 0
+    assert "the cores beside model.onnx have the names of a graph" in err
+    assert json.loads(out)["approximation"] is None
+    assert run(capsys, *verify, "--cores", "graph")[0] == 2
+
+
+def test_nan_on_both_sides_is_no_agreement(here, capsys):
+    model = torch.load("model.pt", weights_only=False)
+    with torch.no_grad():
+        model[2].bias.fill_(torch.nan)
+    torch.save(model, "nan.pt")
+    code, _, err = run(capsys, "nan.pt", "--bond-dim", "8")
+    assert code == 3
+    assert "nothing was compared: 'output' is NaN or infinite throughout" in err
+    assert "'2.bias' of the model has NaN" in err
+    assert not (here / "nan-mpo").exists()
+    export_onnx(model, "nan.onnx", torch.randn(2, 48))
+    code, _, err = run(capsys, "nan.onnx", "--bond-dim", "8", "-o", "graph")
+    assert code == 3
+    assert "'2.bias' of the model has NaN" in err
+    code, out, _ = run(capsys, "verify", "nan.onnx", "--against", "nan.onnx", "--json")
+    assert code == 3
+    assert "nothing was compared" in json.loads(out)["failures"][0]
+    # One of several outputs may be NaN on both sides.
+    agreement = Agreement()
+    agreement.add(
+        {"a": np.full(2, np.nan), "b": np.ones(2)}, {"a": np.full(2, np.nan), "b": np.ones(2)}
+    )
+    assert agreement.finite == 2
+
+
+def test_json_has_no_infinity(here, capsys):
+    graph = onnx.load("model-mpo/model.onnx")
+    bias = next(tensor for tensor in graph.graph.initializer if tensor.name == "2.bias")
+    values = onnx.numpy_helper.to_array(bias).copy()
+    values[0] = np.inf
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    onnx.save(graph, "inf.onnx")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    code, out, _ = run(
+        capsys,
+        *("verify", "inf.onnx", "--against", "model-mpo/model.onnx", "--json", "--tolerance", "1"),
+    )
+    assert code == 3
+    found = json.loads(out, parse_constant=refuse)["total"]["output"]
+    assert found["max_abs_difference"] is found["max_relative_difference"] is None
+    assert found["finite"] is False
+    assert json.loads(out)["passed"] is False
 
 
 def test_command_line_says_r_squared_and_the_mean_squared_error(here, capsys):

@@ -135,8 +135,11 @@ def test_spec_that_does_not_fit_shows_shape_and_reason():
 
 
 def test_spec_that_is_too_large():
+    for text in ("9999999999x9999999999", "99999999999999999999x64"):
+        with pytest.raises(DataError, match=f"'{text}' has more than 2147483648 numbers"):
+            example_inputs(nn.Linear(2, 2), specs=[text])
     with pytest.raises(DataError, match="no tensor of 9999999999x9999999999 can be made"):
-        example_inputs(nn.Linear(2, 2), specs=["9999999999x9999999999"])
+        example_inputs(nn.Linear(2, 2), specs=[InputSpec((9999999999, 9999999999))])
 
 
 def test_data_comes_first_and_is_cast_to_the_model():

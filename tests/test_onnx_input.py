@@ -9,7 +9,8 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from mpocompress.api.graphs import plan_graph
 from mpocompress.cli import main
@@ -210,6 +211,129 @@ def test_densify_gives_the_weights_of_the_graph(here, capsys):
     stored = {t.name: numpy_helper.to_array(t) for t in made.graph.initializer}
     expected = (stored["fc0.cores.1"] @ stored["fc0.cores.0"]).T
     np.testing.assert_allclose(dense["fc0.weight"], expected, **TOL[torch.float32]["dense"])
+
+
+def tied_exports() -> onnx.ModelProto:
+    """As torch's exporter writes a table that is the head's weight, too: two tensors."""
+    return model(
+        [node("Gather", "fc.weight i", "e"), node("Gemm", "e val_0 fc.bias", "y")],
+        {"fc.weight": weight(50, 64), "val_0": weight(64, 50, seed=1), "fc.bias": vector(50)},
+        inputs={"i": ["batch"]},
+        outputs={"y": ["batch", 50]},
+        input_types={"i": onnx.TensorProto.INT64},
+    )
+
+
+def several_forms() -> onnx.ModelProto:
+    """(in, out), (out, in) behind a transposition, and three dimensions of them."""
+    return model(
+        [
+            node("MatMul", "x w", "a"),
+            node("Transpose", "v", "vt"),
+            node("MatMul", "a vt", "b"),
+            node("Reshape", "u us", "ur"),
+            node("MatMul", "b ur", "c"),
+            node("Transpose", "t", "tp", perm=[2, 1, 0]),
+            node("Reshape", "tp us", "tr"),
+            node("MatMul", "c tr", "y"),
+        ],
+        {
+            "w": weight(48, 64),
+            "v": weight(64, 56, seed=1).T.copy(),
+            "u": weight(56, 56, seed=2).reshape(56, 7, 8),
+            "t": weight(56, 56, seed=3).reshape(56, 7, 8),
+            "us": np.array([56, 56]),
+        },
+        inputs={"x": ["batch", 48]},
+        outputs={"y": ["batch", 56]},
+    )
+
+
+def densified(here: Path, capsys, proto: onnx.ModelProto, *options: str) -> tuple[dict, dict]:
+    """The dense state of a result, and what the graph stores."""
+    save(proto, here / "net.onnx")
+    code, _, err = command(capsys, "net.onnx", "--bond-dim", "8", *options, "-o", "out")
+    assert code == 0, err
+    code, _, err = command(capsys, "densify", "out", "-o", "dense.safetensors")
+    assert code == 0, err
+    original = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+    return load_file(here / "dense.safetensors"), original
+
+
+def test_densify_of_a_graph_leaves_tensors_that_other_weights_are_named_after(here, capsys):
+    dense, original = densified(here, capsys, tied_exports(), "--layout", "svd")
+    assert dense.keys() == original.keys()
+    np.testing.assert_array_equal(dense["fc.weight"], original["fc.weight"])
+    assert dense["val_0"].shape == (64, 50)
+    stored = {
+        t.name: numpy_helper.to_array(t)
+        for t in onnx.load(here / "out" / "model.onnx").graph.initializer
+    }
+    expected = stored["fc.cores.1"] @ stored["fc.cores.0"]
+    np.testing.assert_allclose(dense["val_0"], expected, **TOL[torch.float32]["dense"])
+
+
+def test_densify_of_a_graph_gives_its_own_names_and_shapes(here, capsys):
+    proto = several_forms()
+    dense, original = densified(here, capsys, proto, "--layout", "svd")
+    # What is transposed and then reshaped cannot be called as the stored tensor is.
+    assert dense.keys() - {"us"} == {"w", "v", "u", "tr"}
+    for name in ("w", "v", "u"):
+        assert dense[name].shape == original[name].shape, name
+    again = onnx.ModelProto()
+    again.CopyFrom(proto)
+    dense["t"] = dense["tr"].reshape(8, 7, 56).transpose(2, 1, 0).copy()
+    for tensor in again.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(dense[tensor.name], tensor.name))
+    feed = {"x": rows(5, 48)}
+    expected, actual = run(here / "out" / "model.onnx", feed)[0], run(again, feed)[0]
+    np.testing.assert_allclose(actual, expected, **TOL[torch.float32]["onnx"])
+
+
+def test_a_result_of_a_graph_without_the_names_of_its_tensors(here, capsys):
+    densified(here, capsys, mlp())
+    for proto, message in (
+        (mlp(), None),
+        (tied_exports(), "its dense weight would be called 'fc.weight', as another tensor"),
+    ):
+        save(proto, here / "net.onnx")
+        assert command(capsys, "net.onnx", "--bond-dim", "8", "-o", "out", "--force")[0] == 0
+        file = here / "out" / "model.mpo.safetensors"
+        with safe_open(file, framework="np") as opened:
+            manifest = json.loads(opened.metadata()["mpocompress"])
+        for record in manifest["layers"]:  # as earlier commits wrote them
+            del record["stored"]
+            record |= {"dense_shape": None, "transposed": False}
+        save_file(load_file(file), file, metadata={"mpocompress": json.dumps(manifest)})
+        code, _, err = command(capsys, "densify", "out", "-o", "dense.pt", "--force")
+        assert (code, message is None or message in err) == (0 if message is None else 2, True)
+
+
+def test_weights_that_want_one_name_get_two(here, capsys):
+    """Cores of `w` are stored as `w.cores.0`; `a` and `a.weight` are both called a in PyTorch."""
+    proto = model(
+        [
+            node("MatMul", "x w", "b"),
+            node("Mul", "b w.cores.0", "c"),
+            node("MatMul", "c a.weight", "d"),
+            node("MatMul", "d a", "y"),
+        ],
+        {
+            "w": weight(48, 64),
+            "w.cores.0": vector(64),
+            "a.weight": weight(64, 40),
+            "a": weight(40, 40),
+        },
+        inputs={"x": ["batch", 48]},
+        outputs={"y": ["batch", 40]},
+    )
+    dense, original = densified(here, capsys, proto)
+    assert {name: value.shape for name, value in dense.items()} == {
+        name: value.shape for name, value in original.items()
+    }
+    np.testing.assert_array_equal(dense["w.cores.0"], original["w.cores.0"])
+    names = {layer["name"] for layer in checked_result(here, "net.onnx")["layers"]}
+    assert names == {"node_b", "w.cores.0", "a.weight", "a"}
 
 
 def test_a_batch_size_that_the_graph_fixes(here, capsys):

@@ -301,7 +301,16 @@ def save_graph(model: OnnxModel, result: GraphResult, path: Path) -> None:
             kept = to_torch(read_array(tensor, model.folder))
             if kept is not None:
                 others[name] = kept
-    weights = {site.name: weight for site, weight in result.weights.items()}
+    weights = [
+        saving.GraphWeight(
+            name=site.name,
+            mpo=mpo,
+            stored=site.original.name,
+            stored_shape=site.original.shape,
+            transposed=site.original.transposed,
+        )
+        for site, mpo in result.weights.items()
+    ]
     saving.save_graph_weights(weights, others, path)
 
 

@@ -4,7 +4,7 @@ Everything heavy is imported inside the commands, so that `--help` answers at on
 function that registers with `app`; the order in which its modules are imported is that of the help.
 """
 
-import json
+import errno
 import os
 import signal
 import sys
@@ -19,10 +19,14 @@ from mpocompress.cli.app import app
 from mpocompress.cli.compression import compress
 from mpocompress.cli.inspection import inspect
 from mpocompress.cli.results import densify, report
+from mpocompress.cli.terminal import print_json
 from mpocompress.cli.verification import bench, export, verify
-from mpocompress.errors import LoadError, MPOCompressError
+from mpocompress.errors import LoadError, MPOCompressError, SaveError
 
 __all__ = ["app", "bench", "compress", "densify", "export", "inspect", "main", "report", "verify"]
+
+# A full disk, or a pipe that nobody reads any more, behind the standard output or a file.
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EPIPE, errno.EIO})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -39,11 +43,30 @@ def main(arguments: list[str] | None = None) -> None:
     except MPOCompressError as error:
         _fail(error, error.exit_code, "--json" in arguments)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            text = f"{error.filename!r} is too long for the name of a file."
+            _fail(LoadError(text), LoadError.exit_code, "--json" in arguments)
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            _drop_unprinted()
+            text = (
+                f"cannot write the output: {error.strerror}. Nobody takes it, or there is no room."
+            )
+            _fail(SaveError(text), 1, as_json=False)
         if os.environ.get("MPOCOMPRESS_TRACEBACK"):
             raise
         text = f"unexpected {type(error).__name__}: {error}"
         hint = "Set MPOCOMPRESS_TRACEBACK=1 to see where, and please report it."
         _fail(LoadError(f"{text}. {hint}"), 1, "--json" in arguments)
+
+
+def _drop_unprinted() -> None:
+    """Give up a standard output that takes nothing: Python would fail with it again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _run(arguments: list[str]) -> None:
@@ -79,6 +102,9 @@ def _fail(error: Exception, code: int, as_json: bool, *, kind: str | None = None
     text = error.format_message() if isinstance(error, TyperException) else str(error)
     if as_json:
         what = {"type": kind or type(error).__name__, "message": text, "exit_code": code}
-        typer.echo(json.dumps({"error": what}))
+        try:
+            print_json({"error": what}, indent=None)
+        except OSError:
+            _drop_unprinted()
     typer.echo(f"mpocompress: {text}", err=True)
     raise SystemExit(code)

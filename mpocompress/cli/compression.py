@@ -9,6 +9,8 @@ import typer
 
 from mpocompress.cli.app import app
 from mpocompress.cli.options import (
+    LARGEST_COUNT,
+    LARGEST_SEED,
     BatchOption,
     ExcludeOption,
     FactoryOption,
@@ -143,6 +145,7 @@ def compress(
         typer.Option(
             "--sweeps",
             metavar="N",
+            max=LARGEST_COUNT,
             help="With --data: at most so many passes over the sites of a layer. Default: 16.",
         ),
     ] = None,
@@ -151,6 +154,7 @@ def compress(
         typer.Option(
             "--distill",
             metavar="STEPS",
+            max=LARGEST_COUNT,
             help="With --data: then heal the whole model, training it for so many steps to do what "
             "the dense one does.",
         ),
@@ -180,7 +184,13 @@ def compress(
         ),
     ] = False,
     seed: Annotated[
-        int, typer.Option("--seed", help="Seed of everything random. Equal seeds, equal results.")
+        int,
+        typer.Option(
+            "--seed",
+            min=0,
+            max=LARGEST_SEED,
+            help="Seed of everything random. Equal seeds, equal results.",
+        ),
     ] = 0,
 ) -> None:
     """Compress MODEL to one of five targets; write cores, verified ONNX and a report."""

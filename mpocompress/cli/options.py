@@ -40,8 +40,18 @@ FormOption = Annotated[
         "of them when a session starts), or auto: the faster, measured layer by layer.",
     ),
 ]
+LARGEST_SEED = 2**63 - 1  # of torch's generators
+LARGEST_BATCH = 2**20
+LARGEST_COUNT = 10**9  # of steps, sweeps and repeats: years
 BatchOption = Annotated[
-    int, typer.Option("--batch", metavar="N", min=1, help="Rows that latency is measured with.")
+    int,
+    typer.Option(
+        "--batch",
+        metavar="N",
+        min=1,
+        max=LARGEST_BATCH,
+        help="Rows that latency is measured with.",
+    ),
 ]
 QuantizeOption = Annotated[
     Quantize,

@@ -1,6 +1,5 @@
 """The commands on what `compress` has written: `report` and `densify`; and its table."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,8 +7,7 @@ import typer
 
 from mpocompress.cli.app import app
 from mpocompress.cli.options import ForceOption, JsonOption, ResultArgument
-from mpocompress.cli.terminal import listed, number, print_table
-from mpocompress.errors import OutputExistsError
+from mpocompress.cli.terminal import listed, number, print_json, print_table
 
 if TYPE_CHECKING:
     from mpocompress.report import CompressionReport
@@ -47,14 +45,14 @@ def densify(
 ) -> None:
     """Turn a result back into an ordinary dense checkpoint."""
     from mpocompress.api import save_dense
+    from mpocompress.saving import check_output_file
 
     target = output or Path(f"{directory.resolve().name}-dense.safetensors")
-    if target.exists() and not force:
-        raise OutputExistsError(f"{str(target)!r} exists. Use --force to replace it.")
+    check_output_file(target, force=force)
     save_dense(directory, target)
     size = target.stat().st_size
     if as_json:
-        typer.echo(json.dumps({"file": str(target), "bytes": size}))
+        print_json({"file": str(target), "bytes": size}, indent=None)
     else:
         typer.echo(f"{target}  {size} bytes")
 

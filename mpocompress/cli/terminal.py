@@ -1,5 +1,6 @@
 """What a command shows besides its tables: progress, notes, and the one way to draw a table."""
 
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,11 @@ def show_notes(notes: Iterable[str]) -> None:
     """Print what the user should know, on stderr: stdout is for results."""
     for note in notes:
         typer.echo(f"note: {note}", err=True)
+
+
+def print_json(found: object, *, indent: int | None = 2) -> None:
+    """Print one object on stdout. Numbers must be finite: JSON knows no others."""
+    typer.echo(json.dumps(found, indent=indent, allow_nan=False))
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

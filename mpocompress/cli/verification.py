@@ -1,6 +1,5 @@
 """The commands on ONNX files: `export` again, `verify` against a reference, `bench`."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,9 @@ import typer
 
 from mpocompress.cli.app import app
 from mpocompress.cli.options import (
+    LARGEST_BATCH,
+    LARGEST_COUNT,
+    LARGEST_SEED,
     BatchOption,
     ExportQuantize,
     ExportQuantizeOption,
@@ -22,7 +24,7 @@ from mpocompress.cli.options import (
     ResultArgument,
     TrustOption,
 )
-from mpocompress.cli.terminal import print_table, progress_bar, show_notes
+from mpocompress.cli.terminal import print_json, print_table, progress_bar, show_notes
 
 if TYPE_CHECKING:
     from mpocompress.export.bench import BenchResult, Spread
@@ -79,7 +81,9 @@ def export(
     trust_pickle: TrustOption = False,
     as_json: JsonOption = False,
     force: ForceOption = False,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of made-up inputs.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed of made-up inputs.")
+    ] = 0,
 ) -> None:
     """Write the ONNX file of a result again: in another form, or with cores as integers."""
     from mpocompress.deployment import export_again
@@ -112,7 +116,7 @@ def export(
             "parity": done.parity.model_dump(),
             "forms": None if done.forms is None else done.forms.to_dict(),
         }
-        typer.echo(json.dumps(found, indent=2))
+        print_json(found)
         return
     if done.forms is not None:
         _show_bench(done.forms)
@@ -164,7 +168,9 @@ def verify(
     factory: FactoryOption = None,
     trust_pickle: TrustOption = False,
     as_json: JsonOption = False,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of random inputs.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed of random inputs.")
+    ] = 0,
 ) -> None:
     """Compare ONNX with a reference; say what the export and what the compression changed."""
     from mpocompress.deployment import compare_files
@@ -181,7 +187,7 @@ def verify(
     )
     show_notes(notes)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2))
+        print_json(found.to_dict())
         if found.failures:  # all is said in the object
             raise typer.Exit(3)
         return
@@ -201,17 +207,22 @@ def bench(
     batch: Annotated[
         str, typer.Option("--batch", metavar="N,N,...", help="Batch sizes.")
     ] = "1,16,128",
-    threads: Annotated[int, typer.Option("--threads", help="Threads within one operator.")] = 1,
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, max=1024, help="Threads within one operator.")
+    ] = 1,
     length: Annotated[
         int | None,
         typer.Option(
             "--length",
             metavar="N",
             min=1,
+            max=LARGEST_BATCH,
             help="Sequence length. Default: that of the example at the export.",
         ),
     ] = None,
-    repeats: Annotated[int, typer.Option("--repeats", help="Timings of each file.")] = 15,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, max=LARGEST_COUNT, help="Timings of each file.")
+    ] = 15,
     as_json: JsonOption = False,
 ) -> None:
     """Latency, session start, memory and size of ONNX files, side by side in ONNX Runtime."""
@@ -224,6 +235,10 @@ def bench(
         raise DataError(
             f"--batch {batch!r} is no list of batch sizes. Try --batch 1,16,128."
         ) from None
+    if max(sizes) > LARGEST_BATCH:
+        raise DataError(
+            f"--batch {batch!r}: {LARGEST_BATCH} rows are the most. Try --batch 1,16,128."
+        )
     with progress_bar() as progress:
         found = measure(
             [onnx, *(against or [])],
@@ -234,7 +249,7 @@ def bench(
             progress=progress,
         )
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2))
+        print_json(found.to_dict())
     else:
         _show_bench(found)
 

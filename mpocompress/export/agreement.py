@@ -17,7 +17,8 @@ class OutputAgreement:
 
     Attributes:
         max_abs_difference: of any number; infinite where one side is NaN or infinite alone.
-        max_relative_difference: `max|a - b| / max|b|`; integers must be equal: 1 or more if not.
+        max_relative_difference: `max|a - b| / max|b|`; integers and texts must be equal: 1 or more
+            if not.
         relative_error: `norm(a - b) / norm(b)`, Frobenius: what is lost on the whole.
         cosine: mean over all vectors (the last axis) of the cosine between both; None for numbers,
             and for outputs that are no floats.
@@ -51,8 +52,15 @@ def num_infinite(array: np.ndarray) -> int:
 
 
 def differences(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Absolute differences; 0 for equal infinities and NaN on both sides, else infinite."""
+    """Absolute differences; 0 for equal infinities and NaN on both sides, else infinite.
+
+    Integers differ by 1 at least where they are not equal, and texts by 1.
+    """
+    if not (has_numbers(actual) and has_numbers(expected)):
+        return np.asarray(actual.astype(object) != expected.astype(object)).astype(np.float64)
+    unequal: np.ndarray | None = None
     if not np.issubdtype(expected.dtype, np.floating):
+        unequal = np.asarray(actual != expected)
         actual, expected = actual.astype(np.float64), expected.astype(np.float64)
     with np.errstate(invalid="ignore"):
         difference = np.asarray(np.abs(actual - expected))  # also of scalars
@@ -61,7 +69,12 @@ def differences(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
         ours, theirs = actual[special], expected[special]
         equal = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
         difference[special] = np.where(equal, 0, np.inf)
-    return difference
+    return difference if unequal is None else np.maximum(difference, unequal)
+
+
+def has_numbers(array: np.ndarray) -> bool:
+    """Whether an array holds no texts."""
+    return array.dtype.kind not in "OSU"
 
 
 @dataclass(slots=True)
@@ -73,17 +86,21 @@ class _Sums:
     cosines: float = 0.0
     argmax_equal: int = 0
     vectors: int = 0
+    finite: int = 0
     floats: bool = True
     wide: bool = False  # whether there is more than one entry to a vector
 
     def add(self, actual: np.ndarray, expected: np.ndarray) -> None:
         self.floats = bool(np.issubdtype(expected.dtype, np.floating))
         difference = differences(actual, expected).astype(np.float64)
-        finite = expected[np.isfinite(expected)].astype(np.float64)
+        finite = np.ones(expected.shape)
+        if has_numbers(expected):
+            finite = expected[np.isfinite(expected)].astype(np.float64)
         self.max_difference = max(self.max_difference, float(difference.max(initial=0)))
         self.max_value = max(self.max_value, float(np.abs(finite).max(initial=0)))
         self.squared_difference += float((difference**2).sum())
         self.squared_value += float((finite**2).sum())
+        self.finite += finite.size
         if not self.floats or expected.ndim == 0 or expected.shape[-1] < 2 or not expected.size:
             self.vectors += int(np.prod(expected.shape[:-1], dtype=int))
             return
@@ -143,6 +160,11 @@ class Agreement:
             if keep is not None and theirs.ndim >= 3 and theirs.shape[:2] == keep.shape:
                 ours, theirs = ours[keep], theirs[keep]
             self._sums.setdefault(name, _Sums()).add(ours, theirs)
+
+    @property
+    def finite(self) -> int:
+        """Numbers of the expected outputs that are neither NaN nor infinite."""
+        return sum(sums.finite for sums in self._sums.values())
 
     def result(self) -> dict[str, OutputAgreement]:
         """The figures of each output."""

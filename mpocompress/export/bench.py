@@ -55,7 +55,7 @@ class FileBench:
 
     Attributes:
         path: as given.
-        num_bytes: on disk, with its data file.
+        num_bytes: on disk, with its data files.
         latency_seconds: of one run, by batch size.
         session_start_seconds: from nothing to a session.
         resident_bytes: that a session and a first run (of the largest batch) add to a process.
@@ -219,9 +219,14 @@ def probe_session(
 
 
 def file_bytes(path: str | os.PathLike[str]) -> int:
-    """Bytes of an ONNX file and, if it has one, of the data file that `export_onnx` puts beside."""
-    data = Path(f"{os.fspath(path)}.data")
-    return Path(path).stat().st_size + (data.stat().st_size if data.is_file() else 0)
+    """Bytes of an ONNX file and of all data files that it refers to, whatever they are called."""
+    import onnx
+
+    from mpocompress.export.graphs import named_files
+
+    path = Path(path)
+    data = named_files(onnx.load(path, load_external_data=False), path.parent)
+    return sum(file.stat().st_size for file in (path, *data) if file.is_file())
 
 
 def _feeds(

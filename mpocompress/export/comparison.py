@@ -8,6 +8,7 @@ against the reference). Without it there is only the whole.
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,8 @@ class Comparison:
         made_up: whether the inputs were random because there were no data.
         samples: rows compared.
         tolerance: for the largest relative difference in total; None if it was not asked for.
-        failures: one line for each output beyond a tolerance.
+        failures: one line for each output beyond a tolerance, or that nothing was compared, since
+            no output has a finite number.
     """
 
     total: Mapping[str, OutputAgreement]
@@ -70,8 +72,24 @@ class Comparison:
             raise ParityError(f"{'; '.join(self.failures)}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {**asdict(self), "passed": not self.failures}
+        """Plain values, for JSON: None for what is not finite.
+
+        Each output has "finite", too: whether its `max_abs_difference` is.
+        """
+        found = {**asdict(self), "passed": not self.failures}
+        for part in (found["total"], found["export"], found["approximation"]):
+            for figures in (part or {}).values():
+                figures["finite"] = isfinite(figures["max_abs_difference"])
+        plain: dict[str, Any] = _finite_or_none(found)
+        return plain
+
+
+def _finite_or_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite_or_none(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite_or_none(entry) for entry in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def compare(
@@ -122,9 +140,10 @@ def compare(
         ours, theirs = _paired(file, actual, expected)
         total.add(ours, theirs, kept)
         if between is not None:
-            middle = between.run(file, arrays)
-            export.add(*_paired(file, actual, middle), kept)
-            approximation.add(*_paired(file, middle, expected), kept)
+            # Under the file's names, as both others: the model's may be different ones.
+            _, middle = _paired(file, actual, between.run(file, arrays))
+            export.add(ours, middle, kept)
+            approximation.add(middle, theirs, kept)
         if labels is not None:
             # Paired, so that labels are held against the same output of both.
             scores["file"].add(ours, labels.cpu().numpy())
@@ -134,7 +153,7 @@ def compare(
         raise DataError("the data contains no batches. Pass at least one, or no data at all.")
     return _result(
         file,
-        total.result(),
+        total,
         (export.result(), approximation.result()) if between is not None else (None, None),
         scores,
         made_up=data is None,
@@ -145,7 +164,7 @@ def compare(
 
 def _result(
     file: OnnxFile,
-    total: dict[str, OutputAgreement],
+    agreement: Agreement,
     parts: tuple[dict[str, OutputAgreement] | None, dict[str, OutputAgreement] | None],
     scores: Mapping[str, LabelScore],
     *,
@@ -154,7 +173,12 @@ def _result(
     tolerance: float | None,
 ) -> Comparison:
     quantization = file.metadata.get("mpocompress.quantization", "none")
-    failures = []
+    failures, total = [], agreement.result()
+    if not agreement.finite:
+        failures.append(
+            f"nothing was compared: the reference's {', '.join(map(repr, total))} "
+            f"{'is' if len(total) == 1 else 'are'} NaN or infinite throughout"
+        )
     if parts[0] is not None and quantization == "none":
         failures += _beyond(parts[0], EXPORT_TOLERANCE, "the export alone changes")
     if tolerance is not None:

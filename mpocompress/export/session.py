@@ -77,12 +77,7 @@ def described_inputs(
 def _guessed_specs(
     session: Any, path: Path, arguments: frozenset[str] | None
 ) -> Iterator[InputSpec]:
-    import onnx
-    import onnx_ir as ir
-
-    from mpocompress.export.graph import table_sizes
-
-    tables = table_sizes(ir.serde.deserialize_model(onnx.load(path, load_external_data=False)))
+    tables = _table_sizes(path)
     values = session.get_inputs()
     by_name = arguments is None or {value.name for value in values} <= arguments
     for position, value in enumerate(values):
@@ -98,6 +93,49 @@ def _guessed_specs(
             value.shape,
             tables.get(value.name),
         )
+
+
+def _table_sizes(path: Path) -> dict[str, int]:
+    """See `table_sizes`; none where the library for graphs does not read what ONNX Runtime runs."""
+    import onnx
+    import onnx_ir as ir
+
+    from mpocompress.export.graph import table_sizes
+
+    proto = onnx.load(path, load_external_data=False)
+    # The library knows neither maps nor sequences of them, as scikit-learn's classifiers return.
+    for values in (proto.graph.output, proto.graph.value_info):
+        tensors = [value for value in values if value.type.HasField("tensor_type")]
+        del values[:]
+        values.extend(tensors)
+    try:
+        return table_sizes(ir.serde.deserialize_model(proto))
+    except Exception:  # they only make inputs that are made up better
+        return {}
+
+
+def arrays_of(value: object) -> list[np.ndarray]:
+    """The numbers of an output: a tensor, or a sequence of tensors or of maps from classes."""
+    if isinstance(value, np.ndarray):
+        return [value]
+    if isinstance(value, dict):
+        return [np.array(list(value.values()))]
+    if isinstance(value, list):
+        if value and isinstance(value[0], dict):
+            return [np.array([list(row.values()) for row in value])]
+        return [array for entry in value for array in arrays_of(entry)]
+    return [] if value is None else [np.asarray(value)]
+
+
+def named_arrays(names: Sequence[str], values: Sequence[object]) -> dict[str, np.ndarray]:
+    """The arrays of several outputs; those of a sequence have their positions behind its name."""
+    found: dict[str, np.ndarray] = {}
+    for name, value in zip(names, values, strict=True):
+        arrays = arrays_of(value)
+        one = not isinstance(value, list) or (value and isinstance(value[0], dict))
+        for position, array in enumerate(arrays):
+            found[name if one else f"{name}.{position}"] = array
+    return found
 
 
 class OnnxFile:
@@ -161,7 +199,7 @@ class OnnxFile:
         return tensor.to("cpu", spec.torch_dtype).numpy()
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The outputs by name.
+        """The outputs by name; see `named_arrays`.
 
         Raises:
             DataError: ONNX Runtime does not run on this.
@@ -173,7 +211,7 @@ class OnnxFile:
             raise DataError(
                 f"ONNX Runtime does not run {self.path} on {shapes}: {first_line(error)}."
             ) from error
-        return dict(zip(self.outputs, values, strict=True))
+        return named_arrays(self.outputs, values)
 
     def made_up(
         self, rows: int, generator: torch.Generator, sizes: Mapping[str, int] | None = None

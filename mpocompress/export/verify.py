@@ -16,7 +16,7 @@ from mpocompress.export import inputs
 from mpocompress.export.agreement import check_tolerance, differences, num_infinite
 from mpocompress.export.calls import Batch, ForwardCall, first_line, inference_copy, run
 from mpocompress.export.inputs import InputSpec
-from mpocompress.export.session import described_inputs, open_session
+from mpocompress.export.session import described_inputs, named_arrays, open_session
 
 # Of the batches made up for one batch size, the sizes of the other dimensions, from the example's.
 _OTHER_SIZES = (lambda size: size // 2 + 1, lambda size: size + 3, lambda size: size)
@@ -99,7 +99,8 @@ def verify(
         DataError: a batch does not fit the graph's inputs or the model, there are no batches, or
             impossible batch sizes or tolerances.
         ParityError: ONNX Runtime does not run on a batch on which PyTorch does, or the outputs
-            differ in number or shape. A mere difference of values is in the result.
+            differ in number or shape, or all are NaN throughout. A mere difference of values is in
+            the result.
     """
     check_tolerance(tolerance)
     if min(batch_sizes, default=1 if data is not None else 0) < 1:
@@ -120,7 +121,13 @@ def verify(
             output = comparison.output(name)
             output.exact = not np.issubdtype(theirs.dtype, np.floating)
             comparison.compare(output, ours, theirs)
-    return comparison.result(tolerance)
+    return comparison.result(tolerance, _with_nan(model))
+
+
+def _with_nan(model: nn.Module) -> Iterator[str]:
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor) and bool(tensor.isnan().any()):
+            yield name
 
 
 class _Graph:
@@ -151,7 +158,7 @@ class _Graph:
                 f"ONNX Runtime does not run {self.path} on {call.describe()}, although PyTorch "
                 f"does: {first_line(error)}. Export the model again with other example inputs."
             ) from error
-        return dict(zip(self.outputs, values, strict=True))
+        return named_arrays(self.outputs, values)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -304,13 +311,24 @@ def _matched(
     return pairs
 
 
+def _who(suspects: Iterable[str]) -> str:
+    found = next(iter(suspects), None)
+    if found is None:
+        return "Give data on which the model has finite outputs."
+    return f"{found!r} of the model has NaN. Compress a checkpoint that has none."
+
+
 @dataclass(slots=True)
 class OutputFigures:
-    """Running figures of one output; `exact` for one that is not floating."""
+    """Running figures of one output; `exact` for one that is not floating.
+
+    `finite` counts the numbers that were compared and are neither NaN nor infinite.
+    """
 
     max_difference: float = 0.0
     max_value: float = 0.0
     exact: bool = False
+    finite: int = 0
 
     @property
     def relative(self) -> float:
@@ -346,13 +364,28 @@ class Comparison:
         finite = np.abs(expected[np.isfinite(expected)])
         output.max_difference = max(output.max_difference, float(difference.max(initial=0)))
         output.max_value = max(output.max_value, float(finite.max(initial=0)))
+        output.finite += finite.size
         floating = np.issubdtype(expected.dtype, np.floating)
         if floating and expected.ndim == 2 and expected.shape[1] > 1:
             self.argmax_rows += len(expected)
             self.argmax_equal += int((actual.argmax(1) == expected.argmax(1)).sum())
 
-    def result(self, tolerance: float) -> ParityResult:
-        """What was found, held against the largest relative difference allowed."""
+    def result(self, tolerance: float, suspects: Iterable[str] = ()) -> ParityResult:
+        """What was found, held against the largest relative difference allowed.
+
+        Args:
+            tolerance: the difference.
+            suspects: names of tensors that have NaN; asked for where nothing could be compared.
+
+        Raises:
+            ParityError: no output has a finite number, so that nothing was compared.
+        """
+        if not any(output.finite for output in self.outputs.values()):
+            raise ParityError(
+                f"nothing was compared: {', '.join(map(repr, self.outputs))} "
+                f"{'is' if len(self.outputs) == 1 else 'are'} NaN or infinite throughout, over "
+                f"{self.samples} samples. {_who(suspects)}"
+            )
         relative = {name: output.relative for name, output in self.outputs.items()}
         worst = max(relative, key=lambda name: relative[name])
         return ParityResult(

@@ -27,6 +27,7 @@ _DTYPES = {
     "bool": torch.bool,
 }
 _SPEC = re.compile(r"(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?", re.IGNORECASE)
+_LARGEST_INPUT = 2**31
 _RIGHT_SPEC = "Right is, for example, 1x784 or 1x128:int64"
 
 # Layers that may stand before the first Linear without changing what shape the input has.
@@ -82,7 +83,7 @@ def parse_input_spec(text: str) -> InputSpec:
     """Read `1x784` or `1x784:float32`.
 
     Raises:
-        DataError: another form, a dimension of zero, or an unknown dtype.
+        DataError: another form, a dimension of zero, too many numbers, or an unknown dtype.
     """
     match = _SPEC.fullmatch(text.strip())
     if match is None:
@@ -93,6 +94,8 @@ def parse_input_spec(text: str) -> InputSpec:
     shape = tuple(int(size) for size in match["shape"].lower().split("x"))
     if 0 in shape:
         raise DataError(f"--input {text!r} has a dimension of zero. {_RIGHT_SPEC}.")
+    if math.prod(shape) > _LARGEST_INPUT:
+        raise DataError(f"--input {text!r} has more than {_LARGEST_INPUT} numbers. {_RIGHT_SPEC}.")
     name = match["dtype"]
     if name is not None and name.lower() not in _DTYPES:
         raise DataError(

@@ -18,9 +18,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
     SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
@@ -45,6 +42,12 @@ _ORDER_RTOL = 1e-5
 # A list of numbers that json.dumps spread over lines. A JSON string holds no raw line feed, so
 # this matches no text inside one.
 _SPREAD_NUMBERS = re.compile(r"\[\n\s+((?:[-+.\deE]+,?\s+)+)\]")
+
+# Numbers that can be drawn, and multiplied or divided by each other a few times.
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e300)]
+Nats = Annotated[float, Field(ge=0, le=600)]
 
 Site = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 """(out, in) of one site."""
@@ -193,7 +196,7 @@ class LayerReport(_Frozen):
     macs: Size
     relative_weight_error: NonNegativeFloat | None = None
     relative_output_error: NonNegativeFloat | None = None
-    entropies_nats: list[NonNegativeFloat] | None = None
+    entropies_nats: list[Nats] | None = None
     schmidt_values: list[list[NonNegativeFloat]] | None = None
     discarded_weight_bound: NonNegativeFloat | None = None
     candidates: list[Candidate] = []

@@ -8,11 +8,12 @@ skeleton when the result is loaded.
 """
 
 from mpocompress.saving.dense_state import densify_state, save_state
-from mpocompress.saving.model import load_model, save_graph_weights, save_model
+from mpocompress.saving.model import GraphWeight, load_model, save_graph_weights, save_model
 from mpocompress.saving.staging import (
     CORES_FILE,
     ONNX_DATA_FILE,
     ONNX_FILE,
+    check_output_file,
     staged_output,
 )
 from mpocompress.saving.tensor_file import read_manifest
@@ -21,6 +22,8 @@ __all__ = [
     "CORES_FILE",
     "ONNX_DATA_FILE",
     "ONNX_FILE",
+    "GraphWeight",
+    "check_output_file",
     "densify_state",
     "load_model",
     "read_manifest",

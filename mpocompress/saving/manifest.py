@@ -1,9 +1,10 @@
 """What the metadata of `model.mpo.safetensors` says of the model in it."""
 
 from collections.abc import Iterator
-from typing import Literal
+from math import prod
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from mpocompress._version import __version__
@@ -31,16 +32,47 @@ class LayerRecord(_Record):
         gauge: how the cores are stored.
         dense_shape: of the dense weight; None if it is the matrix itself.
         transposed: whether the dense weight, seen as (first dimension, all others), is (in, out).
+        stored: name of the dense weight; None if it is `<name>.weight`, under each of the names.
     """
 
-    names: tuple[str, ...]
+    names: tuple[str, ...] = Field(min_length=1)
     kind: str
-    shape: tuple[int, int]
-    layout: tuple[tuple[int, int], ...]
-    bond_dims: tuple[int, ...]
+    shape: tuple[PositiveInt, PositiveInt]
+    layout: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(min_length=1)
+    bond_dims: tuple[PositiveInt, ...]
     gauge: Gauge = "none"
-    dense_shape: tuple[int, ...] | None = None
+    dense_shape: tuple[PositiveInt, ...] | None = None
     transposed: bool = False
+    stored: str | None = None
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> Self:
+        if len(self.bond_dims) != len(self.layout) - 1:
+            raise ValueError(
+                f"{len(self.layout)} sites have {len(self.layout) - 1} bonds, not "
+                f"{len(self.bond_dims)}"
+            )
+        sites = (prod(out for out, _ in self.layout), prod(in_ for _, in_ in self.layout))
+        if sites[0] < self.shape[0] or sites[1] < self.shape[1]:
+            raise ValueError(f"sites of {sites[0]}x{sites[1]} do not hold {self.shape}")
+        if self.dense_shape is not None and prod(self.dense_shape) != prod(self.shape):
+            raise ValueError(f"dense_shape {self.dense_shape} does not hold {self.shape}")
+        return self
+
+    def dense_names(self) -> tuple[str, ...]:
+        """What the dense weight is called, for each of the names."""
+        if self.stored is not None:
+            return (self.stored,) * len(self.names)
+        return tuple(f"{prefix_of(name)}weight" for name in self.names)
+
+    def core_names(self, name: str) -> tuple[str, ...]:
+        """What the tensors are called that are stored for one of the names."""
+        prefix, last = f"{prefix_of(name)}cores.", len(self.layout) - 1
+        parts = [f"{prefix}{site}" for site in range(last + 1)]
+        if self.gauge == "none":
+            return tuple(parts)
+        halves = [f"{part}.{half}" for part in parts[:last] for half in ("free", "pivots")]
+        return (*halves, parts[last])
 
     def dense(self, matrix_OI: Tensor) -> Tensor:
         """The weight of the dense layer for this matrix."""
@@ -53,14 +85,14 @@ class LayerRecord(_Record):
 class OriginRecord(_Record):
     """What a parameter of an opened module has become: entries below each other, and its shape."""
 
-    parts: tuple[str, ...]
-    shape: tuple[int, ...]
+    parts: tuple[str, ...] = Field(min_length=1)
+    shape: tuple[NonNegativeInt, ...]
 
 
 class OpenedRecord(_Record):
     """One opened module: all of its names, and its parameters under their dense names."""
 
-    names: tuple[str, ...]
+    names: tuple[str, ...] = Field(min_length=1)
     origins: dict[str, OriginRecord] = {}
 
 
@@ -83,6 +115,11 @@ class Manifest(_Record):
     layers: tuple[LayerRecord, ...] = ()
     aliases: dict[str, str] = {}
     opened: tuple[OpenedRecord, ...] = ()
+
+
+def prefix_of(name: str) -> str:
+    """What stands before the names of a module's parameters."""
+    return f"{name}." if name else ""
 
 
 def layer_records(model: nn.Module) -> Iterator[LayerRecord]:

@@ -1,6 +1,7 @@
 """Compressed models and graphs to `model.mpo.safetensors`, and from there into a skeleton."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,6 @@ from mpocompress.mpo import MPO
 from mpocompress.saving.manifest import LayerRecord, Manifest, layer_records, opened_records
 from mpocompress.saving.tensor_file import (
     cores_path,
-    prefix_of,
     read_all_names,
     read_manifest,
     save_tensors,
@@ -71,35 +71,60 @@ def save_model(
     save_tensors(tensors, manifest, path)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class GraphWeight:
+    """A compressed weight of an ONNX graph.
+
+    Attributes:
+        name: what it is called.
+        mpo: the cores.
+        stored: what the graph calls the dense tensor.
+        stored_shape: of that.
+        transposed: whether that is (in, out).
+    """
+
+    name: str
+    mpo: MPO
+    stored: str
+    stored_shape: tuple[int, ...]
+    transposed: bool
+
+
 def save_graph_weights(
-    weights: Mapping[str, MPO], others: Mapping[str, Tensor], path: str | Path
+    weights: Sequence[GraphWeight], others: Mapping[str, Tensor], path: str | Path
 ) -> None:
     """Write the weights of an ONNX graph to one safetensors file.
 
     Args:
-        weights: cores by the name of the weight.
+        weights: the compressed ones.
         others: the other tensors of the graph, by name.
         path: of the file.
 
     Raises:
-        SaveError: the file cannot be written.
+        SaveError: the file cannot be written, or cores would have the name of another tensor.
     """
-    records = tuple(
-        LayerRecord(
-            names=(name,),
+    tensors = dict(others)
+    records = []
+    for weight in weights:
+        record = LayerRecord(
+            names=(weight.name,),
             kind="linear",
-            shape=mpo.shape,
-            layout=mpo.layout.pairs,
-            bond_dims=mpo.bond_dims,
+            shape=weight.mpo.shape,
+            layout=weight.mpo.layout.pairs,
+            bond_dims=weight.mpo.bond_dims,
+            dense_shape=weight.stored_shape,
+            transposed=weight.transposed,
+            stored=weight.stored,
         )
-        for name, mpo in weights.items()
-    )
-    cores = {
-        f"{prefix_of(name)}cores.{site}": core.contiguous()
-        for name, mpo in weights.items()
-        for site, core in enumerate(mpo.cores)
-    }
-    save_tensors({**others, **cores}, Manifest(source="onnx", layers=records), path)
+        records.append(record)
+        for name, core in zip(record.core_names(weight.name), weight.mpo.cores, strict=True):
+            if name in tensors:
+                raise SaveError(
+                    f"a core of {weight.name!r} would be called {name!r}, as another tensor of the "
+                    f"graph is. Rename one of them, or leave the weight dense with --exclude."
+                )
+            tensors[name] = core.contiguous()
+    save_tensors(tensors, Manifest(source="onnx", layers=tuple(records)), path)
 
 
 def load_model(path: str | Path, skeleton: nn.Module) -> nn.Module:

@@ -39,6 +39,16 @@ def staged_output(
         SaveError: the target cannot be written.
     """
     target = Path(os.path.abspath(directory))  # "." has no name and no parent
+    try:
+        lost = target.is_symlink() and not target.exists()
+        target.with_name(f".{target.name}.12345678").is_dir()  # as the scratch directory is called
+    except OSError as error:  # a name that is too long
+        raise _refused(target, error) from None
+    if lost:
+        raise SaveError(
+            f"the output {str(directory)!r} is a link to {os.readlink(target)!r}, which does not "
+            "exist. Make that directory, or choose another with -o."
+        )
     if target.is_dir() and any(target.iterdir()) and not force:
         raise OutputExistsError(
             f"the output directory {str(directory)!r} exists. Use --force (force=True) to replace "
@@ -66,6 +76,34 @@ def staged_output(
                 parent.rmdir()
         raise
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_output_file(path: Path, *, force: bool = False) -> None:
+    """Refuse, before any work, a file that `replacing` could not put in its place.
+
+    Raises:
+        OutputExistsError: it exists, without `force`.
+        SaveError: it is a directory, its folder is missing or not writable, or its name too long.
+    """
+    try:
+        exists = path.exists()
+        folder = path.absolute().parent
+        fits = folder.is_dir()
+        path.is_symlink()  # a name that is too long is found out by any look at it
+    except OSError as error:
+        raise _refused(path, error) from None
+    if path.is_dir():
+        raise SaveError(f"the output {str(path)!r} is a directory; give a file with -o.")
+    if exists and not force:
+        raise OutputExistsError(f"{str(path)!r} exists. Use --force to replace it.")
+    if not fits:
+        raise SaveError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}.")
+    if not os.access(folder, os.W_OK):
+        raise SaveError(f"cannot write {str(path)!r}: the folder is not writable.")
+
+
+def _refused(path: Path, error: OSError) -> SaveError:
+    return SaveError(f"cannot write {str(path)!r}: {error.strerror}. Choose another place with -o.")
 
 
 def _check_ours(target: Path, source: Path | None) -> None:

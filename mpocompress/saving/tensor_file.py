@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpocompress._version import __version__
-from mpocompress.errors import ContractionError, LoadError, SaveError
+from mpocompress.errors import ContractionError, LayoutError, LoadError, SaveError
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.identity_gauge import IdentityGauge
 from mpocompress.mpo.weight import Weight
-from mpocompress.saving.manifest import FORMAT_VERSION, LayerRecord, Manifest
+from mpocompress.saving.manifest import FORMAT_VERSION, LayerRecord, Manifest, prefix_of
 from mpocompress.saving.staging import CORES_FILE
 
 _METADATA_KEY = "mpocompress"
@@ -145,10 +145,5 @@ def weight_of(record: LayerRecord, tensors: Mapping[str, Tensor]) -> Weight:
         )
     except KeyError as error:
         raise LoadError(f"the saved result lacks {error.args[0]!r}; it is incomplete.") from None
-    except ContractionError as error:
+    except (ContractionError, LayoutError) as error:
         raise LoadError(f"layer {record.names[0]!r} of the saved result: {error}") from None
-
-
-def prefix_of(name: str) -> str:
-    """What stands before the names of a module's parameters."""
-    return f"{name}." if name else ""

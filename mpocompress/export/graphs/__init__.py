@@ -10,6 +10,7 @@ from mpocompress.export.graphs.sessions import Feed, GraphInputs
 from mpocompress.export.graphs.tensors import (
     external_files,
     flaw,
+    named_files,
     read_array,
     tensors_of,
     to_torch,
@@ -29,6 +30,7 @@ __all__ = [
     "flaw",
     "graph_sites",
     "input_moments",
+    "named_files",
     "raise_if_failed",
     "read_array",
     "tensors_of",

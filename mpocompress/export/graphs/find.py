@@ -45,6 +45,21 @@ class Product:
     transposed: bool
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseTensor:
+    """What a graph calls a weight, and how it lays it out.
+
+    Attributes:
+        name: of the value.
+        shape: of it.
+        transposed: whether it is (in, out), several dimensions taken together.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class GraphSite(WeightSite):
     """A weight of a graph.
@@ -55,6 +70,8 @@ class GraphSite(WeightSite):
         products: the nodes that multiply by it.
         operand_dtype: in which they compute; `dtype` is that in which cores are stored.
         stored_bytes: of the tensor and its helpers.
+        original: what a dense matrix is in the graph. The stored tensor; the operand where the
+            tensor has other rows and columns than it.
     """
 
     stored: str
@@ -62,6 +79,7 @@ class GraphSite(WeightSite):
     products: tuple[Product, ...] = field(repr=False)
     operand_dtype: torch.dtype
     stored_bytes: int
+    original: DenseTensor
 
     @property
     def bytes(self) -> int:
@@ -129,7 +147,8 @@ class _Survey:
         }
         self.refused: dict[str, str] = {}
         self.sites: dict[str, GraphSite] = {}
-        used: set[str] = set()
+        # A result keeps cores as `<weight>.cores.<site>` beside all other tensors.
+        used = {name.rpartition(".cores.")[0] for name in model.stored if ".cores." in name}
         for name in model.stored:
             if any(_is_weight(consumer) for consumer, _ in self.readers[name]):
                 reason = self._refusal(name)
@@ -209,6 +228,11 @@ class _Survey:
         )
         first = products[0]
         shape = operand_shape(model, first.path) or (0, 0)
+        original = DenseTensor(
+            name=first.path.operand if first.path.reorders else name,
+            shape=shape if first.path.reorders else tuple(tensor.dims),
+            transposed=first.transposed != first.path.turns,
+        )
         out, in_ = (shape[1], shape[0]) if first.transposed else (shape[0], shape[1])
         on_the_way = {node.output[0] for product in products for node in product.path.nodes}
         helpers = {helper for product in products for helper in product.path.helpers(model)}
@@ -240,6 +264,7 @@ class _Survey:
             products=products,
             operand_dtype=operand_dtype,
             stored_bytes=sum(num_bytes(model.stored[part]) for part in (name, *owned)),
+            original=original,
         )
 
     def inventory(self) -> Inventory:

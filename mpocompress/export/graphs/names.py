@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Collection, Sequence
+from itertools import chain, count
 
 from onnx import NodeProto
 
@@ -19,7 +20,7 @@ def weight_names(
 
     The name of its tensor without a final ".weight", so that a layer is called as in PyTorch. Where
     an exporter has made that name up: that of the bias which is added right after the product, or
-    of the module that torch's exporter notes, or of the product.
+    of the module that torch's exporter notes, or of the product. Never that of another tensor.
 
     Args:
         model: the graph.
@@ -27,14 +28,19 @@ def weight_names(
         products: the nodes that multiply by it.
         used: names that other weights have.
     """
+
+    def is_free(name: str) -> bool:
+        return name not in used and (name == stored or name not in model.stored)
+
     made_up = "::" in stored or stored.isdigit() or stored.startswith(_MADE_UP)
     nodes = [label(node) for node in products]
     wanted = [stored.removesuffix(".weight") or stored, stored]
     if made_up:
         first = products[0]
         wanted = [*filter(None, (_by_bias(model, first), _by_scope(first))), *nodes, stored]
-    free = [name for name in dict.fromkeys(wanted) if name not in used]
-    return tuple(free or [stored])
+    numbered = (f"{stored}_{number}" for number in count(2))
+    free = [name for name in dict.fromkeys(wanted) if is_free(name)]
+    return tuple(free or [next(name for name in chain(nodes, numbered) if is_free(name))])
 
 
 def _by_bias(model: OnnxModel, node: NodeProto) -> str | None:

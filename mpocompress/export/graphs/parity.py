@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from onnx import ModelProto
+from onnx import ModelProto, numpy_helper
 from torch import Tensor
 
 from mpocompress.errors import DataError, ParityError
@@ -15,8 +15,10 @@ from mpocompress.export.calls import first_line
 from mpocompress.export.graphs.find import GraphSite
 from mpocompress.export.graphs.model import OnnxModel
 from mpocompress.export.graphs.sessions import Feed, GraphInputs, Session
+from mpocompress.export.graphs.tensors import FLOATS, is_external
 from mpocompress.export.graphs.write import write_graph
 from mpocompress.export.inputs import symbols
+from mpocompress.export.session import arrays_of
 from mpocompress.export.verify import Comparison, ParityResult
 
 # Tried besides the data, or instead of it.
@@ -85,14 +87,22 @@ def compare_graphs(
                     f"{first_line(error)}. Please report this; the model's name helps."
                 ) from error
             for name, ours, theirs in zip(dense.outputs, actual, expected, strict=True):
-                _add(comparison, name, _arrays(ours), _arrays(theirs))
+                _add(comparison, name, arrays_of(ours), arrays_of(theirs))
             comparison.count(rows)
         if refused is not None and not comparison.samples:
             raise refused
     finally:
         beside.unlink(missing_ok=True)
         beside.with_name(f"{_REFERENCE}.data").unlink(missing_ok=True)
-    return comparison.result(tolerance)
+    return comparison.result(tolerance, _with_nan(reference[0]))
+
+
+def _with_nan(model: ModelProto) -> Iterator[str]:
+    for tensor in model.graph.initializer:
+        if tensor.data_type not in FLOATS or is_external(tensor):
+            continue
+        if np.isnan(numpy_helper.to_array(tensor).astype(np.float64)).any():
+            yield tensor.name
 
 
 def _run(dense: Session, feed: Feed, inputs: GraphInputs, made_up: bool) -> list[object]:
@@ -156,7 +166,7 @@ def _best(dense: Session, feeds: Iterator[Feed]) -> Feed | None:
             outputs = dense.run(feed)
         except Exception:
             continue
-        count = sum(num_infinite(array) for value in outputs for array in _arrays(value))
+        count = sum(num_infinite(array) for value in outputs for array in arrays_of(value))
         if count < fewest:
             best, fewest = feed, count
         if not fewest:
@@ -166,17 +176,6 @@ def _best(dense: Session, feeds: Iterator[Feed]) -> Feed | None:
 
 def _rows(feed: Feed) -> int:
     return next((len(array) for array in feed.values() if array.ndim), 1)
-
-
-def _arrays(value: object) -> list[np.ndarray]:
-    """The numbers of an output: a tensor, or a sequence of tensors or of maps from classes."""
-    if isinstance(value, np.ndarray):
-        return [value]
-    if isinstance(value, list):
-        if value and isinstance(value[0], dict):
-            return [np.array([list(row.values()) for row in value])]
-        return [array for entry in value for array in _arrays(entry)]
-    return [] if value is None else [np.asarray(value)]
 
 
 def _add(
@@ -195,6 +194,7 @@ def _add(
             comparison.compare(output, actual.astype(np.float64), expected.astype(np.float64))
             continue
         output.exact = True
+        output.finite += expected.size
         output.max_value = max(output.max_value, 1.0)
         output.max_difference = max(output.max_difference, float(np.sum(actual != expected)))
 

@@ -39,6 +39,19 @@ class WeightPath:
         behind = self.nodes[self._bound(model) :]
         return sum(map(_swaps, behind)) % 2 == 1
 
+    @property
+    def turns(self) -> bool:
+        """Whether rows and columns have changed places on the way; never across a Reshape."""
+        if any(node.op_type == "Reshape" for node in self.nodes):
+            return False
+        return sum(_swaps(node) for node in self.nodes) % 2 == 1
+
+    @property
+    def reorders(self) -> bool:
+        """Whether a Reshape mixes what a Transpose has put into another order."""
+        kinds = {node.op_type for node in self.nodes}
+        return {"Reshape", "Transpose"} <= kinds
+
     def signature(self, model: OnnxModel) -> tuple[bytes, ...]:
         """Equal for paths that give the same numbers, but for what `flips` says."""
         bound = self._bound(model)
@@ -182,6 +195,7 @@ def _sees_axes(node: NodeProto, model: OnnxModel) -> bool:
 
 
 def _swaps(node: NodeProto) -> bool:
+    """Whether a node transposes a matrix."""
     perm = attribute(node, "perm", None)
     return node.op_type == "Transpose" and (not isinstance(perm, Sequence) or list(perm) == [1, 0])
 

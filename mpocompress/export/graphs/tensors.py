@@ -223,6 +223,17 @@ def from_torch(tensor: Tensor, name: str) -> TensorProto:
     return numpy_helper.from_array(tensor.numpy(), name)
 
 
+def named_files(model: ModelProto, folder: Path) -> frozenset[Path]:
+    """The data files that a model names, unchecked: there may be none, or it outside the folder."""
+    return frozenset(
+        folder / entry.value
+        for tensor in tensors_of(model)
+        if is_external(tensor)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    )
+
+
 def external_files(model: ModelProto, folder: Path) -> tuple[Path, ...]:
     """The data files of a model, sorted; each tensor in them is checked to be there.
 
