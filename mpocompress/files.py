@@ -14,6 +14,8 @@ from mpocompress.errors import SaveError
 def replacing(path: Path) -> Iterator[Path]:
     """A scratch file beside `path` that takes its place if the block succeeds.
 
+    Of a link the file that it leads to is replaced; pipes and devices are written to as they are.
+
     Raises:
         SaveError: the file cannot be written.
     """
@@ -21,6 +23,10 @@ def replacing(path: Path) -> Iterator[Path]:
         raise SaveError(f"cannot write {str(path)!r}: it is a folder. Give a file in it.")
     if not path.absolute().parent.is_dir():
         raise SaveError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}.")
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        yield path
+        return
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield scratch

@@ -36,6 +36,15 @@ def test_compressing_with_data(options, elsewhere):
     assert model(data[0]).device.type == "cpu"
 
 
+@pytest.mark.onnx
+@pytest.mark.parametrize("form", ["auto", "dense"])
+def test_onnx_files(form, tmp_path, elsewhere):
+    dense, data = small()
+    model = mpo.compress(dense, bond_dim=4).model
+    mpo.export_onnx(model, tmp_path / "model.onnx", data[0], form=form)
+    mpo.verify(tmp_path / "model.onnx", model).raise_if_failed()
+
+
 def test_training_with_data(elsewhere):
     dense, data = small()
     model = mpo.compress(dense, bond_dim=4).model

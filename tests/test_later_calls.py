@@ -247,6 +247,7 @@ def test_what_a_backward_pass_computes_again_is_no_call():
     model, call = Checkpointed(), Batch(args=(random(40, N).requires_grad_(),))
     found = take_statistics(model, [model.inner, model.outer], [call]).layers
     assert not later_calls(find_weights(model).sites, found)
+    assert found[model.inner].inputs.rows == found[model.outer].inputs.rows == 40
 
 
 def test_layers_that_share_a_weight_share_the_metric_of_its_outputs():

@@ -275,7 +275,7 @@ def test_named_layouts():
 
 @pytest.mark.parametrize("sites", [0, -1, True, 2.5])
 def test_impossible_number_of_sites(sites):
-    with pytest.raises(LayoutError, match=rf"sites {sites}.*at least 1"):
+    with pytest.raises(LayoutError, match=rf"sites {sites}.*1 or more"):
         balanced_layout(4, 4, sites)
 
 

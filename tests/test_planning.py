@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -277,6 +278,17 @@ def test_a_plan_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         plan.save(tmp_path / "none" / "plan.json")
     with pytest.raises(SaveError, match="it is a folder"):
         plan.save(tmp_path)
+
+
+def test_a_plan_is_written_through_a_link(tmp_path):
+    plan = mpo.plan(nn.Linear(8, 8), bond_dim=2)
+    (tmp_path / "link.json").symlink_to(tmp_path / "plan.json")
+    for _ in range(2):
+        plan.save(tmp_path / "link.json")
+        assert (tmp_path / "link.json").is_symlink()
+        assert mpo.Plan.load(tmp_path / "plan.json") == plan
+    plan.save("/dev/null")
+    assert not Path("/dev/null").is_file()
 
 
 def test_plan_round_trip_and_edit(tmp_path):

@@ -122,3 +122,49 @@ def test_a_size_is_kept_where_biases_are_equal_at_first(tmp_path):
     result = mpo.compress(dense, max_size=30_000, data=data)
     written = mpo.export_onnx(result.model, tmp_path / "model.onnx", data[0]).num_bytes
     assert written == result.report.budget.reached <= 30_000
+
+
+class Detector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(24, 32)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        boxes = self.layer(x)
+        kept = boxes.amax(-1) > 1e9
+        return boxes[kept], kept.nonzero()
+
+
+@pytest.mark.onnx
+def test_a_detector_that_finds_nothing(tmp_path):
+    model, data = Detector().eval(), batches()
+    mpo.export_onnx(model, tmp_path / "model.onnx", data[0])
+    mpo.verify(tmp_path / "model.onnx", model, data).raise_if_failed()
+
+
+class MixesRows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = mpo.MPOLinear(40, 40, layout="8x8,5x5", bond_dim=4)
+        self.columns = nn.Linear(24, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.columns(self.rows(x.mT).mT)
+
+
+def test_rows_that_an_mpo_layer_mixes():
+    assert mpo.compress(MixesRows(), bond_dim=4, data=batches()).model(batches()[0]).shape == (
+        40,
+        32,
+    )
+
+
+@pytest.mark.onnx
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_integers_of_a_gauge_whose_bond_is_as_large_as_it_gets(quantize, tmp_path):
+    dense, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(5, 64)
+    options = {"bond_dim": 20, "sites": 3, "gauge": "identity", "if_smaller": False}
+    model = mpo.compress(dense, **options).model
+    mpo.export_onnx(model, tmp_path / "model.onnx", x, quantize=quantize)
+    rounded = mpo.verify(tmp_path / "model.onnx", model, [x]).max_relative_difference
+    assert 0 < rounded < (0.05 if quantize == "int8" else 0.5)

@@ -20,6 +20,10 @@ _SAME = 1e-3
 _FEW = 4
 
 
+class _InputChangedError(DataError):
+    """A forward writes to what it is given."""
+
+
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module that `torch.compile(model)` wraps, or the model: names and hooks are the module's.
 
@@ -77,9 +81,9 @@ def _check_call(model: nn.Module, batch: Batch, number: int) -> None:
         try:
             _check_unchanged(model, batch.take(torch.arange(_FEW, device="cpu")))
             return
-        except (MPOCompressError, torch.OutOfMemoryError):
+        except (_InputChangedError, torch.OutOfMemoryError):
             raise
-        except Exception:  # whatever foreign code raises
+        except Exception:  # whatever foreign code raises, or MPO layers in it
             pass  # all rows may belong together, as the nodes of a graph
     try:
         _check_unchanged(model, batch.map_inputs(torch.clone))
@@ -108,7 +112,7 @@ def _check_unchanged(model: nn.Module, copied: Batch) -> None:
     _call(model, copied)
     for (name, tensor), version in zip(copied.named_inputs(), before, strict=True):
         if tensor._version != version:
-            raise DataError(
+            raise _InputChangedError(
                 f"forward of {type(model).__name__} changes its input {name!r} in place, so that "
                 "every pass over the data would see others. Write x = x - mean for x.sub_(mean), "
                 "or do it where the data is made."

@@ -86,6 +86,7 @@ class _Sums:
     cosines: float = 0.0
     argmax_equal: int = 0
     vectors: int = 0
+    numbers: int = 0
     finite: int = 0
     floats: bool = True
     wide: bool = False  # whether there is more than one entry to a vector
@@ -100,6 +101,7 @@ class _Sums:
         self.max_value = max(self.max_value, float(np.abs(finite).max(initial=0)))
         self.squared_difference += float((difference**2).sum())
         self.squared_value += float((finite**2).sum())
+        self.numbers += expected.size
         self.finite += finite.size
         if not self.floats or expected.ndim == 0 or expected.shape[-1] < 2 or not expected.size:
             self.vectors += int(np.prod(expected.shape[:-1], dtype=int))
@@ -162,9 +164,10 @@ class Agreement:
             self._sums.setdefault(name, _Sums()).add(ours, theirs)
 
     @property
-    def finite(self) -> int:
-        """Numbers of the expected outputs that are neither NaN nor infinite."""
-        return sum(sums.finite for sums in self._sums.values())
+    def nowhere_finite(self) -> bool:
+        """Whether the expected outputs have numbers, all of them NaN or infinite."""
+        sums = self._sums.values()
+        return any(found.numbers for found in sums) and not any(found.finite for found in sums)
 
     def result(self) -> dict[str, OutputAgreement]:
         """The figures of each output."""

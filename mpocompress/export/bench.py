@@ -221,11 +221,15 @@ def probe_session(
 def file_bytes(path: str | os.PathLike[str]) -> int:
     """Bytes of an ONNX file and of all data files that it refers to, whatever they are called."""
     import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     from mpocompress.export.graphs import named_files
 
     path = Path(path)
-    data = named_files(onnx.load(path, load_external_data=False), path.parent)
+    try:
+        data = named_files(onnx.load(path, load_external_data=False), path.parent)
+    except DecodeError:  # in another format of ONNX Runtime, which has all in one file
+        data = frozenset()
     return sum(file.stat().st_size for file in (path, *data) if file.is_file())
 
 

@@ -108,7 +108,9 @@ class ForwardCall:
         """
         return self.with_tensors(
             [
-                tensor[torch.arange(rows) % tensor.shape[0]] if tensor.ndim else tensor.clone()
+                tensor[torch.arange(rows, device="cpu") % tensor.shape[0]]
+                if tensor.ndim
+                else tensor.clone()
                 for tensor in self.tensors
             ]
         )

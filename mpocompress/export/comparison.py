@@ -174,7 +174,7 @@ def _result(
 ) -> Comparison:
     quantization = file.metadata.get("mpocompress.quantization", "none")
     failures, total = [], agreement.result()
-    if not agreement.finite:
+    if agreement.nowhere_finite:
         failures.append(
             f"nothing was compared: the reference's {', '.join(map(repr, total))} "
             f"{'is' if len(total) == 1 else 'are'} NaN or infinite throughout"

@@ -102,7 +102,7 @@ def _rows_of_layers(model: nn.Module, call: ForwardCall) -> dict[str, int]:
 def _timings(layer: MPOLinear, rows: int) -> _Timings:
     sessions = [_session(graph, layer) for graph in (_chain_graph(layer), _dense_graph(layer))]
     generator = torch.Generator().manual_seed(0)
-    feed = {"x": torch.randn(rows, layer.in_features, generator=generator).numpy()}
+    feed = {"x": torch.randn(rows, layer.in_features, generator=generator, device="cpu").numpy()}
     runs = [lambda session=session: session.run(None, feed) for session in sessions]
     chain, dense = (Spread.of(seconds) for seconds in interleaved_seconds(runs, _REPEATS))
     return chain, dense

@@ -99,9 +99,9 @@ def _used_value(mask: Tensor) -> int:
     is used in all rows. PyTorch's boolean masks are padded on the right; of integers, which
     tokenizers make for padding on either side, 1 marks what is used.
     """
-    rows = mask.reshape(-1, mask.shape[-1]) if mask.ndim else mask.reshape(1, 1)
-    if not rows.numel():
+    if not mask.numel():
         return 1
+    rows = mask.reshape(-1, mask.shape[-1]) if mask.ndim else mask.reshape(1, 1)
     whole = [bool((rows == value).all(dim=-1).any()) for value in (0, 1)]
     if any(whole):
         return 0 if whole == [True, False] else 1
@@ -156,17 +156,19 @@ def _random_tensor(spec: InputSpec, sizes: Mapping[str, int], generator: torch.G
     )
     if spec.kind == "mask":
         length = shape[-1] if shape else 1
-        used = torch.randint(1, length + 1, (*shape[:-1], 1), generator=generator)
+        used = torch.randint(1, length + 1, (*shape[:-1], 1), generator=generator, device="cpu")
         used.view(-1)[0] = length
-        mask = torch.where(torch.arange(length) < used, spec.high, spec.low)
+        mask = torch.where(torch.arange(length, device="cpu") < used, spec.high, spec.low)
         return mask.reshape(shape).to(spec.torch_dtype)
     if spec.kind == "indices":
         low, high = int(spec.low), int(spec.high)
-        return torch.randint(low, high + 1, shape, generator=generator).to(spec.torch_dtype)
+        return torch.randint(low, high + 1, shape, generator=generator, device="cpu").to(
+            spec.torch_dtype
+        )
     if spec.high > spec.low:
-        uniform = torch.rand(shape, generator=generator)
+        uniform = torch.rand(shape, generator=generator, device="cpu")
         return (spec.low + (spec.high - spec.low) * uniform).to(spec.torch_dtype)
-    return torch.randn(shape, generator=generator).to(spec.torch_dtype)
+    return torch.randn(shape, generator=generator, device="cpu").to(spec.torch_dtype)
 
 
 def to_json(specs: Sequence[InputSpec], constants: Sequence[tuple[Slot, Any]]) -> str:

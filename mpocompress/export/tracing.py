@@ -212,7 +212,7 @@ def _accepts(
 ) -> bool:
     tensors = list(call.tensors)
     for index, axis in places:
-        positions = torch.arange(size) % tensors[index].shape[axis]
+        positions = torch.arange(size, device="cpu") % tensors[index].shape[axis]
         tensors[index] = tensors[index].index_select(axis, positions)
     try:
         run(model, call.with_tensors(tensors))

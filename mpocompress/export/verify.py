@@ -322,12 +322,13 @@ def _who(suspects: Iterable[str]) -> str:
 class OutputFigures:
     """Running figures of one output; `exact` for one that is not floating.
 
-    `finite` counts the numbers that were compared and are neither NaN nor infinite.
+    `numbers` counts those that were compared, `finite` which of them are neither NaN nor infinite.
     """
 
     max_difference: float = 0.0
     max_value: float = 0.0
     exact: bool = False
+    numbers: int = 0
     finite: int = 0
 
     @property
@@ -364,6 +365,7 @@ class Comparison:
         finite = np.abs(expected[np.isfinite(expected)])
         output.max_difference = max(output.max_difference, float(difference.max(initial=0)))
         output.max_value = max(output.max_value, float(finite.max(initial=0)))
+        output.numbers += expected.size
         output.finite += finite.size
         floating = np.issubdtype(expected.dtype, np.floating)
         if floating and expected.ndim == 2 and expected.shape[1] > 1:
@@ -378,9 +380,11 @@ class Comparison:
             suspects: names of tensors that have NaN; asked for where nothing could be compared.
 
         Raises:
-            ParityError: no output has a finite number, so that nothing was compared.
+            ParityError: none of the numbers is finite, so that nothing was compared.
         """
-        if not any(output.finite for output in self.outputs.values()):
+        if not any(o.finite for o in self.outputs.values()) and any(
+            o.numbers for o in self.outputs.values()
+        ):
             raise ParityError(
                 f"nothing was compared: {', '.join(map(repr, self.outputs))} "
                 f"{'is' if len(self.outputs) == 1 else 'are'} NaN or infinite throughout, over "

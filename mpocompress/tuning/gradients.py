@@ -158,10 +158,10 @@ def _statistics(
             no_gradients.add(layer)
         values = (*args, *kwargs.values())
         adapter = adapter_of(layer)
-        # A backward pass may compute again what it needs; these are no calls.
-        is_later = in_forward and use_of(layer) in called
+        is_later = use_of(layer) in called
         called.add(use_of(layer))
-        if len(values) == 1 and isinstance(values[0], Tensor):
+        # A backward pass may compute again what it needs; these are no calls.
+        if in_forward and len(values) == 1 and isinstance(values[0], Tensor):
             if adapter.looks_up:
                 indices = real_indices(values[0], keep[0])
                 table_rows = adapter.matrix(layer).shape[0]

@@ -91,23 +91,33 @@ def round_weight(
         weight: as fitted; put into the gauge of the storage if it is in none.
         storage: what to round to.
         input_II: C, definite, float64; None without data.
-        either_side: of layouts that are neither dense nor two factors, round each core along its
-            rows or its columns, whichever loses less; the number of scales may then differ.
+        either_side: of layouts that are not dense, round each core along its rows or its columns,
+            whichever loses less; the number of scales may then differ. Two factors are rounded so
+            where that loses less than with feedback, as for inputs in very different units.
     """
     bits = bits_of(storage.precision)
     if storage.gauge == "identity" and weight.layout.num_sites > 1:
         weight = in_gauge(weight, "identity")
     if bits is not None and weight.layout.num_sites == 1:
         return _round_dense(as_mpo(weight), bits, storage.block, input_II)
+    options = []
     if bits is not None and weight.layout.pairs == Layout.svd(*weight.shape).pairs:
-        return _round_factors(weight, bits, storage.block, input_II)
+        options.append(_round_factors(weight, bits, storage.block, input_II))
     if bits is not None and either_side:
-        stored = _round_either_side(weight, bits, storage.block, input_II)
-    else:
-        stored = {
-            name: _nearest(tensor, bits, storage.block) for name, tensor in stored_tensors(weight)
-        }
-    return Rounded(weight=with_stored(weight, stored), stored=stored)
+        options.append(_round_either_side(weight, bits, storage.block, input_II))
+    if not options:
+        options.append(
+            {
+                name: _nearest(tensor, bits, storage.block)
+                for name, tensor in stored_tensors(weight)
+                if tensor.numel()
+            }
+        )
+    found = [Rounded(weight=with_stored(weight, stored), stored=stored) for stored in options]
+    if len(found) == 1:
+        return found[0]
+    exact_OI = weight.to_dense().double()
+    return min(found, key=lambda one: _lost(exact_OI, one.weight, input_II))
 
 
 def round_table(
@@ -154,8 +164,9 @@ def stored_tensors(weight: Weight) -> list[tuple[str, Tensor]]:
 
 
 def with_stored(weight: Weight, stored: Mapping[str, Stored]) -> Weight:
-    """The layer with the values of what is stored."""
-    return with_values(weight, {name: found.dequantized() for name, found in stored.items()})
+    """The layer with the values of what is stored; what has no entries is not stored."""
+    values = {name: found.dequantized() for name, found in stored.items()}
+    return with_values(weight, {**dict(stored_tensors(weight)), **values})
 
 
 def with_values(weight: Weight, tensors: Mapping[str, Tensor]) -> Weight:
@@ -186,6 +197,8 @@ def _round_either_side(
     tensors = dict(stored_tensors(weight))
     stored: dict[str, Stored] = {}
     for name, tensor in tensors.items():
+        if not tensor.numel():
+            continue
         matrix, shape = _matrix(tensor), tuple(tensor.shape)
         options = [
             round_matrix(matrix, bits, block, shape=shape),
@@ -194,11 +207,16 @@ def _round_either_side(
         errors = []
         for option in options:
             changed = with_values(weight, {**tensors, name: option.dequantized().to(tensor)})
-            lost_OI = exact_OI - changed.to_dense().double()
-            seen_OI = lost_OI if input_II is None else lost_OI @ input_II
-            errors.append(float((seen_OI * lost_OI).sum()))
+            errors.append(_lost(exact_OI, changed, input_II))
         stored[name] = options[errors[1] < errors[0]]
     return stored
+
+
+def _lost(exact_OI: Tensor, weight: Weight, input_II: Tensor | None) -> float:
+    """Squared error of the outputs."""
+    lost_OI = exact_OI - weight.to_dense().double()
+    seen_OI = lost_OI if input_II is None else lost_OI @ input_II
+    return float((seen_OI * lost_OI).sum())
 
 
 def _round_dense(mpo: MPO, bits: int, block: int | None, input_II: Tensor | None) -> Rounded:
@@ -213,7 +231,7 @@ def _round_dense(mpo: MPO, bits: int, block: int | None, input_II: Tensor | None
 
 def _round_factors(
     weight: Weight, bits: int, block: int | None, input_II: Tensor | None
-) -> Rounded:
+) -> dict[str, Stored]:
     """W = U V: V with feedback in the metric C, U fitted to the rounded V, and rounded in turn.
 
     In the identity gauge U has the identity in the rows of the pivots, and only its other rows are
@@ -237,6 +255,8 @@ def _round_factors(
     seen_RI = rounded_RI @ input_II
     gram_RR = seen_RI @ rounded_RI.mT
     left_FR = solve_ridged(target_FI @ seen_RI.mT, gram_RR, _RIDGE)
-    left = round_matrix(left_FR, bits, block, shape=tuple(first.shape), gram_YY=gram_RR)
-    stored: dict[str, Stored] = {first_name: left, second_name: right}
-    return Rounded(weight=with_stored(weight, stored), stored=stored)
+    stored: dict[str, Stored] = {second_name: right}
+    if len(left_FR):
+        shape = tuple(first.shape)
+        stored[first_name] = round_matrix(left_FR, bits, block, shape=shape, gram_YY=gram_RR)
+    return stored

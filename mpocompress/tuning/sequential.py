@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mpocompress.errors import DataError, MPOCompressError, PathsDifferError
 from mpocompress.layers.modes import evaluation_mode
 from mpocompress.layers.opened import layers_called
-from mpocompress.mpo import MPO, Layout
+from mpocompress.mpo import MPO
 from mpocompress.mpo.contract import apply_cores
 from mpocompress.mpo.fit import fit
 from mpocompress.mpo.metric import Metric
@@ -124,9 +124,7 @@ def _fit_in_sequence(
 ) -> dict[WeightSite, FittedWeight]:
     """The same; with copies of what the dense layers read."""
     if options.output_metric == "auto":
-        swept = [
-            plan.site.shape for plan in plans if not (plan.stays_dense or _is_svd(plan.layout))
-        ]
+        swept = [plan.site.shape for plan in plans if not (plan.stays_dense or plan.layout.is_svd)]
         metric: OutputMetric = "sites" if exact_takes_long(swept) else "exact"
         options = replace(options, output_metric=metric)
     by_module = {module: plan for plan in plans for module in plan.site.modules}
@@ -275,7 +273,7 @@ def _fit_layer(
             output_metric_OO if useful else None,
             least=options.ridge,
         )
-        if options.output_metric == "sites" and not _is_svd(plan.layout):
+        if options.output_metric == "sites" and not plan.layout.is_svd:
             metric = metric.over_sites(plan.layout)
     result = fit(
         target_OI,
@@ -313,10 +311,6 @@ def _rounded(mpo: MPO, storage: Storage, metric: Metric | None, rows: int) -> Ro
     if metric is None:
         return round_weight(mpo, storage)
     return round_weight(mpo, storage, input_II=shrunk(metric.ridged_input_II, rows))
-
-
-def _is_svd(layout: Layout) -> bool:
-    return layout.pairs == Layout.svd(layout.out_features, layout.in_features).pairs
 
 
 def _fit_table(

@@ -194,6 +194,7 @@ def _add(
             comparison.compare(output, actual.astype(np.float64), expected.astype(np.float64))
             continue
         output.exact = True
+        output.numbers += expected.size
         output.finite += expected.size
         output.max_value = max(output.max_value, 1.0)
         output.max_difference = max(output.max_difference, float(np.sum(actual != expected)))

@@ -114,7 +114,7 @@ def _write_product(builder: GraphBuilder, chain: Chain, product: Product, model:
     scaled = alpha != 1.0
 
     def number(size: float, what: str) -> str:
-        tensor = torch.tensor(size, dtype=chain.dtype)
+        tensor = torch.tensor(size, dtype=chain.dtype, device="cpu")
         return builder.store(tensor, f"{place}.{what}")
 
     last = not (scaled or (offset and beta))
