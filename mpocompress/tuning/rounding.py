@@ -255,8 +255,9 @@ def _round_factors(
     seen_RI = rounded_RI @ input_II
     gram_RR = seen_RI @ rounded_RI.mT
     left_FR = solve_ridged(target_FI @ seen_RI.mT, gram_RR, _RIDGE)
-    stored: dict[str, Stored] = {second_name: right}
+    stored: dict[str, Stored] = {}
     if len(left_FR):
         shape = tuple(first.shape)
         stored[first_name] = round_matrix(left_FR, bits, block, shape=shape, gram_YY=gram_RR)
+    stored[second_name] = right
     return stored
