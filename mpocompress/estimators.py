@@ -85,13 +85,13 @@ class _TensorNetwork(BaseEstimator):  # type: ignore[misc, unused-ignore]
             network,
             (inputs_NF, labels_N),
             method=self.method,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
+            epochs=_plain(self.epochs),
+            batch_size=_plain(self.batch_size),
+            learning_rate=_plain(self.learning_rate),
             sites="grow" if growing else 1,
-            bond_dim=self.bond_dim if growing else None,
-            validation=self.validation_fraction,
-            patience=self.patience,
+            bond_dim=_plain(self.bond_dim) if growing else None,
+            validation=_plain(self.validation_fraction),
+            patience=_plain(self.patience),
             seed=seed,
         )
         # In float64 a row's prediction does not depend on the batch that it is in.
@@ -102,7 +102,7 @@ class _TensorNetwork(BaseEstimator):  # type: ignore[misc, unused-ignore]
             raise DataError(f"activation {self.activation!r}: there are 'relu' and 'tanh'.")
         activation, gain = _ACTIVATIONS[self.activation]
         given = self.hidden_layer_sizes
-        sizes = (given,) if isinstance(given, int) else tuple(given)
+        sizes = (given,) if isinstance(given, int | np.integer) else tuple(given)
         whole = all(isinstance(size, (int, np.integer)) and size >= 1 for size in sizes)
         if not sizes or not whole:
             raise DataError(
@@ -116,7 +116,7 @@ class _TensorNetwork(BaseEstimator):  # type: ignore[misc, unused-ignore]
             layer = MPOLinear(
                 width,
                 size,
-                layout=balanced_layout(size, width, self.n_sites),
+                layout=balanced_layout(size, width, _plain(self.n_sites)),
                 bond_dim=1 if self.grow and self.method == "dmrg" else self.bond_dim,
                 gain=gain,
                 generator=generator,
@@ -140,6 +140,11 @@ class _TensorNetwork(BaseEstimator):  # type: ignore[misc, unused-ignore]
             ]
         found: np.ndarray = torch.cat(parts).numpy()
         return found
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy, as searches over grids draw them, as one of Python."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 class MPOClassifier(ClassifierMixin, _TensorNetwork):  # type: ignore[misc, unused-ignore]

@@ -168,3 +168,32 @@ def test_integers_of_a_gauge_whose_bond_is_as_large_as_it_gets(quantize, tmp_pat
     mpo.export_onnx(model, tmp_path / "model.onnx", x, quantize=quantize)
     rounded = mpo.verify(tmp_path / "model.onnx", model, [x]).max_relative_difference
     assert 0 < rounded < (0.05 if quantize == "int8" else 0.5)
+
+
+class ReadsTheDtype(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(24, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.to(self.layer.weight.dtype))
+
+
+@pytest.mark.onnx
+@pytest.mark.parametrize("form", ["chain", "dense", "auto"])
+def test_a_forward_that_reads_a_weight_has_an_onnx_file(form, tmp_path):
+    model = mpo.compress(ReadsTheDtype(), bond_dim=4).model
+    mpo.export_onnx(model, tmp_path / "model.onnx", batches()[0], form=form)
+    mpo.verify(tmp_path / "model.onnx", model, batches()).raise_if_failed()
+
+
+@pytest.mark.parametrize("objective", ["macs", "latency"])
+def test_tables_gain_no_time(objective):
+    model = nn.Sequential(nn.Embedding(500, 64), nn.Linear(64, 256), nn.Linear(256, 64))
+    plan = mpo.plan(model, bond_dim=4, include=["*"], objective=objective)
+    table, *linear = plan.layers
+    assert table.action == "keep"
+    assert "looked up" in table.reason
+    assert (table.dense_macs, table.macs) == (0, 0)
+    if objective == "macs":  # which no timing decides
+        assert [layer.action for layer in linear] == ["compress"] * 2

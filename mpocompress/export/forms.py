@@ -39,7 +39,13 @@ class DenseAtLoad(nn.Module):
         super().__init__()
         self.cores = layer.cores
         self.register_parameter("bias", layer.bias)
+        self.out_features, self.in_features = layer.out_features, layer.in_features
         self._shape = (layer.out_features, layer.in_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """W (out, in), for models that read it, if only its dtype."""
+        return transposed_matrix(list(self.cores), self._shape).mT
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear uses
         """Apply the layer: (..., in_features) to (..., out_features)."""

@@ -64,7 +64,9 @@ class ParityResult:
             f"difference {self.max_relative_difference:.3g} (absolute "
             f"{self.max_abs_difference:.3g}) over {self.samples} samples in batches of "
             f"{', '.join(map(str, self.batch_sizes))}; allowed is {self.tolerance:.3g}. "
-            "Export again from the same weights, or allow more with a larger tolerance."
+            "Where the model itself gives other outputs in float64, rounding grows in it: "
+            "compress less, exclude the layers before this output, allow more (tolerance in "
+            "Python), or write cores alone (--no-onnx)."
         )
 
 

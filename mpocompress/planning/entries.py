@@ -41,6 +41,7 @@ def keep_entry(site: WeightSite, reason: str, *, selected: bool = True) -> Layer
     )
 
 
+LOOKED_UP = "its rows are looked up, which costs next to nothing and would cost more as an MPO"
 REBUILT = "a recurrent operator reads it dense: as an MPO it needs no fewer multiply-adds"
 """Why a weight stays dense that is small in the file only, where that is not what is asked for."""
 
@@ -61,3 +62,10 @@ def why_kept(
             "or include it by name"
         )
     return None
+
+
+def why_no_gain(site: WeightSite) -> str | None:
+    """Why a weight gains neither multiply-adds nor time (one clause); None if it may."""
+    if site.rebuilt:
+        return REBUILT
+    return LOOKED_UP if site.looked_up else None

@@ -13,7 +13,7 @@ from mpocompress.mpo.identity_gauge import Gauge, index_dtype, stored_parameters
 from mpocompress.mpo.integers import place_bytes
 from mpocompress.mpo.precision import Precision, bits_of, matrix_bytes
 from mpocompress.planning.layouts import Candidate, chain_macs
-from mpocompress.surgery.inventory import RECURRENT
+from mpocompress.surgery.inventory import MULTIPLIED, RECURRENT
 
 FORMAT_VERSION = 1
 
@@ -190,10 +190,15 @@ class LayerPlan(_Frozen):
         return stored_parameters(layout, layout.clip(self.bond_dims or ()), self.gauge)
 
     @property
+    def dense_macs(self) -> int:
+        """Multiply-adds for one input row before; 0 for kinds that are no product of a row."""
+        return self.shape[0] * self.shape[1] if self.kind in MULTIPLIED else 0
+
+    @property
     def macs(self) -> int:
         """Multiply-adds for one input row afterwards; of recurrent weights those of dense ones."""
-        if self.action == "keep" or self.kind == RECURRENT:
-            return self.shape[0] * self.shape[1]
+        if self.action == "keep" or self.kind == RECURRENT or self.kind not in MULTIPLIED:
+            return self.dense_macs
         layout = self.sites()
         return chain_macs(layout, layout.clip(self.bond_dims or ()))
 

@@ -6,7 +6,7 @@ from mpocompress.errors import LayoutError, MPOCompressError
 from mpocompress.mpo import Layout
 from mpocompress.mpo.identity_gauge import Gauge, check_gauge
 from mpocompress.mpo.truncate import check_bond_dim
-from mpocompress.planning.entries import REBUILT, compress_entry, keep_entry, why_kept
+from mpocompress.planning.entries import compress_entry, keep_entry, why_kept, why_no_gain
 from mpocompress.planning.layout_rules import LayoutChoice, LayoutRules, describe_layout
 from mpocompress.planning.layouts import (
     Candidate,
@@ -107,8 +107,8 @@ def _plan_site(
     forced = rules.forced(site)
     if isinstance(forced, LayoutError):
         return keep_entry(site, f"the layout does not fit: {forced}")
-    if site.rebuilt and objective.name != "size":
-        return keep_entry(site, REBUILT)
+    if (no_gain := why_no_gain(site)) is not None and objective.name != "size":
+        return keep_entry(site, no_gain)
     if forced is not None:
         candidate = make_candidate(forced, bond_dim, gauge=gauge)
         if not objective.allows(site.shape, forced, candidate.bond_dims):

@@ -103,7 +103,10 @@ def predicted_totals(plan: Plan) -> Predicted:
         bytes=None
         if rest is None or listed is None
         else (rest + listed, rest + (stored or round(listed * after / dense))),
-        macs=(dense, sum(layer.macs for layer in plan.layers)),
+        macs=(
+            sum(layer.dense_macs for layer in plan.layers),
+            sum(layer.macs for layer in plan.layers),
+        ),
         seconds=seconds,
         relative_output_error=error,
     )

@@ -19,7 +19,7 @@ from mpocompress.planning.allocation import (
     least_numbers,
 )
 from mpocompress.planning.bottleneck import find_bottleneck
-from mpocompress.planning.entries import REBUILT, compress_entry, keep_entry, why_kept
+from mpocompress.planning.entries import compress_entry, keep_entry, why_kept, why_no_gain
 from mpocompress.planning.layout_rules import LayoutChoice, LayoutRules, describe_layout
 from mpocompress.planning.layouts import make_candidate
 from mpocompress.planning.objective import Objective
@@ -278,8 +278,8 @@ class Sharing:
         return found.bond > 0 and not distance < limit * self._distance(factors, narrow)
 
     def _part(self, site: WeightSite, layout: Layout, gains: Gains | None) -> Part | None:
-        if site.rebuilt and self.objective.name != "size":
-            self._refuse(site, REBUILT)
+        if (no_gain := why_no_gain(site)) is not None and self.objective.name != "size":
+            self._refuse(site, no_gain)
             return None
         stored = cache(partial(stored_at, layout, self.gauge))  # asked for thousands of times
         dense = site.shape[0] * site.shape[1]

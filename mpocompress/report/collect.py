@@ -29,17 +29,13 @@ from mpocompress.report.schema import (
 )
 from mpocompress.report.wording import CORRECTED, UNCORRECTED
 from mpocompress.surgery import Inventory, KeptEntry, WeightSite
-from mpocompress.surgery.inventory import RECURRENT
+from mpocompress.surgery.inventory import MULTIPLIED, RECURRENT
 
 if TYPE_CHECKING:
     from mpocompress.export.verify import ParityResult
 
 TRAINED_ALONG = "its values were trained along when the model was healed"
 SWEPT_ALONG = "its values were trained along in sweeps on the loss"
-
-# Kinds whose tensors are matrices that meet every row of an input once. Lookups cost nothing, and
-# what a convolution costs depends on the size of its input.
-_MULTIPLIED = frozenset({"linear", "matrix", "attention", RECURRENT, "mpo"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,7 +281,7 @@ def _total(sizes: Sequence[Size]) -> Total:
 
 def _weight(site: WeightSite, plan: LayerPlan, outcome: Outcome | None) -> LayerReport:
     dense = site.shape[0] * site.shape[1]
-    multiplied = site.kind in _MULTIPLIED
+    multiplied = site.kind in MULTIPLIED
     macs = dense if multiplied else 0
     common: dict[str, Any] = {
         "name": site.name or "(model)",
@@ -341,7 +337,7 @@ def _is_chosen(figures: CandidateFigures, plan: LayerPlan) -> bool:
 
 
 def _kept(entry: KeptEntry) -> LayerReport:
-    macs = entry.parameters if entry.kind in _MULTIPLIED and len(entry.shape) == 2 else 0
+    macs = entry.parameters if entry.kind in MULTIPLIED and len(entry.shape) == 2 else 0
     return LayerReport(
         name=entry.name,
         also_known_as=list(entry.also_known_as),

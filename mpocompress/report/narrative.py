@@ -154,7 +154,7 @@ def what_was_done(report: CompressionReport) -> tuple[Sentence, ...]:
     )
     kept = report.kept_layers
     if report.settings.get("distill"):
-        state = "kept its shape and was trained along in the healing"
+        state = "kept its shape; parameters among it were trained along in the healing"
     elif report.settings.get("sweeps_on_loss"):
         state = "kept its shape, and the cores were tuned further by sweeps on a loss"
     elif any(layer.relative_output_error is not None for layer in compressed):
@@ -236,6 +236,8 @@ def onnx_verdict(report: CompressionReport) -> Verdict:
         else f" Both picked the same class for {percent(parity.argmax_agreement)} of the rows."
     )
     short, both = _REFERENCES[parity.reference]
+    if (quantize := report.settings.get("quantize")) in ("int8", "int4"):
+        both += f", its cores rounded to {quantize} as in the file,"
     if parity.passed:
         return Verdict(
             title=f"The ONNX file agrees with {short}.",

@@ -11,6 +11,9 @@ from mpocompress.mpo import Layout
 from mpocompress.surgery.adapter import WeightAdapter, adapter_for
 
 RECURRENT = "recurrent"
+# Kinds whose tensors are matrices that meet every row of an input once. Lookups cost nothing, and
+# what a convolution costs depends on the size of its input.
+MULTIPLIED = frozenset({"linear", "matrix", "attention", RECURRENT, "mpo"})
 """Kind of the weights that recurrent operators read dense."""
 
 
@@ -48,6 +51,16 @@ class WeightSite:
         Compressed it is small, but needs no fewer multiply-adds.
         """
         return self.kind == RECURRENT
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether rows are looked up in it and nothing is multiplied with it.
+
+        The table of a tied output layer is multiplied with, too.
+        """
+        return self.adapter.looks_up and not any(
+            isinstance(module, nn.Linear) for module in self.modules
+        )
 
     @property
     def label(self) -> str:

@@ -47,6 +47,8 @@ class CrossMoment:
         Raises:
             DataError: NaN or Inf in a product.
         """
+        own = left_NI is right_NJ
+        left_NI, right_NJ = left_NI.detach(), right_NJ.detach()
         for left_nI, right_nJ in zip(left_NI.split(_CHUNK), right_NJ.split(_CHUNK), strict=True):
             if left_nI.shape[0] == 0:
                 continue
@@ -55,7 +57,7 @@ class CrossMoment:
                 self._sums = _Sums.around(left_nI.mean(0).double(), right_nJ.mean(0).double())
             sums = self._sums
             left_nI = left_nI - sums.left_shift_I.to(left_nI.dtype)
-            if left_NI is right_NJ and sums.symmetric:
+            if own and sums.symmetric:
                 sums.add_own(left_nI)
             else:
                 sums.add(left_nI, right_nJ - sums.right_shift_J.to(right_nJ.dtype))
