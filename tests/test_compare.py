@@ -403,12 +403,16 @@ def test_nan_on_both_sides_is_no_agreement(here, capsys):
     code, out, _ = run(capsys, "verify", "nan.onnx", "--against", "nan.onnx", "--json")
     assert code == 3
     assert "nothing was compared" in json.loads(out)["failures"][0]
-    # One of several outputs may be NaN on both sides.
-    agreement = Agreement()
-    agreement.add(
-        {"a": np.full(2, np.nan), "b": np.ones(2)}, {"a": np.full(2, np.nan), "b": np.ones(2)}
-    )
-    assert agreement.finite == 2
+    # One of several outputs may be NaN on both sides, and all may be empty.
+    nan, ones, empty = np.full(2, np.nan), np.ones(2), np.ones((0, 4))
+    for outputs, nowhere in (
+        ({"a": nan, "b": ones}, False),
+        ({"a": nan, "b": empty}, True),
+        ({"a": empty}, False),
+    ):
+        agreement = Agreement()
+        agreement.add(outputs, outputs)
+        assert agreement.nowhere_finite is nowhere
 
 
 def test_json_has_no_infinity(here, capsys):
