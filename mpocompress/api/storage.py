@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from mpocompress.errors import PlanError
 from mpocompress.layers import MPOLayer
 from mpocompress.mpo import MPO, Layout
-from mpocompress.mpo.identity_gauge import IdentityGauge
 from mpocompress.mpo.integers import Stored, StoredHalf, StoredIntegers, StoredRows
 from mpocompress.mpo.precision import Precision, bits_of
-from mpocompress.mpo.weight import Weight
+from mpocompress.mpo.weight import Weight, index_bytes
 from mpocompress.planning import LayerPlan
 from mpocompress.surgery import WeightSite
 from mpocompress.tuning.rounding import (
@@ -75,8 +74,7 @@ def record_stored_(model: nn.Module, rounded: Mapping[WeightSite, Rounded]) -> N
 
 def stored_bytes(found: Rounded) -> int:
     """Bytes of a layer in a file, without its bias."""
-    index = found.weight.index_bytes if isinstance(found.weight, IdentityGauge) else 0
-    return sum(stored.num_bytes for stored in found.stored.values()) + index
+    return sum(stored.num_bytes for stored in found.stored.values()) + index_bytes(found.weight)
 
 
 def blank(weight: Weight, storage: Storage) -> Rounded:

@@ -40,16 +40,19 @@ class DenseAtLoad(nn.Module):
         self.cores = layer.cores
         self.register_parameter("bias", layer.bias)
         self.out_features, self.in_features = layer.out_features, layer.in_features
-        self._shape = (layer.out_features, layer.in_features)
+
+    @property
+    def _transposed(self) -> Tensor:
+        return transposed_matrix(list(self.cores), (self.out_features, self.in_features))
 
     @property
     def weight(self) -> Tensor:
         """W (out, in), for models that read it, if only its dtype."""
-        return transposed_matrix(list(self.cores), self._shape).mT
+        return self._transposed.mT
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear uses
         """Apply the layer: (..., in_features) to (..., out_features)."""
-        output = input @ transposed_matrix(list(self.cores), self._shape)
+        output = input @ self._transposed
         return output if self.bias is None else output + self.bias
 
 

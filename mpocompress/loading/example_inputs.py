@@ -151,17 +151,6 @@ def _evaluation(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def _verified(
-    module: nn.Module,
-    args: tuple[Tensor, ...],
-    kwargs: dict[str, Tensor],
-    *,
-    origin: str,
-    hint: str,
-) -> ExampleInputs:
-    return _tried(module, args, kwargs, origin=origin, hint=hint)[0]
-
-
 def _tried(
     module: nn.Module,
     args: tuple[Tensor, ...],
@@ -207,13 +196,14 @@ def _main_dtype(module: nn.Module) -> torch.dtype:
 
 def _from_data(module: nn.Module, batches: Batches) -> ExampleInputs:
     batch = next(iter(batches)).cast(_main_dtype(module))
-    return _verified(
+    found, _ = _tried(
         module,
         batch.args,
         batch.kwargs,
         origin=f"the first batch of {batches.place}",
         hint="Arrays go to forward by name; arr_0, arr_1, ... go by position.",
     )
+    return found
 
 
 def _from_specs(module: nn.Module, specs: list[InputSpec]) -> ExampleInputs:
@@ -297,7 +287,7 @@ def _from_tokenizer(module: nn.Module, folder: Path) -> ExampleInputs:
         ) from error
     accepted = _forward_names(module)
     kwargs = {name: encoded[name] for name in _TOKENIZER_NAMES if name in encoded.keys() & accepted}
-    return _verified(module, (), kwargs, origin=origin, hint=_WAY_OUT)
+    return _tried(module, (), kwargs, origin=origin, hint=_WAY_OUT)[0]
 
 
 def _infer(module: nn.Module) -> ExampleInputs | None:

@@ -12,6 +12,11 @@ def as_mpo(weight: Weight) -> MPO:
     return weight if isinstance(weight, MPO) else MPO(weight.cores, shape=weight.shape)
 
 
+def index_bytes(weight: Weight) -> int:
+    """Bytes of the pivots of a gauge; an ordinary chain has none."""
+    return weight.index_bytes if isinstance(weight, IdentityGauge) else 0
+
+
 def in_gauge(weight: Weight, gauge: Gauge | None) -> Weight:
     """The weight stored as the gauge says; None leaves it as it is.
 

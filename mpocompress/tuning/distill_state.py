@@ -95,18 +95,7 @@ def write_state(path: Path, state: DistillState, arguments: Mapping[str, Any]) -
         tensors[f"best.{index}"] = best
     for index, moments in enumerate(state.moments):
         tensors |= {f"moments.{index}.{name}": value for name, value in moments.items()}
-    facts = _Facts(
-        arguments=dict(arguments),
-        phase=state.phase,
-        step=state.step,
-        learning_rate=state.learning_rate,
-        learning_rates=state.learning_rates,
-        stale=state.stale,
-        best_loss=state.best_loss,
-        best_record=state.best_record,
-        history=state.history,
-    )
-    _FORMAT.write(path, facts, tensors)
+    _FORMAT.write(path, _Facts.of(state, arguments=dict(arguments)), tensors)
 
 
 def read_state(path: Path, arguments: Mapping[str, Any]) -> DistillState | None:
@@ -128,14 +117,7 @@ def read_state(path: Path, arguments: Mapping[str, Any]) -> DistillState | None:
                 _, index, key = name.split(".")
                 moments[int(index)][key] = value
         return DistillState(
-            phase=facts.phase,
-            step=facts.step,
-            learning_rate=facts.learning_rate,
-            learning_rates=facts.learning_rates,
-            stale=facts.stale,
-            best_loss=facts.best_loss,
-            best_record=facts.best_record,
-            history=list(facts.history),
+            **facts.named(without=["arguments"]),
             current=[tensors[f"current.{index}"] for index in range(count)],
             best=[tensors[f"best.{index}"] for index in range(count)],
             moments=moments,

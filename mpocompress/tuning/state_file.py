@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,6 +24,17 @@ class StateFacts(BaseModel):
 
     # A loss without a held-out part is infinite.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    @classmethod
+    def of(cls, state: object, **others: Any) -> Self:
+        """The facts of a state that has them under the same names, and others beside."""
+        names = cls.model_fields.keys() - others.keys()
+        return cls(**others, **{name: getattr(state, name) for name in names})
+
+    def named(self, *, without: Sequence[str] = ()) -> dict[str, Any]:
+        """The facts by name, for the state that is made of them."""
+        names = type(self).model_fields
+        return {name: getattr(self, name) for name in names if name not in without}
 
 
 Facts = TypeVar("Facts", bound=StateFacts)

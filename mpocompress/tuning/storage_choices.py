@@ -18,6 +18,7 @@ from mpocompress.mpo.integer_fit import column_metric, round_matrix
 from mpocompress.mpo.integers import BITS, place_bytes
 from mpocompress.mpo.metric import Metric
 from mpocompress.mpo.precision import Precision, matrix_bytes
+from mpocompress.mpo.weight import Weight, index_bytes
 from mpocompress.planning.storage_choice import StorageChoice
 from mpocompress.surgery import WeightSite
 from mpocompress.tuning.gradients import LayerMoments
@@ -151,13 +152,13 @@ def _of_matrix(
             )
 
 
-def _bytes_of(weight: object, storage: Storage) -> int:
-    found = 0
-    for _, tensor in stored_tensors(weight):  # type: ignore[arg-type]
+def _bytes_of(weight: Weight, storage: Storage) -> int:
+    found = index_bytes(weight)
+    for _, tensor in stored_tensors(weight):
         rows = tensor.shape[0]  # free rows (F, R), or the last core (R, 1, in, 1)
         columns = tensor.numel() // max(rows, 1)
         found += matrix_bytes(rows, columns, storage.precision, storage.block)
-    return found + int(getattr(weight, "index_bytes", 0))
+    return found
 
 
 def _metric(

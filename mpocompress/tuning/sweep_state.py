@@ -57,13 +57,7 @@ def write_state(path: Path, state: SweepState) -> None:
     Raises:
         SaveError: it cannot be written.
     """
-    facts = _Facts(
-        settings=dict(state.settings),
-        caps=dict(state.caps),
-        step_scales=dict(state.step_scales),
-        history=state.history,
-    )
-    STATE_OF_SWEEPS.write(path, facts, state.tensors)
+    STATE_OF_SWEEPS.write(path, _Facts.of(state), state.tensors)
 
 
 def read_state(path: Path) -> SweepState:
@@ -74,12 +68,6 @@ def read_state(path: Path) -> SweepState:
     """
 
     def build(facts: _Facts, tensors: Mapping[str, Tensor]) -> SweepState:
-        return SweepState(
-            settings=facts.settings,
-            caps=facts.caps,
-            step_scales=facts.step_scales,
-            history=facts.history,
-            tensors=tensors,
-        )
+        return SweepState(**facts.named(), tensors=tensors)
 
     return STATE_OF_SWEEPS.read(path, build)

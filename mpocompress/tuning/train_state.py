@@ -65,15 +65,7 @@ def write_state(path: Path, state: TrainState, arguments: Mapping[str, Any]) -> 
     Raises:
         SaveError: it cannot be written.
     """
-    facts = _Facts(
-        arguments=dict(arguments),
-        done=state.done,
-        step=state.step,
-        stale=state.stale,
-        best_loss=state.best_loss,
-        best_record=state.best_record,
-        history=state.history,
-    )
+    facts = _Facts.of(state, arguments=dict(arguments))
     tensors = {
         f"{group}.{name}": tensor
         for group in _GROUPS
@@ -94,18 +86,10 @@ def read_state(path: Path, arguments: Mapping[str, Any]) -> TrainState | None:
 
     def build(facts: _Facts, tensors: Mapping[str, Tensor]) -> TrainState:
         check_same_run(path, facts.arguments, arguments)
-        groups: dict[str, dict[str, Tensor]] = {group: {} for group in _GROUPS}
+        groups: dict[str, Any] = {group: {} for group in _GROUPS}
         for name, tensor in tensors.items():
             group, _, rest = name.partition(".")
             groups[group][rest] = tensor
-        return TrainState(
-            done=facts.done,
-            step=facts.step,
-            stale=facts.stale,
-            best_loss=facts.best_loss,
-            best_record=facts.best_record,
-            history=list(facts.history),
-            **groups,
-        )
+        return TrainState(**facts.named(without=["arguments"]), **groups)
 
     return _FORMAT.read(path, build)
