@@ -12,7 +12,7 @@ from mpocompress.errors import DataError, MissingExtraError
 from mpocompress.layers import MPOLinear
 from mpocompress.mpo.factors import balanced_layout
 from mpocompress.tuning import TrainResult
-from mpocompress.tuning.train_options import Method
+from mpocompress.tuning.training.options import Method
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin

@@ -14,9 +14,9 @@ from mpocompress.errors import DataError, LoadError
 from mpocompress.layers.balance import balance_cores_
 from mpocompress.loading import Batch
 from mpocompress.tuning import DistillOptions, distill_
-from mpocompress.tuning.blocks import can_replay, find_blocks
-from mpocompress.tuning.distill_loss import Distance, normalized_error, output_loss
-from mpocompress.tuning.learning_rates import LEARNING_RATES, peak_from_trials, trial_steps
+from mpocompress.tuning.healing.blocks import can_replay, find_blocks
+from mpocompress.tuning.healing.learning_rates import LEARNING_RATES, peak_from_trials, trial_steps
+from mpocompress.tuning.healing.loss import Distance, normalized_error, output_loss
 from mpocompress.tuning.minibatches import Minibatch, TrainingData
 from mpocompress.tuning.schedule import warm_cosine
 from tests.tolerances import TOL
@@ -460,7 +460,7 @@ def test_blockwise_training_comes_first_and_helps(transformer):
 
 
 def test_gradients_are_cut_between_blocks(transformer):
-    from mpocompress.tuning.distill import _BlockDistance
+    from mpocompress.tuning.healing.distill import _BlockDistance
 
     model, small = transformer
     small = copy.deepcopy(small)
@@ -645,7 +645,7 @@ def test_the_dense_model_sees_each_batch_once_while_there_is_room(dense, fitted,
     dense.register_forward_hook(lambda *_: calls_made.append(1))
     ends, counts = [], []
     for room in (2**31, 0):
-        monkeypatch.setattr("mpocompress.tuning.distill_loss._KEPT_BYTES", room)
+        monkeypatch.setattr("mpocompress.tuning.healing.loss._KEPT_BYTES", room)
         calls_made.clear()
         model = copy.deepcopy(fitted.model)
         mpo.distill(model, reference=dense, data=batches, steps=15, learning_rate=1e-3)

@@ -18,7 +18,7 @@ from mpocompress.loading import Batch, example_inputs, load_source, parse_input_
 from mpocompress.mpo import MPO, Layout
 from mpocompress.saving import save_state
 from mpocompress.surgery import find_weights, open_modules, select_sites
-from mpocompress.tuning.gradients import take_statistics
+from mpocompress.tuning.statistics.gradients import take_statistics
 from tests.kinds import KINDS
 from tests.planted import gaussian
 from tests.tolerances import TOL

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import mpocompress as mpo
-from mpocompress.tuning.healing_optimizer import HealingOptimizer, orthogonal
+from mpocompress.tuning.healing.optimizer import HealingOptimizer, orthogonal
 
 RATE = 1e-2
 

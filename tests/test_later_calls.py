@@ -17,10 +17,10 @@ from mpocompress.tuning import (
     take_statistics,
     with_fitted,
 )
-from mpocompress.tuning.correction import regression
-from mpocompress.tuning.later_calls import LaterCalls
-from mpocompress.tuning.moments import CrossMoment, RowCounts
-from mpocompress.tuning.upstream import Moments
+from mpocompress.tuning.fitting.correction import regression
+from mpocompress.tuning.statistics.later_calls import LaterCalls
+from mpocompress.tuning.statistics.moments import CrossMoment, RowCounts
+from mpocompress.tuning.statistics.upstream import Moments
 from tests.tolerances import TOL
 
 N = 32

@@ -38,6 +38,9 @@ ROOMS = (
 )
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 
+# The same within `tuning`: its own modules below all of its rooms.
+TUNING = ("statistics", "fitting", "healing", "sweeps", "training")
+
 # The package itself resolves its public names lazily, so it may name any room but the command line;
 # `python -m mpocompress` only starts the command line. No room may import either.
 DOORS = {"__init__": RANK["deployment"], "__main__": RANK["cli"]}
@@ -112,6 +115,12 @@ def violated_rule(path: str, name: str) -> str | None:
         own_rank = DOORS.get(room, RANK.get(room, 0))
         if RANK[target] > own_rank:
             return f"{room} is below {target}, so it may not import it"
+        if room == target == "tuning":
+            own, wanted = path.split("/")[1], [*name.split("."), ""][2]
+            if wanted in TUNING and own != "__init__.py":
+                rank = TUNING.index(own) if own in TUNING else -1
+                if TUNING.index(wanted) > rank:
+                    return f"{own} is below {wanted}, so it may not import it"
         return None
     for restriction in RESTRICTIONS:
         if any(is_within(name, module) for module in restriction.modules) and not any(
@@ -184,8 +193,22 @@ PLANTED = {
     ),
     "torch.onnx": ("api.py", "import torch\ntorch.onnx.export", "ONNX is known"),
     "typer": ("api.py", "import typer", "terminal"),
-    "rich": ("tuning/sweeps.py", "from rich.progress import track", "terminal"),
-    "sklearn": ("tuning/train.py", "from sklearn.base import BaseEstimator", "scikit-learn"),
+    "a room above, within tuning": (
+        "tuning/statistics/moments.py",
+        "from mpocompress.tuning.fitting.plan import SitePlan",
+        "statistics is below fitting",
+    ),
+    "a room of tuning from beside it": (
+        "tuning/minibatches.py",
+        "from mpocompress.tuning.training.train import train_",
+        "is below training",
+    ),
+    "rich": ("tuning/sweeps/on_loss.py", "from rich.progress import track", "terminal"),
+    "sklearn": (
+        "tuning/training/train.py",
+        "from sklearn.base import BaseEstimator",
+        "scikit-learn",
+    ),
     "tensorly": ("mpo/factorize.py", "from tensorly import tt_matrix", "TensorLy"),
     "torch.nn": ("mpo/cores.py", "import torch.nn as nn", "no torch.nn"),
     "torch.nn as a name": ("mpo/cores.py", "from torch import nn", "no torch.nn"),
@@ -199,6 +222,10 @@ ALLOWED = {
     "rooms on one line": ("loading/batches.py", "from mpocompress.saving import save_state"),
     "the package's lazy names": ("__init__.py", "from mpocompress.api import compress"),
     "the start of the command line": ("__main__.py", "from mpocompress.cli import main"),
+    "a room below, within tuning": (
+        "tuning/healing/trial.py",
+        "from mpocompress.tuning.fitting.plan import SitePlan\nimport mpocompress.tuning.padding",
+    ),
     "onnx in export": ("export/graph.py", "import onnx\nimport onnxruntime"),
     "onnx as input": ("loading/onnx_input.py", "import onnx"),
     "typer in cli": ("cli/app.py", "import typer\nfrom rich.table import Table"),

@@ -19,8 +19,8 @@ from mpocompress.errors import (
 from mpocompress.loading import Batch
 from mpocompress.mpo import Layout
 from mpocompress.tuning import Distillation, LossSweepOptions, sweep_on_loss
-from mpocompress.tuning.chains import find_chains
-from mpocompress.tuning.prefix import FrozenPrefix
+from mpocompress.tuning.sweeps.chains import find_chains
+from mpocompress.tuning.sweeps.prefix import FrozenPrefix
 from tests.planted import gaussian, random_chain
 from tests.tolerances import LOSS, TOL, TRAJECTORY
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mpocompress.tuning.shrinkage import shrinkage_ridge
+from mpocompress.tuning.statistics.shrinkage import shrinkage_ridge
 
 
 def sample(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,11 +27,11 @@ from mpocompress.tuning import (
     sweep_state,
     train_state,
 )
-from mpocompress.tuning.distill_state import DistillState
-from mpocompress.tuning.sweep_options import LossSweepRecord
-from mpocompress.tuning.sweep_state import SweepState
-from mpocompress.tuning.train_options import TrainRecord
-from mpocompress.tuning.train_state import TrainState
+from mpocompress.tuning.healing.state import DistillState
+from mpocompress.tuning.sweeps.options import LossSweepRecord
+from mpocompress.tuning.sweeps.state import SweepState
+from mpocompress.tuning.training.options import TrainRecord
+from mpocompress.tuning.training.state import TrainState
 
 ARGUMENTS = {"steps": 3, "betas": (0.9, 0.99)}
 

@@ -23,9 +23,9 @@ from mpocompress.mpo.precision import matrix_bytes
 from mpocompress.planning import LayerPlan, Plan
 from mpocompress.planning.storage_choice import StorageChoice, allocate_bytes, lower_hull
 from mpocompress.report.narrative import headline
-from mpocompress.tuning.moments import RowCounts
-from mpocompress.tuning.rounding import Storage, round_weight
-from mpocompress.tuning.storage_choices import smoothed_frequencies
+from mpocompress.tuning.fitting.rounding import Storage, round_weight
+from mpocompress.tuning.fitting.storage_choices import smoothed_frequencies
+from mpocompress.tuning.statistics.moments import RowCounts
 
 
 def definite(size: int, seed: int) -> torch.Tensor:

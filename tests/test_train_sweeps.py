@@ -13,10 +13,10 @@ from mpocompress.layers import MPOLinear
 from mpocompress.loading import Batch
 from mpocompress.mpo import Layout
 from mpocompress.tuning import TrainOptions
-from mpocompress.tuning.chains import find_chains
-from mpocompress.tuning.local_problem import LocalProblem
 from mpocompress.tuning.minibatches import TrainingData
-from mpocompress.tuning.train_methods import SweepMethod
+from mpocompress.tuning.sweeps.chains import find_chains
+from mpocompress.tuning.sweeps.local_problem import LocalProblem
+from mpocompress.tuning.training.methods import SweepMethod
 from tests.planted import gaussian, random_chain, seeded
 from tests.tolerances import TOL, TRAJECTORY
 

@@ -14,11 +14,12 @@ from mpocompress.mpo import Layout
 from mpocompress.mpo.metric import Metric
 from mpocompress.surgery import copy_with_replacements, find_weights
 from mpocompress.tuning import FitOptions, SitePlan, fit_in_sequence, take_statistics
-from mpocompress.tuning.correction import cross_validated_correction, regression
+from mpocompress.tuning.fitting.correction import cross_validated_correction, regression
+from mpocompress.tuning.fitting.residual import StreamWatcher
 from mpocompress.tuning.lockstep import OperationRecorder, Runner, stopping_layers
-from mpocompress.tuning.moments import CrossMoment, joined_rows, keep_mask, real_rows
-from mpocompress.tuning.residual import StreamWatcher
-from mpocompress.tuning.upstream import Collector, Moments, Place, merged
+from mpocompress.tuning.padding import keep_mask, real_rows
+from mpocompress.tuning.statistics.moments import CrossMoment, joined_rows
+from mpocompress.tuning.statistics.upstream import Collector, Moments, Place, merged
 from tests.tolerances import TOL
 
 F32, F64 = TOL[torch.float32], TOL[torch.float64]
@@ -597,7 +598,7 @@ def test_sweeps_use_the_whole_output_metric_where_it_is_affordable(monkeypatch):
     data = [torch.randn(100, 16, generator=torch.Generator().manual_seed(0))]
     mpo.compress(model, bond_dim=2, layout="balanced", data=data)
     assert not used
-    monkeypatch.setattr("mpocompress.tuning.fit_plan._EXACT_MACS", 16 * 24 * 40)
+    monkeypatch.setattr("mpocompress.tuning.fitting.plan._EXACT_MACS", 16 * 24 * 40)
     mpo.compress(model, bond_dim=2, layout="svd", data=data)
     mpo.compress(model, bond_dim=2, layout="balanced", data=data, include=["0"])
     assert not used

@@ -36,7 +36,7 @@ from mpocompress.report import CompressionReport, Source
 from mpocompress.report.predictions import with_budget, with_comparisons
 from mpocompress.surgery import Inventory
 from mpocompress.tuning import DistillOptions, output_errors
-from mpocompress.tuning.distill import check_trainable
+from mpocompress.tuning.healing.distill import check_trainable
 
 
 @torch.inference_mode(False)

@@ -62,9 +62,9 @@ from mpocompress.tuning import (
     tied_heads,
     with_fitted,
 )
-from mpocompress.tuning.fit_plan import exact_takes_long
-from mpocompress.tuning.rounding import Rounded
-from mpocompress.tuning.storage_choices import storage_choices
+from mpocompress.tuning.fitting.plan import exact_takes_long
+from mpocompress.tuning.fitting.rounding import Rounded
+from mpocompress.tuning.fitting.storage_choices import storage_choices
 
 # Fits on trial take long: not for budgets whose every step fits a model and measures it.
 _TRIED_FOR = ("ratio", "max_size")

@@ -15,7 +15,7 @@ from mpocompress.mpo.weight import Weight, in_gauge
 from mpocompress.planning import Plan
 from mpocompress.planning.search import Measured, approach_ceiling
 from mpocompress.surgery import WeightSite, copy_with_replacements
-from mpocompress.tuning.rounding import Rounded, with_stored
+from mpocompress.tuning.fitting.rounding import Rounded, with_stored
 
 OnnxBytes = Callable[[nn.Module], int]
 """Writes the ONNX file of a model and gives its bytes."""

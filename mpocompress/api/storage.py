@@ -13,14 +13,14 @@ from mpocompress.mpo.precision import Precision, bits_of
 from mpocompress.mpo.weight import Weight, index_bytes
 from mpocompress.planning import LayerPlan
 from mpocompress.surgery import WeightSite
-from mpocompress.tuning.rounding import (
+from mpocompress.tuning.fitting.rounding import (
     Rounded,
     Storage,
     round_table,
     round_weight,
     stored_tensors,
 )
-from mpocompress.tuning.storage_choices import may_be_rounded
+from mpocompress.tuning.fitting.storage_choices import may_be_rounded
 
 
 def storage_of(layer: LayerPlan) -> Storage:

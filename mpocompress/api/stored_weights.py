@@ -15,7 +15,7 @@ from mpocompress.planning import Progress
 from mpocompress.report.collect import Outcome, measure
 from mpocompress.surgery import WeightSite
 from mpocompress.tuning import FittedWeight, SitePlan
-from mpocompress.tuning.rounding import Rounded
+from mpocompress.tuning.fitting.rounding import Rounded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

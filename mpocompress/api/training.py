@@ -23,8 +23,8 @@ from mpocompress.tuning import (
     supervised_loss,
     train_,
 )
-from mpocompress.tuning.sweep_options import GradientPath
-from mpocompress.tuning.train_options import Method, Sites
+from mpocompress.tuning.sweeps.options import GradientPath
+from mpocompress.tuning.training.options import Method, Sites
 
 _BAR = 30
 

@@ -38,8 +38,8 @@ from mpocompress.tuning import (
     output_errors,
     sweep_on_loss,
 )
-from mpocompress.tuning.distill_loss import OutputLoss
-from mpocompress.tuning.sweep_options import GradientPath, Optimizer
+from mpocompress.tuning.healing.loss import OutputLoss
+from mpocompress.tuning.sweeps.options import GradientPath, Optimizer
 
 
 @torch.inference_mode(False)

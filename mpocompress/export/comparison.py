@@ -19,7 +19,7 @@ from mpocompress.errors import DataError, ParityError
 from mpocompress.export.agreement import Agreement, LabelScore, OutputAgreement, check_tolerance
 from mpocompress.export.calls import ForwardCall, Slot, first_line, inference_copy, run
 from mpocompress.export.session import OnnxFile
-from mpocompress.tuning.moments import keep_mask
+from mpocompress.tuning.padding import keep_mask
 
 Arrays = dict[Slot, Tensor]
 Outputs = dict[str, np.ndarray]

@@ -21,9 +21,10 @@ from mpocompress.export.calls import Batch, ForwardCall, inference_copy, run
 from mpocompress.export.forms import linear_layers
 from mpocompress.layers import MPOLayer, MPOLinear
 from mpocompress.mpo.integers import Stored
-from mpocompress.tuning.moments import CrossMoment, keep_mask, real_rows
-from mpocompress.tuning.rounding import Storage, round_weight
-from mpocompress.tuning.shrinkage import shrunk_metric
+from mpocompress.tuning.fitting.rounding import Storage, round_weight
+from mpocompress.tuning.padding import keep_mask, real_rows
+from mpocompress.tuning.statistics.moments import CrossMoment
+from mpocompress.tuning.statistics.shrinkage import shrunk_metric
 
 Quantize = Literal["none", "int8", "int4", "auto"]
 

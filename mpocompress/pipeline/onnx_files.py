@@ -27,7 +27,7 @@ from mpocompress.planning import Progress
 from mpocompress.report import CompressionReport, Parity
 from mpocompress.report import Source as ReportSource
 from mpocompress.report.collect import parity_of
-from mpocompress.tuning.moments import keep_mask
+from mpocompress.tuning.padding import keep_mask
 
 
 def size_on_disk(source: Source, examples: ExampleInputs, request: Request) -> "api.OnnxBytes":

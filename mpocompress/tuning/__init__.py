@@ -1,31 +1,32 @@
 """Fitting to data: activation statistics, sequential fitting, sweeps on the loss, distillation."""
 
-from mpocompress.tuning.dense_layers import correction_plans, is_corrected
-from mpocompress.tuning.distill import DistillResult, check_apart, distill_
-from mpocompress.tuning.distill_options import DistillOptions
-from mpocompress.tuning.distill_state import DistillRecord
-from mpocompress.tuning.fit_plan import FitOptions, FittedWeight, SitePlan
-from mpocompress.tuning.fit_state import FitStore
-from mpocompress.tuning.gradients import LayerMoments, Statistics, take_statistics
-from mpocompress.tuning.independent import fit_alone
-from mpocompress.tuning.label_scores import Accuracy, RSquared
-from mpocompress.tuning.later_calls import LaterCalls, later_calls
-from mpocompress.tuning.loss_sweeps import sweep_on_loss
+from mpocompress.tuning.fitting.dense_layers import correction_plans, is_corrected
+from mpocompress.tuning.fitting.fitted_model import with_fitted
+from mpocompress.tuning.fitting.independent import fit_alone
+from mpocompress.tuning.fitting.plan import FitOptions, FittedWeight, SitePlan
+from mpocompress.tuning.fitting.sequential import fit_in_sequence
+from mpocompress.tuning.fitting.state import FitStore
+from mpocompress.tuning.healing.distill import DistillResult, check_apart, distill_
+from mpocompress.tuning.healing.options import DistillOptions
+from mpocompress.tuning.healing.state import DistillRecord
+from mpocompress.tuning.healing.trial import effect_alone
 from mpocompress.tuning.objectives import Distillation, Loss
-from mpocompress.tuning.output_errors import OutputErrors, output_errors
-from mpocompress.tuning.sensitivity import (
+from mpocompress.tuning.statistics.gradients import LayerMoments, Statistics, take_statistics
+from mpocompress.tuning.statistics.later_calls import LaterCalls, later_calls
+from mpocompress.tuning.statistics.output_errors import OutputErrors, output_errors
+from mpocompress.tuning.statistics.sensitivity import (
     gain_of_bonds,
     output_error_curve,
     output_metrics,
     tied_heads,
 )
-from mpocompress.tuning.sequential import fit_in_sequence
-from mpocompress.tuning.supervised import Supervised, SupervisedLoss, supervised_loss
-from mpocompress.tuning.sweep_options import LocalOptions, LossSweepOptions, LossSweepRecord
-from mpocompress.tuning.task_score import TaskScore, task_score
-from mpocompress.tuning.train import train_
-from mpocompress.tuning.train_options import TrainOptions, TrainRecord, TrainResult
-from mpocompress.tuning.trial import effect_alone, with_fitted
+from mpocompress.tuning.sweeps.on_loss import sweep_on_loss
+from mpocompress.tuning.sweeps.options import LocalOptions, LossSweepOptions, LossSweepRecord
+from mpocompress.tuning.training.label_scores import Accuracy, RSquared
+from mpocompress.tuning.training.options import TrainOptions, TrainRecord, TrainResult
+from mpocompress.tuning.training.supervised import Supervised, SupervisedLoss, supervised_loss
+from mpocompress.tuning.training.task_score import TaskScore, task_score
+from mpocompress.tuning.training.train import train_
 
 __all__ = [
     "Accuracy",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mpocompress.errors import DataError
 from mpocompress.layers.modes import evaluation_mode
 from mpocompress.tuning.lockstep import Call, floating_outputs
-from mpocompress.tuning.moments import keep_mask, real_rows
+from mpocompress.tuning.padding import keep_mask, real_rows
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """`loss(model, batch)`, a scalar to be minimized; the batch has `args`, `kwargs` and `labels`."""

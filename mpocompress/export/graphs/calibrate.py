@@ -18,7 +18,8 @@ from mpocompress.export.graphs.model import (
 )
 from mpocompress.export.graphs.sessions import Feed, Session
 from mpocompress.export.graphs.tensors import to_torch
-from mpocompress.tuning.moments import CrossMoment, keep_mask, real_rows
+from mpocompress.tuning.padding import keep_mask, real_rows
+from mpocompress.tuning.statistics.moments import CrossMoment
 
 _MOMENT_BYTES = 1 << 30
 

@@ -1,0 +1,1 @@
+"""Fits of layers to what they compute, one after the other, in closed form or by sweeps."""

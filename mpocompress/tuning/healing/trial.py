@@ -1,0 +1,71 @@
+"""What one layer in a layout would do to the model's outputs: fitted, put in its place, measured.
+
+The second-order prediction (see `statistics.sensitivity`) takes inputs and gradients as
+independent. Sweeps find what that overlooks: a layer of a digit classifier in four sites was
+predicted to change the outputs by 12 %, and changed them by 32. Closed forms are predicted well
+(35 % and 41).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mpocompress.layers.modes import evaluation_mode
+from mpocompress.mpo import Layout
+from mpocompress.surgery import WeightSite
+from mpocompress.tuning.fitting.fitted_model import with_fitted
+from mpocompress.tuning.fitting.plan import FitOptions, SitePlan
+from mpocompress.tuning.fitting.sequential import fit_in_sequence
+from mpocompress.tuning.healing.loss import Distance
+from mpocompress.tuning.lockstep import Call, rows_of
+from mpocompress.tuning.statistics.later_calls import LaterCalls
+from mpocompress.tuning.statistics.output_errors import output_errors
+
+
+def effect_alone(
+    model: nn.Module,
+    site: WeightSite,
+    layout: Layout,
+    bond_dims: Sequence[int],
+    calls: Sequence[Call],
+    *,
+    output_metrics: Mapping[nn.Module, Tensor],
+    later: Mapping[WeightSite, LaterCalls] | None = None,
+    sweeps: int = 4,
+) -> tuple[float, float]:
+    """Fit one weight on what the dense model gives it, all else dense, and run the model.
+
+    Args:
+        model: dense, with the modules of `site`; only read.
+        site: the weight.
+        layout: of its MPO.
+        bond_dims: likewise.
+        calls: batches to fit and to measure on.
+        output_metrics: as in `fit_in_sequence`.
+        later: likewise.
+        sweeps: few: it is a trial.
+
+    Returns:
+        Norm of the change of the model's outputs over their norm, and the mean of the loss that
+        healing would have (`loss.output_loss`, "auto"), which sees what a change of logits
+        does to probabilities.
+    """
+    plan = SitePlan(site=site, layout=layout, bond_dims=tuple(bond_dims))
+    fitted = fit_in_sequence(
+        model,
+        [plan],
+        calls,
+        output_metrics=output_metrics,
+        later=later,
+        options=FitOptions(sweeps=sweeps),
+    )
+    weights = {site: found.mpo for site, found in fitted.items()}
+    compressed = with_fitted(model, weights, fitted)
+    distance = Distance(compressed, model, (), "auto", 0.0)
+    loss, rows = 0.0, 0
+    with evaluation_mode(model), evaluation_mode(compressed), torch.no_grad():
+        for call in calls:
+            loss += rows_of(call) * float(distance(call))
+            rows += rows_of(call)
+    return output_errors(model, compressed, [], calls).model, loss / rows

@@ -1,0 +1,1 @@
+"""What the dense model does on data: moments of inputs, gradients at outputs, use of tables."""

@@ -1,0 +1,129 @@
+"""How far a compressed model's outputs are from the dense one's: of every layer, and of the model.
+
+A layer's error is that of its outputs where it stands: it contains what the layers before it did.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import inf, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpocompress.errors import DataError
+from mpocompress.layers.modes import evaluation_mode
+from mpocompress.tuning.lockstep import Call, floating_outputs, rows_of
+from mpocompress.tuning.padding import keep_mask, real_rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputErrors:
+    """Relative errors, norm of the difference over norm of the dense outputs; padding not counted.
+
+    Attributes:
+        layers: by name; those that the data reaches, and whose calls correspond in both models. A
+            router that sends rows to experts may choose others once it is compressed, too.
+        model: of all floating outputs of the model.
+        rows: of the batches.
+    """
+
+    layers: Mapping[str, float]
+    model: float
+    rows: int
+
+    @property
+    def largest(self) -> float:
+        """Of the layers and the model."""
+        return max([self.model, *self.layers.values()])
+
+
+def output_errors(
+    dense: nn.Module, compressed: nn.Module, layers: Sequence[str], calls: Iterable[Call]
+) -> OutputErrors:
+    """Run both models on the same batches and compare.
+
+    Args:
+        dense: the reference; its mode is restored, as is the other's.
+        compressed: with the same qualified names.
+        layers: names of modules whose output is a single tensor.
+        calls: batches.
+
+    Raises:
+        DataError: no batches, or outputs of the models of other shapes.
+    """
+    sums = {name: _Sum() for name in layers}
+    whole = _Sum()
+    rows = 0
+    with evaluation_mode(dense), evaluation_mode(compressed), torch.no_grad():
+        for call in calls:
+            keep = keep_mask(call.kwargs)
+            with _outputs_of(dense, layers) as ours:
+                expected = floating_outputs(dense(*call.args, **call.kwargs))
+            with _outputs_of(compressed, layers) as theirs:
+                found = floating_outputs(compressed(*call.args, **call.kwargs))
+            for name in list(sums):
+                if [t.shape for t in ours[name]] != [t.shape for t in theirs[name]]:
+                    del sums[name]
+                    continue
+                for left, right in zip(ours[name], theirs[name], strict=True):
+                    sums[name].add(left, right, keep)
+            for left, right in zip(expected, found, strict=True):
+                whole.add(left, right, keep)
+            rows += rows_of(call)
+    if not rows:
+        raise DataError("there are no batches to compare outputs on.")
+    return OutputErrors(
+        layers={name: total.relative for name, total in sums.items() if total.seen},
+        model=whole.relative,
+        rows=rows,
+    )
+
+
+class _Sum:
+    """Squares of outputs and of their differences, summed in float64."""
+
+    def __init__(self) -> None:
+        self.energy = 0.0
+        self.difference = 0.0
+        self.seen = False
+
+    def add(self, expected: Tensor, found: Tensor, keep: Tensor | None) -> None:
+        if expected.shape != found.shape:
+            raise DataError(
+                f"outputs of shapes {tuple(expected.shape)} and {tuple(found.shape)} cannot be "
+                "compared: the model takes another path when it is compressed."
+            )
+        if expected.ndim >= 2:
+            expected, found = real_rows(expected, keep), real_rows(found, keep)
+        expected, found = expected.double(), found.double()
+        self.energy += float(expected.square().sum())
+        self.difference += float((expected - found).square().sum())
+        self.seen = True
+
+    @property
+    def relative(self) -> float:
+        if self.energy > 0:
+            return sqrt(self.difference / self.energy)
+        return 0.0 if self.difference == 0 else inf
+
+
+@contextmanager
+def _outputs_of(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """What these layers give while the block runs, call by call."""
+    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def keeper(name: str) -> Any:
+        def keep(_layer: nn.Module, _args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                found[name].append(output.clone())  # a model may change it in place
+
+        return keep
+
+    handles = [model.get_submodule(name).register_forward_hook(keeper(name)) for name in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,1 @@
+"""Sweeps on a loss along the cores of each chain, all other weights frozen."""

@@ -1,0 +1,1 @@
+"""Training a tensor network on labels, and the scores that labels give."""
