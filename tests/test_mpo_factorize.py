@@ -503,9 +503,17 @@ def test_wrong_number_of_bond_dims_is_refused(bond_dims):
         MPO.from_matrix(gaussian(8, 8), "2x2,2x2,2x2", bond_dim=bond_dims)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
-def test_dtype_that_is_not_real_floating_is_refused(dtype):
-    with pytest.raises(DecompositionError, match=rf"dtype {dtype} cannot be decomposed.*float\(\)"):
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [
+        (torch.int64, r"\.float\(\) first"),
+        (torch.bool, r"\.float\(\) first"),
+        (torch.complex64, "the real and the imaginary part"),  # float() would drop one
+    ],
+    ids=str,
+)
+def test_dtype_that_is_not_real_floating_is_refused(dtype, advice):
+    with pytest.raises(DecompositionError, match=rf"dtype {dtype} cannot be decomposed.*{advice}"):
         MPO.from_matrix(torch.ones(4, 4, dtype=dtype), "2x2,2x2")
 
 

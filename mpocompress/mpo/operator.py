@@ -5,6 +5,7 @@ Everything here returns a new MPO; the functions of the room do the work on plai
 
 from collections.abc import Iterable, Sequence
 from math import prod
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -328,15 +329,27 @@ class MPO:
         )
 
     def __add__(self, other: "MPO") -> "MPO":
+        if not isinstance(other, MPO):
+            return NotImplemented
         algebra.check_same_sites(self._cores, other._cores, "sum")
         if self._shape != other._shape:
             raise ContractionError(f"sum: shapes {self._shape} and {other._shape} differ.")
         return MPO(algebra.add_cores(self._cores, other._cores), shape=self._shape)
 
+    def __radd__(self, other: int) -> "MPO":
+        """For `sum`, which begins with the integer 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
     def __sub__(self, other: "MPO") -> "MPO":
-        return self + (-1.0) * other
+        return self + (-1.0) * other if isinstance(other, MPO) else NotImplemented
+
+    def __neg__(self) -> "MPO":
+        return (-1.0) * self
 
     def __mul__(self, factor: float) -> "MPO":
+        """The matrix times a real number, or a tensor of one."""
+        if not (isinstance(factor, Real) or (isinstance(factor, Tensor) and factor.ndim == 0)):
+            return NotImplemented
         site = self._center[0]
         return MPO(
             algebra.scale_cores(self._cores, factor, site), shape=self._shape, center=self._center
@@ -344,13 +357,22 @@ class MPO:
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: float) -> "MPO":
+        return self * (1 / divisor) if isinstance(divisor, Real | Tensor) else NotImplemented
+
     def __matmul__(self, other: "MPO") -> "MPO":
-        """Matrix product; bond dimensions multiply.
+        """Matrix product; bond dimensions multiply. For W x take `apply`.
 
         Raises:
-            ContractionError: in dims of the left and out dims of the right factor differ, or a
-                factor is padded on that side, where truncation may have left entries.
+            ContractionError: the right factor is no MPO, in dims of the left and out dims of the
+                right one differ, or a factor is padded on that side, where truncation may have left
+                entries.
         """
+        if not isinstance(other, MPO):
+            raise ContractionError(
+                f"product of an MPO and a {type(other).__name__}: W.apply(x) gives W x for every "
+                "row of x; make an MPO of a matrix with MPO.from_matrix."
+            )
         mine, theirs = self.layout, other.layout
         if mine.in_dims != theirs.out_dims:
             raise ContractionError(
