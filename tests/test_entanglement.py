@@ -116,6 +116,14 @@ class TestRenyi:
         assert values == sorted(values, reverse=True)
         assert values[2] == pytest.approx(values[3], abs=1e-3)
 
+    def test_near_order_one_it_is_not_rounding(self):
+        spectrum = gaussian(20).abs()
+        entropy = entropy_nats(spectrum)
+        for order in (1 - 1e-12, 1 + 1e-10, 1 + 1e-7):
+            assert renyi_entropy_nats(spectrum, order) == pytest.approx(entropy, abs=1e-6)
+            flat = renyi_entropy_nats(torch.ones(8), order)
+            assert flat == pytest.approx(math.log(8), rel=1e-12)
+
     def test_scale_does_not_matter_even_where_squares_underflow(self):
         spectrum = torch.tensor([1e-30, 1e-30])
         assert renyi_entropy_nats(spectrum, 2) == pytest.approx(math.log(2))

@@ -11,6 +11,7 @@ configuration and the one with all spins flipped.
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite, sqrt
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -40,12 +41,13 @@ class IsingChain:
     periodic: bool = True
 
     def __post_init__(self) -> None:
-        if not (3 if self.periodic else 2) <= self.num_sites <= MAX_SITES:
+        least = 3 if self.periodic else 2
+        if not isinstance(self.num_sites, Integral) or not least <= self.num_sites <= MAX_SITES:
             raise DataError(
                 f"num_sites {self.num_sites}: a periodic chain has 3 to {MAX_SITES} sites here, "
                 f"an open one 2 to {MAX_SITES}."
             )
-        if not (isfinite(self.field) and self.field >= 0):
+        if not (isinstance(self.field, Real) and isfinite(self.field) and self.field >= 0):
             raise DataError(f"field {self.field!r}: it is a finite number of at least 0.")
 
     @cached_property
