@@ -24,6 +24,10 @@ from mpocompress.surgery.match import select
 class Chain:
     """Cores that one layer, or several tied ones, have as parameters; where the center is.
 
+    Cores that are frozen (`requires_grad` off) when the chain is made keep their values. A move of
+    the gauge would change them, so where there are any, the gauge of the chain stays as it is:
+    there is no center, and only what is free can be opened.
+
     Args:
         name: of the first layer.
         layers: all that share the cores.
@@ -34,6 +38,7 @@ class Chain:
         self.layers = tuple(layers)
         self.shape = (layers[0].out_features, layers[0].in_features)
         self.step_scale = 1.0
+        self._free = tuple(core.requires_grad for core in layers[0].cores)
         self._cores: Cores = ()
         self._center: Center = (0, 0)
         self.read()
@@ -69,9 +74,36 @@ class Chain:
         """Dimensions of the inner bonds."""
         return bond_dims_of(self._cores)
 
+    @property
+    def has_frozen_cores(self) -> bool:
+        """Whether some cores, and with them the gauge, are to stay as they are."""
+        return not all(self._free)
+
+    def windows(self, width: int) -> tuple[tuple[int, int], ...]:
+        """First and last site of what is opened along a sweep, from left to right.
+
+        Args:
+            width: so many neighbours; or all cores if they are fewer, and beside frozen cores those
+                that have no free neighbour by themselves.
+        """
+        sites = len(self._cores)
+        width = min(width, sites)
+        found = [
+            (first, first + width - 1)
+            for first in range(sites - width + 1)
+            if all(self._free[first : first + width])
+        ]
+        covered = {site for first, last in found for site in range(first, last + 1)}
+        alone = [(k, k) for k in range(sites) if self._free[k] and k not in covered]
+        return tuple(sorted(found + alone))
+
     def move_center_(self, first: int, last: int) -> None:
-        """Move the orthogonality center to these sites; the layers' function does not change."""
-        self.put(*move_center(self._cores, self._center, first, last))
+        """Move the orthogonality center to these sites; the layers' function does not change.
+
+        Nothing moves in a chain with frozen cores.
+        """
+        if not self.has_frozen_cores:
+            self.put(*move_center(self._cores, self._center, first, last))
 
     def entropies_nats(self) -> tuple[float, ...]:
         """Entanglement entropy at every bond."""
@@ -94,7 +126,8 @@ class Chain:
     ) -> tuple[Cores, Center]:
         """The chain with two neighbours exchanged for a merged core, split by SVD.
 
-        The center goes with the sweep, so the discarded weight is that of the whole matrix.
+        The center goes with the sweep, so the discarded weight is that of the whole matrix; in a
+        chain with frozen cores, which has none, it is that of the pair.
 
         Raises:
             DecompositionError: the core is not finite.
@@ -118,7 +151,8 @@ class Chain:
             right_KY.reshape(bond, out_b, in_b, right),
         )
         center = first + 1 if to_the_right else first
-        return (*self._cores[:first], *pair, *self._cores[first + 2 :]), (center, center)
+        cores = (*self._cores[:first], *pair, *self._cores[first + 2 :])
+        return cores, (0, len(cores) - 1) if self.has_frozen_cores else (center, center)
 
 
 def find_chains(model: nn.Module) -> dict[str, Chain]:

@@ -59,9 +59,10 @@ def sweep_on_loss(
 ) -> tuple[LossSweepRecord, ...]:
     """Lower a loss by sweeps over the MPO layers of a model, in place.
 
-    The model runs in evaluation mode; modes and `requires_grad` are restored. Layers whose cores
-    are all frozen (`requires_grad` off), and those that the evaluation batches do not reach, are
-    left as they are. Parameters of cores whose shape changes (two sites) are new objects.
+    The model runs in evaluation mode; modes and `requires_grad` are restored. Frozen cores
+    (`requires_grad` off) keep their values: where a layer has some, its others are opened, and its
+    gauge stays as it is. Layers that the evaluation batches do not reach are left as they are.
+    Parameters of cores whose shape changes (two sites) are new objects.
 
     Args:
         model: with MPO layers; tied layers are swept once.
@@ -205,13 +206,11 @@ class _Run:
         generator = torch.Generator().manual_seed((options.seed * 2**20 + number + 1) % 2**63)
         batches = self._draw(generator)
         chain.read()
-        sites = len(chain.cores)
-        width = min(options.sites, sites)
-        positions = range(sites - width + 1)
+        windows = chain.windows(options.sites)
         to_the_right = sweep % 2 == 0
         with self._frozen_prefix(chain):
-            for first in positions if to_the_right else reversed(positions):
-                self._update(chain, first, first + width - 1, batches, to_the_right)
+            for first, last in windows if to_the_right else reversed(windows):
+                self._update(chain, first, last, batches, to_the_right)
         return LossSweepRecord(
             sweep=sweep,
             layer=chain.name,
