@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mpocompress.errors import ConversionError, NoLayerMatched
 from mpocompress.layers import MPOLayer, MPOLinear
+from mpocompress.layers.recurrent import layers_of_recurrences
 from mpocompress.mpo import linalg
 from mpocompress.mpo.canonical import Center, move_center
 from mpocompress.mpo.contract import merge_cores
@@ -155,11 +156,15 @@ class Chain:
         return cores, (0, len(cores) - 1) if self.has_frozen_cores else (center, center)
 
 
-def find_chains(model: nn.Module) -> dict[str, Chain]:
+def find_chains(model: nn.Module, *, may_be_none: bool = False) -> dict[str, Chain]:
     """All chains of a model by the name of their first layer, in the order of its modules.
 
+    Args:
+        model: any module.
+        may_be_none: whether it may have none.
+
     Raises:
-        NoLayerMatched: the model has no MPO layer.
+        NoLayerMatched: the model has no MPO layer, or only those that recurrences read.
         ConversionError: half types, or layers that share some cores and not others.
     """
     # Cores are opened where vectors are multiplied; lookups and convolutions are not swept, nor is
@@ -170,14 +175,28 @@ def find_chains(model: nn.Module) -> dict[str, Chain]:
         if isinstance(module, MPOLayer) and not isinstance(module, MPOLinear)
         for core in module.cores.parameters()
     }
+    # Nor those that recurrences read: rebuilt as dense weights, no core of them meets the data.
+    recurrent = layers_of_recurrences(model)
+    rebuilt = []
     groups: dict[tuple[int, ...], list[tuple[str, MPOLinear]]] = {}
     for name, module in model.named_modules():
         # In a gauge are rounded layers alone here, whose cores cannot be moved.
         if not isinstance(module, MPOLinear) or module.gauge != "none":
             continue
+        if id(module) in recurrent:
+            rebuilt.append(name)
+            continue
         key = tuple(id(core) for core in module.cores.parameters())
         if others.isdisjoint(key):
             groups.setdefault(key, []).append((name, module))
+    if not groups and may_be_none:
+        return {}
+    if not groups and rebuilt:
+        raise NoLayerMatched(
+            "recurrent layers run on dense weights that are rebuilt, so that no core of "
+            f"{', '.join(rebuilt[:3])} is met by data, and sweeps have nothing to do. Take "
+            'distill, or train with method="adam".'
+        )
     if not groups:
         raise NoLayerMatched(
             f"a {type(model).__name__} without an MPO layer has nothing to sweep. Compress it "
@@ -218,14 +237,16 @@ def trainable_chains(
         model: with MPO layers.
         include: patterns of layer names; default: all.
         exclude: likewise; they win.
-        may_be_none: whether all of them may be frozen.
+        may_be_none: whether all of them may be frozen, or without patterns there may be none.
 
     Raises:
         NoLayerMatched: the model has no MPO layer, a pattern matches none, or all are frozen and
             that may not be.
         ConversionError: see `find_chains`.
     """
-    found = find_chains(model)
+    found = find_chains(model, may_be_none=may_be_none and not include and not exclude)
+    if not found:
+        return []
     names = select(tuple(found), include, exclude)
     chains = [
         chain

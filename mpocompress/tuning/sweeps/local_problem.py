@@ -88,7 +88,8 @@ def local_optimizer(
 
 def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require gradients and are no cores, by name."""
-    cores = {id(core) for chain in find_chains(model).values() for core in chain.layers[0].cores}
+    chains = find_chains(model, may_be_none=True)
+    cores = {id(core) for chain in chains.values() for core in chain.layers[0].cores}
     return {
         name: parameter
         for name, parameter in model.named_parameters()

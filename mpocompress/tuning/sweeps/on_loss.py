@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from mpocompress.errors import DataError, LoadError, NoLayerMatched
 from mpocompress.layers.modes import evaluation_mode
-from mpocompress.layers.recurrent import layers_of_recurrences
 from mpocompress.mpo.truncate import Truncation
 from mpocompress.tuning.lockstep import Call
 from mpocompress.tuning.objectives import Loss, gradients_of, scalar_loss
@@ -166,13 +165,6 @@ class _Run:
             for handle in handles:
                 handle.remove()
         if not order:
-            recurrent = layers_of_recurrences(self._model)
-            if all(id(layer) in recurrent for chain in chains for layer in chain.layers):
-                raise NoLayerMatched(
-                    "recurrent layers run on dense weights that are rebuilt, so that no core of "
-                    f"{', '.join(chain.name for chain in chains[:3])} is met by data, and sweeps "
-                    "have nothing to do. Take distill."
-                )
             raise NoLayerMatched(
                 "the evaluation batches reach none of the MPO layers that may be swept "
                 f"({', '.join(chain.name for chain in chains[:3])}). Give data that does."
