@@ -203,6 +203,16 @@ class TestDataMetric:
         inputs_only = entanglement(model, metric="data", data=data)
         assert inputs_only.layer("0").entropies_nats != found.layer("0").entropies_nats
 
+    def test_arrays_stand_for_tensors(self):
+        layer, data = linear(gaussian(8, 12)), gaussian(30, 12)
+        found = [
+            entanglement(layer, metric="data", data=given)
+            for given in (data, data.numpy(), [data.numpy()[:10], data[10:]])
+        ]
+        entropies = [one.layer("").entropies_nats for one in found]
+        assert entropies[0] == entropies[1]
+        assert entropies[0] == pytest.approx(entropies[2])
+
     def test_batches_by_name_without_labels(self):
         class Named(nn.Module):
             def __init__(self):
@@ -246,6 +256,11 @@ class TestGrowth:
     def test_what_happens_near_the_ends_does_not_count(self):
         saturated = [1.0, 1.5, 1.5, 1.5, 1.5, 1.5, 1.0]
         assert classify_growth(saturated, [1, 2, 3, 4, 3, 2, 1]).verdict == "area-law-like"
+
+    @pytest.mark.parametrize("entropies", [[1.0], [1.0, math.nan]])
+    def test_what_is_no_profile_is_refused(self, entropies):
+        with pytest.raises(DataError, match="and 2 capacities: give one of each"):
+            classify_growth(entropies, [1.0, 2.0])
 
     @pytest.mark.parametrize("capacities", [[], [2.0], [2.0, 2.0]])
     def test_cuts_of_one_size_say_nothing(self, capacities):
@@ -470,6 +485,14 @@ class TestRefusals:
             entanglement(model, metric="data", data=["a"])
         with pytest.raises(DataError, match="data 3: give batches"):
             entanglement(model, metric="data", data=3)
+        loader = [(torch.ones(3, 24), torch.zeros(3))]
+        with pytest.raises(DataError, match=r"argument 1 of shape \(3,\)\).* without labels"):
+            entanglement(model, metric="data", data=loader)
+        with pytest.raises(DataError, match=r"does not take the first batch .*\(5, 7\)"):
+            entanglement(model, metric="data", data=torch.ones(5, 7))
+        result = mpo.compress(nn.Sequential(nn.Linear(32, 32)), bond_dim=2)
+        with pytest.raises(DataError, match=r"CompressionResult is no nn.Module.* result.model"):
+            entanglement(result)
 
     @pytest.mark.parametrize("name", ["0", "2"])
     def test_nan_weights(self, name):

@@ -297,6 +297,10 @@ class TestRefusals:
             amplitudes(lambda s: s[:, 0], 21)
         with pytest.raises(DataError, match="num_sites 0, local_dim 2"):
             amplitudes(lambda s: s[:, 0], 0)
+        with pytest.raises(DataError, match=r"num_sites 3.0.* both integers"):
+            amplitudes(lambda s: s[:, 0], 3.0)
+        with pytest.raises(DataError, match="num_sites 1: entanglement is between 2 sites"):
+            state_entanglement(lambda s: s[:, 0], 1)
         with pytest.raises(DataError, match=r"a state of shape \(12,\)"):
             vector_entanglement(torch.ones(12))
         for local_dim in (0, 1):  # which no power makes larger
@@ -317,5 +321,7 @@ class TestRefusals:
             cross_interpolation(lambda s: torch.exp(1j * s.sum(1)), 30)
         with pytest.raises(DataError, match=r"start of shape \(2, 40\)"):
             cross_interpolation(product, 30, start=ALL_OR_NONE)
+        with pytest.raises(DataError, match="start with digits from -1 to 1: .* they are 0 to 1"):
+            cross_interpolation(product, 4, start=[[1, -1, 1, -1]])  # spins are no digits
         with pytest.raises(DataError, match="tolerance 0"):
             cross_interpolation(product, 30, tolerance=0)

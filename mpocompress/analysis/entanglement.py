@@ -177,7 +177,8 @@ def entanglement(
         ConversionError: NaN or Inf in a weight, or weights that no layer is called with in a model
             that cannot be copied.
         LayoutError: a layout does not fit a layer.
-        DataError: no data for the data metric, or none that reaches a layer.
+        DataError: no data for the data metric, none that reaches a layer, or that forward does not
+            take; or no module.
 
     A padded layer has the entanglement of the padded matrix. Dense weights, and in the data metric
     all of them, are decomposed bond by bond in float32 or wider: cost is that of an SVD of the
@@ -190,6 +191,11 @@ def entanglement(
             "metric='data' needs data=..., batches of forward arguments."
             if data is None
             else "data is used in the data metric only: say metric='data' too."
+        )
+    if not isinstance(model, nn.Module):
+        raise DataError(
+            f"a {type(model).__name__} is no nn.Module whose weights could be looked at. Of the "
+            "result of compress give result.model."
         )
     model = open_modules(model)
     weights = _weights(model, include, exclude)

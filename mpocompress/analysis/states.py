@@ -90,6 +90,8 @@ def state_entanglement(
         encoding=encoding,
         log_amplitudes=log_amplitudes,
     )
+    if num_sites < 2:
+        raise DataError(f"num_sites {num_sites}: entanglement is between 2 sites or more.")
     if method not in ("auto", "exact", "cross"):
         raise DataError(f"method {method!r}: there are 'auto', 'exact' and 'cross'.")
     if method == "exact" or (method == "auto" and local_dim**num_sites <= MAX_AMPLITUDES):
