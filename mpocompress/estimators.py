@@ -205,9 +205,10 @@ def _weighted_rows(
     weights_N = _check_sample_weight(
         sample_weight, X, dtype=np.float64, ensure_non_negative=True, copy=True
     )
-    kept_N = weights_N > 0
-    if not kept_N.any():
+    if not weights_N.any():
         raise ValueError("Sample weights are all zero: there is nothing to train on.")
+    weights_N = weights_N / weights_N.max()
+    kept_N = weights_N.astype(np.float32) > 0  # in what is trained
     return X[kept_N], y[kept_N], weights_N[kept_N]
 
 

@@ -89,6 +89,7 @@ def test_equal_weights_change_nothing_and_zeros_leave_rows_out():
     part = MPORegressor(**few).fit(X, y, sample_weight=zeros)
     alone = MPORegressor(**few).fit(X[zeros > 0], y[zeros > 0])
     np.testing.assert_allclose(part.predict(X), alone.predict(X), rtol=1e-4)
+    assert np.isfinite(MPORegressor(**few).fit(X, y, np.logspace(-300, 300, 120)).predict(X)).all()
     for bad, message in ((-zeros, "[Nn]egative"), (0 * zeros, "zero"), (zeros[1:], "shape")):
         with pytest.raises(ValueError, match=message):
             MPORegressor(**few).fit(X, y, sample_weight=bad)
