@@ -68,6 +68,12 @@ class TestChain:
         assert_close(chain.apply(psi), matrix @ psi, **EXACT)
         assert_close(chain.energy(psi), psi @ matrix @ psi / (psi @ psi), **EXACT)
         assert chain.ground_state()[0] == pytest.approx(float(torch.linalg.eigvalsh(matrix)[0]))
+        # Superpositions with phases have the energy of a Hermitian form, which is real.
+        state = torch.complex(psi, gaussian(16, seed=1))
+        expected = (state.conj() @ (matrix + 0j) @ state / state.norm() ** 2).real
+        assert_close(chain.energy(state), expected, **EXACT)
+        with pytest.raises(DataError, match=r"\(8,\): 4 spins have 16 amplitudes"):
+            chain.apply(gaussian(8))
 
     def test_entanglement_of_the_phases(self):
         # Deep in the ordered phase the ground state is the GHZ state, in the disordered phase a
