@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from mpocompress.errors import ContractionError
+from mpocompress.errors import ContractionError, LayoutError
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.dense import apply_reference, to_dense
 from tests.planted import (
@@ -229,6 +229,13 @@ def test_factors_of_two_dtypes_meet_in_the_wider_one():
 
 
 # -- refusals
+
+
+def test_cores_and_factors_of_other_kinds_are_refused():
+    with pytest.raises(ContractionError, match="core 0 is a ndarray, not a torch tensor"):
+        MPO([gaussian(1, 2, 2, 1).numpy()])
+    with pytest.raises(LayoutError, match=r"factor 1 of shape \(3,\) is not a matrix"):
+        MPO.kronecker([torch.ones(2, 2), torch.ones(3)])
 
 
 def test_other_operands_are_refused():

@@ -533,3 +533,15 @@ def test_bonds_of_neighbouring_cores_match():
     for left, right in pairwise(result.cores):
         assert left.shape[3] == right.shape[0]
     assert result.cores[0].shape[0] == result.cores[-1].shape[3] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs"), [("svd", ((12, 1), (1, 8))), ("balanced", ((4, 2), (3, 4)))]
+)
+def test_layouts_by_name(name, pairs):
+    matrix = gaussian(12, 8)
+    mpo = MPO.from_matrix(matrix, name)
+    assert mpo.layout == MPO.from_matrix(matrix, pairs).layout
+    assert_close(mpo.to_dense(), matrix, **TOL[torch.float64]["dense"])
+    with pytest.raises(LayoutError, match="is not a matrix"):
+        MPO.from_matrix(matrix[0], name)

@@ -17,11 +17,13 @@ from mpocompress.mpo.contract import apply_cores, plans_for
 from mpocompress.mpo.cores import Cores, bond_dims_of, check_cores, layout_of
 from mpocompress.mpo.dense import to_dense
 from mpocompress.mpo.factorize import (
+    check_matrix,
     identity_cores,
     kronecker_cores,
     random_cores,
     sequential_svd,
 )
+from mpocompress.mpo.factors import resolve_layout
 from mpocompress.mpo.layout import Layout, LayoutLike, as_layout
 
 if TYPE_CHECKING:
@@ -86,7 +88,8 @@ class MPO:
         Args:
             matrix_OI: (out, in), any real floating dtype. Work is done in float32 or wider; the
                 cores have the matrix's dtype and device.
-            layout: a `Layout`, (out, in) pairs, or text such as "32x28,32x28".
+            layout: "svd", "balanced" (two sites), a `Layout`, (out, in) pairs, or text such as
+                "32x28,32x28".
             bond_dim: largest bond dimension, for all bonds or one for each; None for no limit.
             cutoff: largest truncation error at each bond (relative discarded weight, squared).
             metric: what counts, such as `Metric(x.T @ x / len(x))` for the outputs of inputs x;
@@ -102,7 +105,9 @@ class MPO:
 
         Source: Oseledets, SIAM J. Matrix Anal. Appl. 31 (2010) 2130.
         """
-        layout = as_layout(layout)
+        shape = check_matrix(matrix_OI)
+        named = isinstance(layout, str) and layout in ("svd", "balanced")
+        layout = resolve_layout(layout, *shape) if named else as_layout(layout)
         if metric is not None:
             from mpocompress.mpo.fit import fit  # which is built on this class
 
@@ -111,7 +116,6 @@ class MPO:
             matrix_OI, layout, bond_dim=bond_dim, cutoff=cutoff, generator=generator
         )
         last = layout.num_sites - 1
-        shape = (matrix_OI.shape[0], matrix_OI.shape[1])
         return cls(result.cores, shape=shape, center=(last, last)).to(dtype=matrix_OI.dtype)
 
     @classmethod
@@ -127,7 +131,11 @@ class MPO:
 
     @classmethod
     def kronecker(cls, factors: Sequence[Tensor]) -> "MPO":
-        """The Kronecker product of matrices (out_k, in_k), with bond dimension 1."""
+        """The Kronecker product of matrices (out_k, in_k), with bond dimension 1.
+
+        Raises:
+            LayoutError: a factor that is no matrix.
+        """
         return cls(kronecker_cores(factors))
 
     @classmethod
