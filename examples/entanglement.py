@@ -81,7 +81,7 @@ profile_figure(by_weight, compare=by_data).savefig(options.out / "profile.png", 
 spectra_figure(by_data).savefig(options.out / "spectra.png", dpi=150)
 
 # 3. A network of n spins with one output is a quantum state of 2^n amplitudes. With large random
-#    weights, depth takes it from little entanglement to nearly that of a random state.
+#    weights, depth takes its entanglement towards that of a random state.
 states = {}
 for depth in (1, 2, 4):
     layers = [mpo.MPOLinear(10, 64, layout="8x5,8x2", bond_dim=4), nn.Tanh()]

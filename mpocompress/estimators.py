@@ -1,6 +1,6 @@
 """Tensor neural networks as scikit-learn estimators, for pipelines and grid searches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -11,14 +11,16 @@ from mpocompress.api import train
 from mpocompress.errors import DataError, MissingExtraError
 from mpocompress.layers import MPOLinear
 from mpocompress.mpo.factors import balanced_layout
-from mpocompress.tuning import TrainResult
+from mpocompress.tuning import Supervised, TrainResult
+from mpocompress.tuning.minibatches import Minibatch
 from mpocompress.tuning.training.options import Method
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+    from sklearn.metrics import accuracy_score, r2_score
     from sklearn.utils import check_random_state
     from sklearn.utils.multiclass import check_classification_targets
-    from sklearn.utils.validation import check_is_fitted, validate_data
+    from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 except ImportError as error:
     raise MissingExtraError(
         "MPOClassifier and MPORegressor need scikit-learn 1.6 or newer. Install it with "
@@ -70,20 +72,30 @@ class _TensorNetwork(BaseEstimator):  # type: ignore[misc, unused-ignore]
         self.device = device
 
     @torch.inference_mode(False)
-    def _fit(self, rows_NF: np.ndarray, labels_N: Tensor, outputs: int) -> None:
-        """Train on rows (count, features) in float64 and labels as `train` takes them."""
+    def _fit(
+        self, rows_NF: np.ndarray, labels_N: Tensor, outputs: int, weights_N: np.ndarray | None
+    ) -> None:
+        """Train on rows (count, features) in float64 and labels as `train` takes them.
+
+        Weights are positive.
+        """
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
-        self.mean_ = rows_NF.mean(axis=0)
-        spread_F = rows_NF.std(axis=0)
+        self.mean_, spread_F = _mean_and_spread(rows_NF, weights_N)
         # A constant column stays at zero instead of becoming rounding noise.
         floor_F = 10 * np.finfo(np.float64).eps * np.abs(rows_NF).max(axis=0)
         self.scale_ = np.where(spread_F > floor_F, spread_F, 1.0)
         network = self._network(rows_NF.shape[1], outputs, seed)
         growing = self.grow and self.method == "dmrg"
         inputs_NF = torch.from_numpy((rows_NF - self.mean_) / self.scale_).float()
+        loss: Literal["auto"] | Supervised = "auto"
+        if weights_N is not None:
+            loss = _Weighted("mse" if labels_N.is_floating_point() else "cross_entropy")
+            share_N = torch.from_numpy(weights_N / weights_N.mean()).float()
+            labels_N = torch.cat((labels_N.reshape(len(share_N), -1), share_N[:, None]), dim=1)
         self.history_: TrainResult = train(
             network,
             (inputs_NF, labels_N),
+            loss=loss,
             method=self.method,
             epochs=_plain(self.epochs),
             batch_size=_plain(self.batch_size),
@@ -142,6 +154,74 @@ class _TensorNetwork(BaseEstimator):  # type: ignore[misc, unused-ignore]
         return found
 
 
+class _Weighted(Supervised):
+    """A loss and a score in which every row has a weight: the last column of the labels."""
+
+    def __call__(self, model: nn.Module, batch: Minibatch) -> Tensor:
+        """The weighted sum of the rows' losses over their number: weights are 1 on average."""
+        losses_N, weights_N = self._losses(*self._compared(model, batch), batch)
+        return (losses_N * weights_N).mean()
+
+    def _labels(self, batch: Minibatch) -> Tensor:
+        labels_NT = super()._labels(batch)[:, :-1]
+        return labels_NT if self.kind == "mse" else labels_NT[:, 0].long()
+
+    def _losses(self, output: Tensor, labels: Tensor, batch: Minibatch) -> tuple[Tensor, Tensor]:
+        """Of each row, and its weight."""
+        if self.kind == "mse":
+            losses_N = (output - labels.to(output.dtype)).square().mean(dim=1)
+        else:
+            losses_N = nn.functional.cross_entropy(output, labels, reduction="none")
+        return losses_N, super()._labels(batch)[:, -1].to(losses_N)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, batches: Iterable[Minibatch]) -> tuple[float, float]:
+        """Weighted means: see `Supervised.evaluate`."""
+        parts = []
+        for batch in batches:
+            compared = self._compared(model, batch)
+            parts.append((*compared, *self._losses(*compared, batch)))
+        output, labels, losses_N, weights_N = (
+            torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)
+        )
+        loss = float(np.average(losses_N, weights=weights_N))
+        if self.kind == "cross_entropy":
+            return loss, float(accuracy_score(labels, output.argmax(1), sample_weight=weights_N))
+        many = len(labels) > 1  # R^2 of one row is not defined
+        score = r2_score(labels, output, sample_weight=weights_N) if many else np.nan
+        return loss, float(score)
+
+
+def _weighted_rows(
+    sample_weight: Any, X: np.ndarray, y: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Rows and targets that have any weight, and their weights; None if nobody gave any.
+
+    Raises:
+        ValueError: weights of another number than rows, negative ones, NaN or Inf, or all zero.
+    """
+    if sample_weight is None:
+        return X, y, None
+    weights_N = _check_sample_weight(
+        sample_weight, X, dtype=np.float64, ensure_non_negative=True, copy=True
+    )
+    if not weights_N.any():
+        raise ValueError("Sample weights are all zero: there is nothing to train on.")
+    weights_N = weights_N / weights_N.max()
+    kept_N = weights_N.astype(np.float32) > 0  # in what is trained
+    return X[kept_N], y[kept_N], weights_N[kept_N]
+
+
+def _mean_and_spread(
+    rows_NF: np.ndarray, weights_N: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of every column."""
+    if weights_N is None:
+        return rows_NF.mean(axis=0), rows_NF.std(axis=0)
+    mean_F = np.average(rows_NF, axis=0, weights=weights_N)
+    return mean_F, np.sqrt(np.average((rows_NF - mean_F) ** 2, axis=0, weights=weights_N))
+
+
 def _plain(value: Any) -> Any:
     """A number of NumPy, as searches over grids draw them, as one of Python."""
     return value.item() if isinstance(value, np.generic) else value
@@ -177,8 +257,15 @@ class MPOClassifier(ClassifierMixin, _TensorNetwork):  # type: ignore[misc, unus
         n_features_in_: number of features.
     """
 
-    def fit(self, X: Any, y: Any) -> Self:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Train on X (rows, features) and labels y (rows,) of any type.
+
+        Args:
+            X: rows.
+            y: labels.
+            sample_weight: (rows,), relative to each other: of each row's loss, in the mean and the
+                spread of the features, and in the score that decides which weights are kept. Rows
+                of weight 0 are left out. None: all count alike.
 
         Raises:
             ValueError: shapes, NaN or Inf, fewer than two classes, or impossible parameters.
@@ -191,12 +278,19 @@ class MPOClassifier(ClassifierMixin, _TensorNetwork):  # type: ignore[misc, unus
                 f"MPOClassifier needs at least two classes, the labels have one class: "
                 f"{self.classes_[0]!r}."
             )
-        self._fit(X, torch.from_numpy(codes_N.astype(np.int64)), len(self.classes_))
+        X, codes_N, weights_N = _weighted_rows(sample_weight, X, codes_N)
+        codes = torch.from_numpy(codes_N.astype(np.int64))
+        self._fit(X, codes, len(self.classes_), weights_N)
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Class probabilities, (rows, classes), float64."""
         found: np.ndarray = torch.from_numpy(self._outputs(X)).softmax(dim=1).numpy()
+        return found
+
+    def predict_log_proba(self, X: Any) -> np.ndarray:
+        """Logarithms of `predict_proba`, without its underflow."""
+        found: np.ndarray = torch.from_numpy(self._outputs(X)).log_softmax(dim=1).numpy()
         return found
 
     def predict(self, X: Any) -> np.ndarray:
@@ -234,8 +328,14 @@ class MPORegressor(RegressorMixin, _TensorNetwork):  # type: ignore[misc, unused
         n_features_in_: number of features.
     """
 
-    def fit(self, X: Any, y: Any) -> Self:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Train on X (rows, features) and targets y (rows,) or (rows, targets).
+
+        Args:
+            X: rows.
+            y: targets.
+            sample_weight: (rows,), as in `MPOClassifier.fit`; also in the mean and the spread of
+                the targets.
 
         Raises:
             ValueError: shapes, NaN or Inf, or impossible parameters.
@@ -243,12 +343,12 @@ class MPORegressor(RegressorMixin, _TensorNetwork):  # type: ignore[misc, unused
         X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
         y = np.asarray(y, dtype=np.float64)
         self._flat_targets = y.ndim == 1
+        X, y, weights_N = _weighted_rows(sample_weight, X, y)
         targets_NT = y.reshape(len(y), -1)
-        self.y_mean_ = targets_NT.mean(axis=0)
-        spread_T = targets_NT.std(axis=0)
+        self.y_mean_, spread_T = _mean_and_spread(targets_NT, weights_N)
         self.y_scale_ = np.where(spread_T > 0, spread_T, 1.0)
         scaled_NT = torch.from_numpy((targets_NT - self.y_mean_) / self.y_scale_).float()
-        self._fit(X, scaled_NT, targets_NT.shape[1])
+        self._fit(X, scaled_NT, targets_NT.shape[1], weights_N)
         return self
 
     def predict(self, X: Any) -> np.ndarray:

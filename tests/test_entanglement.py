@@ -1,5 +1,6 @@
 """Entanglement of weights against matrices whose entanglement is known, in both metrics."""
 
+import copy
 import math
 
 import pytest
@@ -115,6 +116,14 @@ class TestRenyi:
         assert values == sorted(values, reverse=True)
         assert values[2] == pytest.approx(values[3], abs=1e-3)
 
+    def test_near_order_one_it_is_not_rounding(self):
+        spectrum = gaussian(20).abs()
+        entropy = entropy_nats(spectrum)
+        for order in (1 - 1e-12, 1 + 1e-10, 1 + 1e-7):
+            assert renyi_entropy_nats(spectrum, order) == pytest.approx(entropy, abs=1e-6)
+            flat = renyi_entropy_nats(torch.ones(8), order)
+            assert flat == pytest.approx(math.log(8), rel=1e-12)
+
     def test_scale_does_not_matter_even_where_squares_underflow(self):
         spectrum = torch.tensor([1e-30, 1e-30])
         assert renyi_entropy_nats(spectrum, 2) == pytest.approx(math.log(2))
@@ -194,6 +203,16 @@ class TestDataMetric:
         inputs_only = entanglement(model, metric="data", data=data)
         assert inputs_only.layer("0").entropies_nats != found.layer("0").entropies_nats
 
+    def test_arrays_stand_for_tensors(self):
+        layer, data = linear(gaussian(8, 12)), gaussian(30, 12)
+        found = [
+            entanglement(layer, metric="data", data=given)
+            for given in (data, data.numpy(), [data.numpy()[:10], data[10:]])
+        ]
+        entropies = [one.layer("").entropies_nats for one in found]
+        assert entropies[0] == entropies[1]
+        assert entropies[0] == pytest.approx(entropies[2])
+
     def test_batches_by_name_without_labels(self):
         class Named(nn.Module):
             def __init__(self):
@@ -237,6 +256,11 @@ class TestGrowth:
     def test_what_happens_near_the_ends_does_not_count(self):
         saturated = [1.0, 1.5, 1.5, 1.5, 1.5, 1.5, 1.0]
         assert classify_growth(saturated, [1, 2, 3, 4, 3, 2, 1]).verdict == "area-law-like"
+
+    @pytest.mark.parametrize("entropies", [[1.0], [1.0, math.nan]])
+    def test_what_is_no_profile_is_refused(self, entropies):
+        with pytest.raises(DataError, match="and 2 capacities: give one of each"):
+            classify_growth(entropies, [1.0, 2.0])
 
     @pytest.mark.parametrize("capacities", [[], [2.0], [2.0, 2.0]])
     def test_cuts_of_one_size_say_nothing(self, capacities):
@@ -301,6 +325,145 @@ class TestWhichLayers:
         assert ours == pytest.approx(wide, rel=SINGLE["rtol"])
 
 
+class Reader(nn.Module):
+    """A table, recurrence, attention and a head that is tied to the table."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(30, 8)
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.pair = nn.Bilinear(4, 4, 8)
+        self.head = nn.Linear(8, 30, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, tokens):
+        seen, _ = self.lstm(self.words(tokens))
+        seen, _ = self.attention(seen, seen, seen)
+        return self.head(seen + self.pair(seen[..., :4], seen[..., 4:]))
+
+
+def reader():
+    torch.manual_seed(0)
+    return Reader().double(), torch.randint(20, (16, 7))
+
+
+def svd_spectrum(rows, weight):
+    """Singular values of a weight on rows, up to a factor: those of the layout ((out,1),(1,in))."""
+    return torch.linalg.svdvals(rows.reshape(-1, rows.shape[-1]) @ weight.T)
+
+
+def same_up_to_a_factor(values, expected):
+    kept = min(len(values), len(expected))  # the other one goes on with zeros
+    ours, expected = torch.tensor(values, dtype=torch.float64)[:kept], expected[:kept]
+    assert_close(ours / ours.norm(), expected / expected.norm(), **EXACT)
+
+
+class TestWeightsOfOtherKinds:
+    NAMES = (
+        "words",
+        "lstm.ih_l0",
+        "lstm.hh_l0",
+        *(f"attention.{part}_proj" for part in ("q", "k", "v", "out")),
+        "pair.inner",
+    )
+
+    def test_weights_that_no_layer_is_called_with_are_measured(self):
+        model, _ = reader()
+        found = entanglement(model, layout="svd")
+        assert tuple(layer.name for layer in found.layers) == self.NAMES
+        for name, weight in (
+            ("lstm.hh_l0", model.lstm.weight_hh_l0),
+            ("attention.k_proj", model.attention.in_proj_weight[8:16]),
+            ("attention.out_proj", model.attention.out_proj.weight),
+            ("pair.inner", model.pair.weight.reshape(32, 4)),
+        ):
+            (values,) = found.layer(name).schmidt_values
+            same_up_to_a_factor(values, torch.linalg.svdvals(weight.detach()))
+        (bare,) = entanglement(model.lstm, layout="svd", include=["hh_l0"]).layers
+        assert bare.entropies_nats == found.layer("lstm.hh_l0").entropies_nats
+        # The model is as it was.
+        assert isinstance(model.lstm, nn.LSTM)
+
+    @torch.no_grad()
+    def test_as_the_data_sees_them(self):
+        model, tokens = reader()
+        found = entanglement(model, layout="svd", metric="data", data=tokens, ridge=0.0)
+        words = model.words(tokens)
+        states, _ = model.lstm(words)
+        before = torch.cat((torch.zeros_like(states[:, :1]), states[:, :-1]), dim=1)
+        for name, rows, weight in (
+            ("lstm.ih_l0", words, model.lstm.weight_ih_l0),
+            ("lstm.hh_l0", before, model.lstm.weight_hh_l0),
+            ("attention.v_proj", states, model.attention.in_proj_weight[16:]),
+        ):
+            (values,) = found.layer(name).schmidt_values
+            same_up_to_a_factor(values, svd_spectrum(rows, weight))
+
+    @torch.no_grad()
+    def test_a_table_is_weighed_by_its_lookups(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(30, 8), nn.Tanh()).double()
+        tokens = torch.randint(20, (16, 7))
+        (found,) = entanglement(model, layout="svd", metric="data", data=tokens, ridge=0.0).layers
+        looked_up = model[0](tokens).reshape(-1, 8)
+        same_up_to_a_factor(found.schmidt_values[0], torch.linalg.svdvals(looked_up))
+
+    @torch.no_grad()
+    def test_of_a_tied_table_both_uses_count(self):
+        model, tokens = reader()
+        both = entanglement(model, include=["words"], layout="svd", metric="data", data=tokens)
+        alone = copy.deepcopy(model)
+        alone.head.weight = nn.Parameter(model.head.weight.clone())
+        one = entanglement(alone, include=["words"], layout="svd", metric="data", data=tokens)
+        # Rows that are never looked up still give logits.
+        assert both.layer("words").entropies_nats[0] != one.layer("words").entropies_nats[0]
+        felt = entanglement(model, metric="data", data=tokens, output_metric=True)
+        assert len(felt.layers) == len(self.NAMES)
+
+    @pytest.mark.parametrize("metric", ["weight", "data"])
+    def test_compressed_layers_have_the_spectra_of_dense_ones(self, metric):
+        model, tokens = reader()
+        data = tokens if metric == "data" else None
+        model.attention.in_proj_bias.data.normal_()  # not in the way of the inputs
+        exact = mpo.compress(model, bond_dim=8, layout="svd", include=["*"], if_smaller=False).model
+        dense = entanglement(model, layout="svd", metric=metric, data=data)
+        cores = entanglement(exact, metric=metric, data=data)
+        assert [layer.name for layer in cores.layers] == [layer.name for layer in dense.layers]
+        assert {layer.kind for layer in cores.layers} == {"mpo"}
+        for ours, theirs in zip(cores.layers, dense.layers, strict=True):
+            assert ours.entropies_nats == pytest.approx(theirs.entropies_nats, abs=1e-6)
+
+    @pytest.mark.parametrize("transposed", [False, True])
+    def test_compressed_convolutions_too(self, transposed):
+        torch.manual_seed(0)
+        kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+        model = nn.Sequential(kind(4, 6, 3), nn.Tanh(), nn.Conv2d(6, 6, 3, groups=2)).double()
+        images = torch.randn(5, 4, 8, 8)
+        exact = mpo.compress(
+            model, bond_dim=36, layout="svd", include=["*"], if_smaller=False
+        ).model
+        for data in (None, images):
+            metric = "weight" if data is None else "data"
+            dense = entanglement(model, layout="svd", metric=metric, data=data)
+            cores = entanglement(exact, metric=metric, data=data)
+            assert [layer.name for layer in cores.layers] == ["0", "2"]
+            for ours, theirs in zip(cores.layers, dense.layers, strict=True):
+                assert ours.entropies_nats == pytest.approx(theirs.entropies_nats, abs=1e-6)
+        with pytest.raises(DataError, match="layer '2': there are no gradients .* in groups"):
+            entanglement(model, metric="data", data=images, output_metric=True)
+
+    def test_layers_that_share_cores_are_seen_with_the_inputs_of_all(self):
+        torch.manual_seed(0)
+        first = mpo.MPOLinear(8, 8, bias=False, layout="svd", bond_dim=8, dtype=torch.float64)
+        second = mpo.MPOLinear.from_mpo(MPO(list(first.cores)))
+        model = nn.Sequential(first, nn.Tanh(), second)
+        data = gaussian(40, 8)
+        (found,) = entanglement(model, metric="data", data=data, ridge=0.0).layers
+        rows = torch.cat((data, torch.tanh(data @ first.weight.T))).detach()
+        same_up_to_a_factor(found.schmidt_values[0], svd_spectrum(rows, first.to_dense()))
+
+
 class TestRefusals:
     def test_each_names_what_it_saw(self):
         model = seeded_network()
@@ -322,6 +485,14 @@ class TestRefusals:
             entanglement(model, metric="data", data=["a"])
         with pytest.raises(DataError, match="data 3: give batches"):
             entanglement(model, metric="data", data=3)
+        loader = [(torch.ones(3, 24), torch.zeros(3))]
+        with pytest.raises(DataError, match=r"argument 1 of shape \(3,\)\).* without labels"):
+            entanglement(model, metric="data", data=loader)
+        with pytest.raises(DataError, match=r"does not take the first batch .*\(5, 7\)"):
+            entanglement(model, metric="data", data=torch.ones(5, 7))
+        result = mpo.compress(nn.Sequential(nn.Linear(32, 32)), bond_dim=2)
+        with pytest.raises(DataError, match=r"CompressionResult is no nn.Module.* result.model"):
+            entanglement(result)
 
     @pytest.mark.parametrize("name", ["0", "2"])
     def test_nan_weights(self, name):

@@ -20,13 +20,21 @@ from mpocompress.layers import MPOLinear
 SMALL = {"hidden_layer_sizes": (64,), "bond_dim": 4, "epochs": 40}
 
 
+# Minibatches of other rows are another run, so that a weight of 2 is as good as the row twice, but
+# not the same to the last digit.
+NOT_TO_THE_LAST_DIGIT = {
+    "check_sample_weight_equivalence_on_dense_data": "trained on random minibatches",
+}
+
+
 @parametrize_with_checks(
     [
         MPOClassifier(**SMALL),
         MPORegressor(**SMALL),
         MPOClassifier(**SMALL, method="adam"),
         MPORegressor(**SMALL, grow=True),
-    ]
+    ],
+    expected_failed_checks=lambda estimator: NOT_TO_THE_LAST_DIGIT,
 )
 def test_scikit_learns_own_checks(estimator, check):
     check(estimator)
@@ -52,6 +60,47 @@ def test_a_regressor_learns_and_takes_several_targets():
     assert model.score(X[900:], y[900:]) > 0.85
     both = MPORegressor(**SMALL, random_state=0).fit(X[:900], np.stack([y, -y], 1)[:900])
     assert both.predict(X[900:]).shape == (300, 2)
+
+
+def test_weights_of_rows_decide_between_contradicting_labels():
+    generator = np.random.default_rng(0)
+    X = generator.normal(size=(300, 4))
+    truth = X[:, 0] * X[:, 1]
+    twice, y = np.concatenate((X, X)), np.concatenate((truth, -truth))
+    weights = np.repeat((10.0, 0.1), 300)
+    regressor = MPORegressor(**SMALL, random_state=0).fit(twice, y, sample_weight=weights)
+    assert regressor.score(X, truth) > 0.8
+    classifier = MPOClassifier(**SMALL, random_state=0).fit(twice, y > 0, sample_weight=weights)
+    assert classifier.score(X, truth > 0) > 0.9
+    # The score that is kept is weighted, too: unweighted it would be one half.
+    assert classifier.history_.score_name == "accuracy"
+    assert classifier.history_.kept.score > 0.8
+
+
+def test_equal_weights_change_nothing_and_zeros_leave_rows_out():
+    X, y = make_friedman1(120, n_features=5, random_state=0)
+    few = {"hidden_layer_sizes": (16,), "epochs": 5, "random_state": 0}
+    plain = MPORegressor(**few).fit(X, y)
+    weighted = MPORegressor(**few).fit(X, y, sample_weight=np.full(120, 7.0))
+    np.testing.assert_allclose(weighted.predict(X), plain.predict(X), rtol=1e-4)
+    assert weighted.history_.kept.score == pytest.approx(plain.history_.kept.score, abs=1e-4)
+    zeros = np.ones(120)
+    zeros[::3] = 0
+    part = MPORegressor(**few).fit(X, y, sample_weight=zeros)
+    alone = MPORegressor(**few).fit(X[zeros > 0], y[zeros > 0])
+    np.testing.assert_allclose(part.predict(X), alone.predict(X), rtol=1e-4)
+    assert np.isfinite(MPORegressor(**few).fit(X, y, np.logspace(-300, 300, 120)).predict(X)).all()
+    for bad, message in ((-zeros, "[Nn]egative"), (0 * zeros, "zero"), (zeros[1:], "shape")):
+        with pytest.raises(ValueError, match=message):
+            MPORegressor(**few).fit(X, y, sample_weight=bad)
+
+
+def test_logarithms_of_probabilities_do_not_underflow():
+    X, y = load_breast_cancer(return_X_y=True)
+    model = MPOClassifier((16,), epochs=5, random_state=0).fit(X, y)
+    logs = model.predict_log_proba(X)
+    np.testing.assert_allclose(np.exp(logs), model.predict_proba(X))
+    assert np.isfinite(model.predict_log_proba(1e6 * X)).all()
 
 
 def test_bonds_grow_to_the_cap():

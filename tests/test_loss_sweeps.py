@@ -218,15 +218,36 @@ def test_modes_and_flags_are_restored_and_dense_parameters_stay():
     student[0].weight.requires_grad_(False)
     student[4].cores[1].requires_grad_(False)
     before = student[0].weight.clone(), student[6].weight.clone()
+    cores = [core.clone() for core in student[4].cores]
     mpo.sweep(student, reference=teacher, data=batches(), sites=2, bond_dim=4, sweeps=1)
     assert all(module.training for module in student.modules())
     assert not student[0].weight.requires_grad
     assert student[6].weight.requires_grad
     assert [core.requires_grad for core in student[4].cores] == [True, False, True]
     assert all(core.requires_grad for core in student[2].cores)
+    assert torch.equal(cores[1], student[4].cores[1])
     assert torch.equal(before[0], student[0].weight)
     assert torch.equal(before[1], student[6].weight)
     assert all("forward" not in vars(module) for module in student.modules())
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 2)], ids=str)
+@pytest.mark.parametrize("sites", [1, 2])
+def test_frozen_cores_keep_their_values_while_others_of_the_layer_are_swept(frozen, sites):
+    """A move of the gauge would go through them, and the layer would compute the same."""
+    teacher, student = problem()
+    for site in frozen:
+        student[2].cores[site].requires_grad_(False)
+    cores = [core.clone() for core in student[2].cores]
+    options = {"sites": sites, "bond_dim": 3 if sites == 2 else None, "sweeps": 2}
+    history = mpo.sweep(student, reference=teacher, data=batches(), include=["2"], **options)
+    assert history[-1].loss_after < history[0].loss_before
+    for site, (old, new) in enumerate(zip(cores, student[2].cores, strict=True)):
+        assert torch.equal(old, new) == (site in frozen), site
+        assert new.requires_grad == (site not in frozen)
+    # Between two free neighbours the bond may change, beside a frozen core it cannot.
+    changed = [bond != 2 for bond in student[2].bond_dims]
+    assert changed == [sites == 2 and not {bond, bond + 1} & set(frozen) for bond in range(2)]
 
 
 def test_dense_parameters_may_be_trained_along():

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from mpocompress.errors import ContractionError
+from mpocompress.errors import ContractionError, LayoutError
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.dense import apply_reference, to_dense
 from tests.planted import (
@@ -203,7 +203,55 @@ def test_padding_of_the_summed_index_is_refused():
         MPO.identity("3x3,3x3", dtype=torch.float64) @ first
 
 
+def test_signs_quotients_and_sums_of_many():
+    terms = [MPO(random_chain(Layout.parse("2x2,3x2"), (2,), seed=seed)) for seed in range(3)]
+    matrices = [term.to_dense() for term in terms]
+    assert_close((-terms[0]).to_dense(), -matrices[0], **F64["dense"])
+    assert_close((terms[0] / 4).to_dense(), matrices[0] / 4, **F64["dense"])
+    assert_close(sum(terms).to_dense(), sum(matrices), **F64["dense"])
+    factor = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    (factor_gradient,) = torch.autograd.grad((terms[0] * factor).to_dense().sum(), factor)
+    assert_close(factor_gradient, matrices[0].sum(), **F64["gradient"])
+
+
+def test_factors_of_two_dtypes_meet_in_the_wider_one():
+    layout = Layout.parse("2x2,3x3")
+    wide = MPO(random_chain(layout, (2,)))
+    narrow = wide.to(dtype=torch.float32)
+    left, right = wide.to_dense(), narrow.to(dtype=torch.float64).to_dense()
+    for found, expected in (
+        ((wide @ narrow).to_dense(), left @ right),
+        ((narrow + wide).to_dense(), right + left),
+        (narrow.inner(wide), (right * left).sum()),
+    ):
+        assert found.dtype == torch.float64
+        assert_close(found, expected, **F64["dense"])
+
+
 # -- refusals
+
+
+def test_cores_and_factors_of_other_kinds_are_refused():
+    with pytest.raises(ContractionError, match="core 0 is a ndarray, not a torch tensor"):
+        MPO([gaussian(1, 2, 2, 1).numpy()])
+    with pytest.raises(LayoutError, match=r"factor 1 of shape \(3,\) is not a matrix"):
+        MPO.kronecker([torch.ones(2, 2), torch.ones(3)])
+
+
+def test_other_operands_are_refused():
+    mpo = MPO(random_chain(Layout.parse("2x2,2x2"), (2,)))
+    for operation in (
+        lambda: mpo + 1,
+        lambda: 1 + mpo,
+        lambda: mpo - 1,
+        lambda: mpo * mpo,
+        lambda: mpo * 2j,
+        lambda: mpo / mpo,
+    ):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            operation()
+    with pytest.raises(ContractionError, match=r"an MPO and a Tensor: W.apply\(x\) gives W x"):
+        mpo @ torch.ones(4)
 
 
 @pytest.mark.parametrize(

@@ -503,9 +503,17 @@ def test_wrong_number_of_bond_dims_is_refused(bond_dims):
         MPO.from_matrix(gaussian(8, 8), "2x2,2x2,2x2", bond_dim=bond_dims)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
-def test_dtype_that_is_not_real_floating_is_refused(dtype):
-    with pytest.raises(DecompositionError, match=rf"dtype {dtype} cannot be decomposed.*float\(\)"):
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [
+        (torch.int64, r"\.float\(\) first"),
+        (torch.bool, r"\.float\(\) first"),
+        (torch.complex64, "the real and the imaginary part"),  # float() would drop one
+    ],
+    ids=str,
+)
+def test_dtype_that_is_not_real_floating_is_refused(dtype, advice):
+    with pytest.raises(DecompositionError, match=rf"dtype {dtype} cannot be decomposed.*{advice}"):
         MPO.from_matrix(torch.ones(4, 4, dtype=dtype), "2x2,2x2")
 
 
@@ -525,3 +533,15 @@ def test_bonds_of_neighbouring_cores_match():
     for left, right in pairwise(result.cores):
         assert left.shape[3] == right.shape[0]
     assert result.cores[0].shape[0] == result.cores[-1].shape[3] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs"), [("svd", ((12, 1), (1, 8))), ("balanced", ((4, 2), (3, 4)))]
+)
+def test_layouts_by_name(name, pairs):
+    matrix = gaussian(12, 8)
+    mpo = MPO.from_matrix(matrix, name)
+    assert mpo.layout == MPO.from_matrix(matrix, pairs).layout
+    assert_close(mpo.to_dense(), matrix, **TOL[torch.float64]["dense"])
+    with pytest.raises(LayoutError, match="is not a matrix"):
+        MPO.from_matrix(matrix[0], name)

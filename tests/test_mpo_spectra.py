@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from torch.testing import assert_close
 
-from mpocompress.errors import ContractionError
+from mpocompress.errors import ContractionError, DecompositionError
 from mpocompress.mpo import MPO, Layout
-from mpocompress.mpo.spectra import entropy_nats
+from mpocompress.mpo.spectra import entropy_nats, renyi_entropy_nats
 from tests.planted import (
     LAWS,
     SEEDS,
@@ -136,3 +136,17 @@ def test_entropy_of_bonds_beyond_the_rank():
     assert padded.bond_dims == (6, 6)
     for entropy in padded.entropies_nats():
         assert entropy == pytest.approx(0.0, abs=SPECTRUM["atol"])
+
+
+@pytest.mark.parametrize("scale", [1e-250, 1e250])
+def test_entropy_where_squares_leave_the_range(scale):
+    values = scale * torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+    assert entropy_nats(values) == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_spectrum_that_is_not_finite_has_no_entropy(bad):
+    with pytest.raises(DecompositionError, match="has no entropy. Check the matrix"):
+        entropy_nats(torch.tensor([1.0, bad]))
+    with pytest.raises(DecompositionError, match="has no entropy. Check the matrix"):
+        renyi_entropy_nats(torch.tensor([1.0, bad]), 2)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -119,6 +120,23 @@ class TestKnownStates:
             **EXACT,
         )
         assert max(found.bond_dims) == 3
+
+    @pytest.mark.parametrize("scale", [1e-200, 1e200])
+    def test_the_norm_does_not_matter_even_where_squares_overflow(self, scale):
+        state = torch.zeros(8, dtype=torch.float64)
+        state[[0, -1]] = scale
+        found = vector_entanglement(state, renyi_orders=(0.5, 2, math.inf))
+        for values in (found.entropies_nats, *found.renyi_nats.values()):
+            assert values == pytest.approx([math.log(2)] * 2)
+
+    def test_reduced_density_matrices_of_complex_states_as_arrays(self):
+        generator = np.random.default_rng(0)
+        state = generator.normal(size=27) + 1j * generator.normal(size=27)
+        found = vector_entanglement(state, local_dim=3)
+        for cut, entropy in enumerate(found.entropies_nats, start=1):
+            left = state.reshape(3**cut, -1) / np.linalg.norm(state)
+            p = np.linalg.eigvalsh(left @ left.conj().T)
+            assert entropy == pytest.approx(-sum(x * math.log(x) for x in p if x > 1e-15))
 
 
 class TestAmplitudes:
@@ -279,8 +297,18 @@ class TestRefusals:
             amplitudes(lambda s: s[:, 0], 21)
         with pytest.raises(DataError, match="num_sites 0, local_dim 2"):
             amplitudes(lambda s: s[:, 0], 0)
+        with pytest.raises(DataError, match=r"num_sites 3.0.* both integers"):
+            amplitudes(lambda s: s[:, 0], 3.0)
+        with pytest.raises(DataError, match="num_sites 1: entanglement is between 2 sites"):
+            state_entanglement(lambda s: s[:, 0], 1)
         with pytest.raises(DataError, match=r"a state of shape \(12,\)"):
             vector_entanglement(torch.ones(12))
+        for local_dim in (0, 1):  # which no power makes larger
+            with pytest.raises(DataError, match=f"with {local_dim} values each"):
+                vector_entanglement(torch.ones(4), local_dim=local_dim)
+        for bad in (math.nan, math.inf):
+            with pytest.raises(DataError, match="amplitudes with NaN or Inf"):
+                vector_entanglement(torch.tensor([1.0, bad, 0.0, 0.0]))
         with pytest.raises(DataError, match="method 'mps'"):
             state_entanglement(ghz, 3, method="mps")
         with pytest.raises(BondDimError, match="bond_dim 0"):
@@ -293,5 +321,7 @@ class TestRefusals:
             cross_interpolation(lambda s: torch.exp(1j * s.sum(1)), 30)
         with pytest.raises(DataError, match=r"start of shape \(2, 40\)"):
             cross_interpolation(product, 30, start=ALL_OR_NONE)
+        with pytest.raises(DataError, match="start with digits from -1 to 1: .* they are 0 to 1"):
+            cross_interpolation(product, 4, start=[[1, -1, 1, -1]])  # spins are no digits
         with pytest.raises(DataError, match="tolerance 0"):
             cross_interpolation(product, 30, tolerance=0)

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 import mpocompress as mpo
 from mpocompress.errors import BondDimError, LayoutError, NoLayerMatched
 from mpocompress.layers import MPOLinear
+from mpocompress.layers.base import MPOLayer
 from tests.planted import seeded
 from tests.tolerances import TOL
 
@@ -77,6 +78,66 @@ def test_ties_stay_and_the_generator_decides():
     assert not torch.equal(
         first[0].weight, mpo.tensorize(model, bond_dim=2, generator=seeded(2))[0].weight
     )
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8, 32, batch_first=True)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.middle, self.head = nn.Linear(32, 32), nn.Linear(32, 2)
+
+    def forward(self, x):
+        seen, _ = self.lstm(x)
+        seen, _ = self.attention(seen, seen, seen)
+        return self.head(torch.tanh(self.middle(seen[:, -1])))
+
+
+def test_weights_that_no_layer_is_called_with_are_replaced_too():
+    torch.manual_seed(0)
+    model = Reader()
+    whole = mpo.tensorize(model, bond_dim=4)
+    names = [name for name, layer in whole.named_modules() if isinstance(layer, MPOLayer)]
+    attention = [f"attention.{part}_proj" for part in ("q", "k", "v", "out")]
+    assert names == ["lstm.ih_l0", "lstm.hh_l0", *attention, "middle"]
+    assert isinstance(model.lstm, nn.LSTM)
+    # What keeps its weights stays what it is.
+    part = mpo.tensorize(model, bond_dim=4, include=["attention.q_proj", "middle"])
+    assert isinstance(part.lstm, nn.LSTM)
+    assert isinstance(part.attention.q_proj, MPOLinear)
+    assert isinstance(part.attention.k_proj, nn.Linear)
+    assert isinstance(mpo.tensorize(model, include=["middle"]).attention, nn.MultiheadAttention)
+
+
+@pytest.mark.parametrize("method", ["dmrg", "adam"])
+def test_such_models_are_trained(method):
+    torch.manual_seed(0)
+    x = torch.randn(400, 6, 8)
+    y = (x[:, :, 0].sum(1) > 0).long()
+    model = mpo.tensorize(Reader(), bond_dim=4)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    result = mpo.train(model, (x, y), method=method, epochs=8)
+    assert result.kept.score > 0.75
+    # The kernel reads rebuilt weights: sweeps pass the recurrence by, and it is trained along.
+    assert "lstm.ih_l0" not in result.kept.bond_dims
+    for name, value in model.named_parameters():
+        assert not torch.equal(value, before[name]), name
+
+
+def test_a_recurrence_alone_is_trained_by_adam():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LSTM(16, 16), _Outputs())
+    tensorized = mpo.tensorize(model, bond_dim=2)
+    data = (torch.randn(60, 16), torch.randn(60, 16))
+    with pytest.raises(NoLayerMatched, match='recurrent layers run on .*method="adam"'):
+        mpo.train(tensorized, data, epochs=1)
+    result = mpo.train(tensorized, data, method="adam", epochs=5)
+    assert result.kept.validation_loss < result.history[0].validation_loss
+
+
+class _Outputs(nn.Module):
+    def forward(self, outputs):
+        return outputs[0]
 
 
 def test_refusals():

@@ -139,12 +139,30 @@ def test_bonds_larger_than_their_sites_allow_are_cut_on_the_way():
     assert losses(result)[-1] < losses(result)[0]
 
 
+@pytest.mark.parametrize("sites", [1, 2])
+def test_frozen_cores_keep_their_values_while_all_others_are_trained(sites):
+    model = network()
+    model[3].cores[0].requires_grad_(False)
+    before = copy.deepcopy(model)
+    options = {"sites": sites} if sites == 1 else {"sites": sites, "bond_dim": 4}
+    result = mpo.train(model, rows(), epochs=12, **options)
+    assert losses(result)[-1] < losses(result)[0]
+    assert torch.equal(before[3].cores[0], model[3].cores[0])
+    assert not model[3].cores[0].requires_grad
+    assert model[3].bond_dims == ((3, 3) if sites == 1 else (3, 4))
+    for old, new in zip(before[3].cores[1:], model[3].cores[1:], strict=True):
+        assert not torch.equal(old, new)
+
+
 class InterruptedTrainingError(Exception):
     pass
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("sites", [1, 2, "grow"])
-def test_an_interrupted_training_of_several_layers_ends_as_if_it_had_not_been(tmp_path, sites):
+def test_an_interrupted_training_of_several_layers_ends_as_if_it_had_not_been(
+    tmp_path, sites, frozen
+):
     options = {"sites": sites, "local_steps": 4, "epochs": 9}
     if sites != 1:
         options["bond_dim"] = 4
@@ -154,6 +172,8 @@ def test_an_interrupted_training_of_several_layers_ends_as_if_it_had_not_been(tm
             raise InterruptedTrainingError
 
     whole, halves = network(0.1), network(0.1)
+    for model in (whole, halves):
+        model[3].cores[1].requires_grad_(not frozen)
     expected = mpo.train(whole, rows(), **options)
     with pytest.raises(InterruptedTrainingError):
         mpo.train(halves, rows(), progress=stop, checkpoint=tmp_path / "state", **options)

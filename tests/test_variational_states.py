@@ -68,6 +68,12 @@ class TestChain:
         assert_close(chain.apply(psi), matrix @ psi, **EXACT)
         assert_close(chain.energy(psi), psi @ matrix @ psi / (psi @ psi), **EXACT)
         assert chain.ground_state()[0] == pytest.approx(float(torch.linalg.eigvalsh(matrix)[0]))
+        # Superpositions with phases have the energy of a Hermitian form, which is real.
+        state = torch.complex(psi, gaussian(16, seed=1))
+        expected = (state.conj() @ (matrix + 0j) @ state / state.norm() ** 2).real
+        assert_close(chain.energy(state), expected, **EXACT)
+        with pytest.raises(DataError, match=r"\(8,\): 4 spins have 16 amplitudes"):
+            chain.apply(gaussian(8))
 
     def test_entanglement_of_the_phases(self):
         # Deep in the ordered phase the ground state is the GHZ state, in the disordered phase a
@@ -88,6 +94,8 @@ class TestChain:
             (13, 1.0, False, "num_sites 13"),
             (4, math.inf, True, "field inf"),
             (4, -1.0, True, "field -1.0"),
+            (4, "1", True, "field '1'"),
+            (4.0, 1.0, True, "num_sites 4.0"),
         ],
     )
     def test_impossible_chains_are_refused(self, sites, field, periodic, message):
@@ -173,6 +181,25 @@ class TestGroundStates:
             find_ground_state(nn.Linear(4, 3), chain)
         with pytest.raises(DataError, match="no parameter that requires a gradient"):
             find_ground_state(nn.Linear(4, 1).requires_grad_(False), chain)
+        with pytest.raises(DataError, match="float16 parameters; .* needs float32 or wider"):
+            find_ground_state(nn.Linear(4, 1).half(), chain)
+        with pytest.raises(DataError, match="adam_steps -1"):
+            find_ground_state(nn.Linear(4, 1), chain, adam_steps=-1)
+        phases = nn.Linear(4, 1, dtype=torch.float64)
+        phases.forward = lambda spins: 1j * spins.sum(1)
+        with pytest.raises(DataError, match="complex128.* one real number"):
+            find_ground_state(phases, chain)
+
+    def test_dropout_and_batch_norm_are_in_evaluation_mode_and_get_their_own_back(self):
+        torch.manual_seed(0)
+        network = nn.Sequential(
+            nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Tanh(), nn.Linear(8, 1)
+        ).double()
+        found = find_ground_state(network, IsingChain(4, 1.0), adam_steps=20, natural_steps=20)
+        assert found.relative_error < 1e-2
+        assert network.training
+        assert network[2].training
+        assert int(network[1].num_batches_tracked) == 0
 
 
 def _jacobian(network, chain, parameters):

@@ -3,7 +3,7 @@
     python examples/tnn/classification.py            # a minute; writes classification.png
 
 1. Two hidden layers of 256 neurons, each a matrix product operator of two sites. As dense matrices
-   they would hold 82,000 weights; they begin with bond dimension 1: 500 numbers.
+   they would hold 82,000 weights; they begin with bond dimension 1: 768 numbers.
 2. DMRG-like sweeps go through the cores, there and back. In the first half two neighbouring cores
    are merged, take gradient steps, and are split again: there the bonds grow, up to 4.
 3. The entanglement entropy at each layer's bond says how much the two halves of the layer came to

@@ -176,11 +176,21 @@ def interpolate(
         candidates_BN = random_points(256)
         values_B = psi(candidates_BN).abs()
         start = candidates_BN[values_B.argmax()][None]
-    start = start.to(psi.device).long()
-    if start.ndim != 2 or start.shape[1] != psi.num_sites or not bool(psi(start).any()):
+    start = torch.as_tensor(start, device=psi.device).long()
+    if start.ndim != 2 or start.shape[1] != psi.num_sites:
         raise DataError(
-            f"start of shape {tuple(start.shape)}: the function vanishes there, or it is not "
-            f"(points, {psi.num_sites}). Give start=..., a configuration where it does not vanish."
+            f"start of shape {tuple(start.shape)}: it is (points, {psi.num_sites}), a "
+            "configuration in each row."
+        )
+    if not bool(((start >= 0) & (start < psi.local_dim)).all()):
+        raise DataError(
+            f"start with digits from {int(start.min())} to {int(start.max())}: at a site of "
+            f"{psi.local_dim} values they are 0 to {psi.local_dim - 1}, whatever the encoding."
+        )
+    if not bool(psi(start).any()):
+        raise DataError(
+            "the function vanishes there, where the interpolation is to start. Give start=..., a "
+            "configuration where it does not vanish."
         )
     pivots = _Pivots(psi, start, tolerance=tolerance, bond_dim=bond_dim)
     sweeps, least, stuck = 0, float("inf"), 0

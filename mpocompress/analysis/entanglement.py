@@ -7,9 +7,14 @@ How fast they fall says what a truncation at that bond would lose.
 In the *weight metric* every entry counts the same. In the *data metric* the matrix is whitened by
 the second moment C of the layer's inputs on data (and, if asked for, by that of the gradients at
 its outputs, G): G^½ W C^½. A direction that the data never takes then carries no entanglement. For
-the layout ((out, 1), (1, in)) its Schmidt values are what the best fit to the data cuts off.
+the layout ((out, 1), (1, in)) its Schmidt values are what the best fit to the data cuts off. In a
+table, whose rows are looked up, each row is weighed by its share of the lookups, and the columns by
+what the model's output feels of them.
 """
 
+# Shape suffixes: O rows, I columns of a weight.
+
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,14 +25,17 @@ from torch import Tensor, nn
 from mpocompress.analysis.calls import forward_calls
 from mpocompress.analysis.growth import EntropyProfile, Frozen, profile_fields
 from mpocompress.errors import ConversionError, DataError, LayoutError
-from mpocompress.layers import MPOLinear
+from mpocompress.layers import MPOLayer
 from mpocompress.mpo import MPO, Layout, LayoutLike
 from mpocompress.mpo.factors import balanced_layout, resolve_layout
 from mpocompress.mpo.linalg import svd_values, working_dtype
 from mpocompress.mpo.metric import Metric
 from mpocompress.planning import Progress
-from mpocompress.surgery import WeightSite, check_finite, find_weights, select
+from mpocompress.surgery import WeightSite, check_finite, find_weights, open_modules, select
 from mpocompress.tuning import LayerMoments, take_statistics
+from mpocompress.tuning.statistics.layer_rows import adapter_of
+from mpocompress.tuning.statistics.moments import CrossMoment, RowCounts
+from mpocompress.tuning.statistics.tables import HeadUse, table_weights
 
 MetricName = Literal["weight", "data"]
 Layouts = LayoutLike | Literal["svd", "balanced"] | Mapping[str, LayoutLike]
@@ -102,15 +110,29 @@ class Entanglement(Frozen):
 
 @dataclass(frozen=True, eq=False)
 class _Weight:
-    """One weight to measure: an MPO layer, or a dense weight with all modules that use it."""
+    """One weight to measure, with all modules that use it.
+
+    Attributes:
+        name: of the first module.
+        names: of all of them.
+        source: an MPO layer, the first one that has these cores, or a dense weight.
+        modules: that are called with its inputs.
+    """
 
     name: str
-    source: MPOLinear | WeightSite
+    names: tuple[str, ...]
+    source: MPOLayer | WeightSite
+    modules: tuple[nn.Module, ...]
 
     @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """The modules that are called with its inputs."""
-        return (self.source,) if isinstance(self.source, MPOLinear) else self.source.modules
+    def looked_up(self) -> bool:
+        """Whether it is a table, perhaps of a tied output layer too."""
+        return any(adapter_of(module).looks_up for module in self.modules)
+
+    def matrix(self) -> Tensor:
+        """(out, in), detached."""
+        source = self.source
+        return source.matrix() if isinstance(source, WeightSite) else source.matrix.detach()
 
 
 def entanglement(
@@ -130,6 +152,10 @@ def entanglement(
 ) -> Entanglement:
     """Measure Schmidt values and entropies along all MPO layers and convertible dense layers.
 
+    Weights that a module reads without calling a layer are named as in a compressed model: those
+    of an `nn.LSTM` "lstm" are "lstm.ih_l0", "lstm.hh_l0", ..., of an `nn.MultiheadAttention`
+    "attention" there are "attention.q_proj", ..., "attention.out_proj".
+
     Args:
         model: only looked at. A single `MPOLinear` or `nn.Linear` is a model, too, named "".
         layout: of dense layers: "svd", "balanced" (two sites), pairs, text or a `Layout` for all of
@@ -148,9 +174,11 @@ def entanglement(
 
     Raises:
         NoLayerMatched: nothing to measure, or a pattern that matches nothing.
-        ConversionError: NaN or Inf in a weight.
+        ConversionError: NaN or Inf in a weight, or weights that no layer is called with in a model
+            that cannot be copied.
         LayoutError: a layout does not fit a layer.
-        DataError: no data for the data metric, or none that reaches a layer.
+        DataError: no data for the data metric, none that reaches a layer, or that forward does not
+            take; or no module.
 
     A padded layer has the entanglement of the padded matrix. Dense weights, and in the data metric
     all of them, are decomposed bond by bond in float32 or wider: cost is that of an SVD of the
@@ -164,6 +192,12 @@ def entanglement(
             if data is None
             else "data is used in the data metric only: say metric='data' too."
         )
+    if not isinstance(model, nn.Module):
+        raise DataError(
+            f"a {type(model).__name__} is no nn.Module whose weights could be looked at. Of the "
+            "result of compress give result.model."
+        )
+    model = open_modules(model)
     weights = _weights(model, include, exclude)
     layouts = _layouts(weights, layout, sites)
     moments: dict[nn.Module, LayerMoments] = {}
@@ -176,8 +210,8 @@ def entanglement(
     for done, weight in enumerate(weights):
         if progress is not None:
             progress(weight.name, done, len(weights))
-        whitening = _metric_of(weight, moments, output_metric, ridge) if data is not None else None
-        layers.append(_measure(weight, layouts[weight.name], whitening, renyi_orders))
+        white = _whitened(weight, moments, output_metric, ridge) if data is not None else None
+        layers.append(_measure(weight, layouts[weight.name], white, renyi_orders))
     return Entanglement(metric=metric, layers=tuple(layers))
 
 
@@ -197,21 +231,23 @@ def unfolding_spectra(matrix_OI: Tensor, layout: Layout) -> list[Tensor]:
 def _weights(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> list[_Weight]:
     inventory = find_weights(model)
     sites = {site.name: site for site in inventory.sites}
-    found: dict[str, _Weight] = {}
-    seen: set[tuple[int, ...]] = set()
+    sharing: dict[tuple[int, ...], dict[str, MPOLayer]] = defaultdict(dict)
     for name, module in model.named_modules():
+        if isinstance(module, MPOLayer):
+            sharing[tuple(map(id, module.cores.parameters()))][name] = module
+    layers = {next(iter(members)): members for members in sharing.values()}
+    found: dict[str, _Weight] = {}
+    for name, _ in model.named_modules():
         if name in sites:
-            found[name] = _Weight(name, sites[name])
-        elif isinstance(module, MPOLinear):
-            cores = tuple(map(id, module.cores.parameters()))
-            if cores not in seen:  # layers that share their cores are one weight
-                found[name] = _Weight(name, module)
-            seen.add(cores)
+            found[name] = _Weight(name, sites[name].names, sites[name], sites[name].modules)
+        elif name in layers:  # that share their cores are one weight
+            members = layers[name]
+            found[name] = _Weight(name, tuple(members), members[name], tuple(members.values()))
     chosen = select(
         list(found),
         include,
         exclude,
-        aliases={name: site.names[1:] for name, site in sites.items()},
+        aliases={name: weight.names[1:] for name, weight in found.items()},
         refused=inventory.refused,
     )
     return [weight for name, weight in found.items() if name in chosen]
@@ -231,7 +267,7 @@ def _layouts(weights: Sequence[_Weight], layout: Layouts | None, sites: int) -> 
                 rules.setdefault(name, rule)
     elif layout is not None:
         rules = dict.fromkeys(dense, layout)
-    found = {w.name: w.source.layout for w in weights if isinstance(w.source, MPOLinear)}
+    found = {w.name: w.source.layout for w in weights if isinstance(w.source, MPOLayer)}
     for name, shape in dense.items():
         try:
             found[name] = (
@@ -244,28 +280,68 @@ def _layouts(weights: Sequence[_Weight], layout: Layouts | None, sites: int) -> 
     return found
 
 
-def _metric_of(
+def _whitened(
     weight: _Weight, moments: Mapping[nn.Module, LayerMoments], output_metric: bool, ridge: float
-) -> Metric:
-    total = LayerMoments()
+) -> Tensor:
+    """The matrix in the data metric."""
+    _check_finite(weight)
+    if weight.looked_up:
+        return _whitened_table(weight, moments, output_metric, ridge)
+    seen = [moments[module] for module in weight.modules if module in moments]
+    inputs = CrossMoment.sum_of([moment.inputs for moment in seen])
+    if not inputs.rows:
+        raise _unreached(weight)
+    outputs_OO = None
+    if output_metric:
+        outputs_OO = _of_gradients(weight, [moment.gradients for moment in seen])
+    inputs_II = _symmetric(inputs.mean(centered=False)[0])
+    metric = Metric(inputs_II, outputs_OO, ridge=ridge, output_ridge=ridge)
+    return metric.whiten(weight.matrix())
+
+
+def _whitened_table(
+    weight: _Weight, moments: Mapping[nn.Module, LayerMoments], output_metric: bool, ridge: float
+) -> Tensor:
+    """A table, perhaps of a tied output layer too: rows by their use, columns by their metric."""
+    tables: list[LayerMoments] = []
+    heads: list[LayerMoments] = []
     for module in weight.modules:
         if module in moments:
-            total.inputs.merge(moments[module].inputs)
-            total.gradients.merge(moments[module].gradients)
-    if not total.inputs.rows:
+            (tables if adapter_of(module).looks_up else heads).append(moments[module])
+    counts = RowCounts()
+    for moment in tables:
+        counts.merge(moment.counts)
+    if not counts.rows:
+        raise _unreached(weight)
+    table_OI = weight.matrix()
+    uses: list[HeadUse] = [use for use in (moment.head_use() for moment in heads) if use]
+    metric_II: Tensor | None = None
+    if output_metric:
+        metric_II = _of_gradients(weight, [moment.gradients for moment in tables])
+    elif uses:  # both uses on one scale, without what the output feels of either
+        uses = [HeadUse(use.input_II, None) for use in uses]
+        metric_II = torch.eye(table_OI.shape[1], dtype=torch.float64, device=table_OI.device)
+    weights_O, metric_II = table_weights(counts.frequencies(), metric_II, ridge=ridge, heads=uses)
+    rows_OI = weights_O.sqrt()[:, None] * table_OI.to(weights_O)
+    return rows_OI if metric_II is None else Metric(metric_II, ridge=0.0).whiten(rows_OI)
+
+
+def _of_gradients(weight: _Weight, gradients: Sequence[CrossMoment]) -> Tensor:
+    total = CrossMoment.sum_of(gradients)
+    if not total.rows:
         raise DataError(
-            f"layer {weight.name!r}: the data does not reach it. Exclude it, or measure it in the "
-            "weight metric."
+            f"layer {weight.name!r}: there are no gradients for a metric on its outputs: it has "
+            "too many of them, it is a convolution in groups, or nothing that the model returns "
+            "depends on it. Drop output_metric, or exclude the layer."
         )
-    inputs_II = _symmetric(total.inputs.mean(centered=False)[0])
-    gradients_OO = total.output_metric if output_metric else None
-    if output_metric and gradients_OO is None:
-        raise DataError(
-            f"layer {weight.name!r}: it has too many outputs for a metric on them. Drop "
-            "output_metric, or exclude the layer."
-        )
-    outputs_OO = None if gradients_OO is None else _symmetric(gradients_OO)
-    return Metric(inputs_II, outputs_OO, ridge=ridge, output_ridge=ridge)
+    return _symmetric(total.mean(centered=False)[0])
+
+
+def _unreached(weight: _Weight) -> DataError:
+    return DataError(
+        f"layer {weight.name!r}: the data does not reach it. Exclude it, or measure it in the "
+        "weight metric."
+    )
 
 
 def _symmetric(matrix_NN: Tensor) -> Tensor:
@@ -274,36 +350,39 @@ def _symmetric(matrix_NN: Tensor) -> Tensor:
 
 
 def _measure(
-    weight: _Weight, layout: Layout, metric: Metric | None, orders: Sequence[float]
+    weight: _Weight, layout: Layout, white_OI: Tensor | None, orders: Sequence[float]
 ) -> LayerEntanglement:
     source = weight.source
     return LayerEntanglement.model_validate(
         {
             "name": weight.name,
-            "kind": "mpo" if isinstance(source, MPOLinear) else "dense",
+            "kind": "mpo" if isinstance(source, MPOLayer) else "dense",
             "layout": layout.pairs,
             "bond_dims": (
-                source.bond_dims if isinstance(source, MPOLinear) else layout.max_bond_dims()
+                source.bond_dims if isinstance(source, MPOLayer) else layout.max_bond_dims()
             ),
-            **profile_fields(_spectra(weight, layout, metric), layout.max_bond_dims(), orders),
+            **profile_fields(_spectra(weight, layout, white_OI), layout.max_bond_dims(), orders),
         }
     )
 
 
-def _spectra(weight: _Weight, layout: Layout, metric: Metric | None) -> list[Tensor]:
+def _spectra(weight: _Weight, layout: Layout, white_OI: Tensor | None) -> list[Tensor]:
+    source = weight.source
+    if white_OI is not None:
+        return unfolding_spectra(white_OI, layout)
+    _check_finite(weight)
+    if isinstance(source, WeightSite):
+        return unfolding_spectra(source.matrix(), layout)
+    # The gauge holds to the rounding of the cores only, so nothing is taken for known.
+    return MPO([core.detach().double() for core in source.cores]).schmidt_spectra()
+
+
+def _check_finite(weight: _Weight) -> None:
     source = weight.source
     if isinstance(source, WeightSite):
         check_finite(source)
-        matrix_OI = source.matrix()
-    else:
-        cores = [core.detach().double() for core in source.cores]
-        if not all(bool(torch.isfinite(core).all()) for core in cores):
-            raise ConversionError(
-                f"layer {weight.name!r}: a core has NaN or Inf entries. Repair the checkpoint, or "
-                "exclude the layer."
-            )
-        if metric is None:
-            # The gauge holds to the rounding of the cores only, so nothing is taken for known.
-            return MPO(cores).schmidt_spectra()
-        matrix_OI = source.to_dense()
-    return unfolding_spectra(matrix_OI if metric is None else metric.whiten(matrix_OI), layout)
+    elif not all(bool(torch.isfinite(core).all()) for core in source.cores):
+        raise ConversionError(
+            f"layer {weight.name!r}: a core has NaN or Inf entries. Repair the checkpoint, or "
+            "exclude the layer."
+        )

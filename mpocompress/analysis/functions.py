@@ -7,6 +7,7 @@ not normalized. The first input is the leftmost site and the most significant di
 # Shape suffixes: B configurations, N sites.
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -78,10 +79,11 @@ class AmplitudeFunction:
         encoding: Encoding = "spins",
         log_amplitudes: bool = False,
     ) -> None:
-        if num_sites < 1 or local_dim < 2:
+        whole = isinstance(num_sites, Integral) and isinstance(local_dim, Integral)
+        if not whole or num_sites < 1 or local_dim < 2:
             raise DataError(
                 f"num_sites {num_sites}, local_dim {local_dim}: a state has at least 1 site of at "
-                "least 2 values."
+                "least 2 values, both integers."
             )
         self.num_sites, self.local_dim = num_sites, local_dim
         self.evaluations = 0

@@ -6,13 +6,14 @@ Under an area law the entropy stops growing with it, under a volume law it grows
 """
 
 from collections.abc import Sequence
-from math import exp, inf, log
+from math import exp, inf, isfinite, log
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from mpocompress.errors import DataError
 from mpocompress.mpo.spectra import entropy_nats, renyi_entropy_nats
 
 Verdict = Literal["area-law-like", "volume-law-like", "intermediate", "undetermined"]
@@ -106,7 +107,16 @@ def classify_growth(entropies_nats: Sequence[float], capacities_nats: Sequence[f
     Args:
         entropies_nats: at every cut.
         capacities_nats: the largest possible entropy at every cut.
+
+    Raises:
+        DataError: unequal numbers of them, or NaN or Inf.
     """
+    numbers = (*entropies_nats, *capacities_nats)
+    if len(entropies_nats) != len(capacities_nats) or not all(map(isfinite, numbers)):
+        raise DataError(
+            f"{len(entropies_nats)} entropies and {len(capacities_nats)} capacities: give one of "
+            "each for every cut, finite."
+        )
     largest = max(capacities_nats, default=0.0)
     wide = [
         (capacity, entropy)

@@ -11,6 +11,7 @@ configuration and the one with all spins flipped.
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite, sqrt
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -40,12 +41,13 @@ class IsingChain:
     periodic: bool = True
 
     def __post_init__(self) -> None:
-        if not (3 if self.periodic else 2) <= self.num_sites <= MAX_SITES:
+        least = 3 if self.periodic else 2
+        if not isinstance(self.num_sites, Integral) or not least <= self.num_sites <= MAX_SITES:
             raise DataError(
                 f"num_sites {self.num_sites}: a periodic chain has 3 to {MAX_SITES} sites here, "
                 f"an open one 2 to {MAX_SITES}."
             )
-        if not (isfinite(self.field) and self.field >= 0):
+        if not (isinstance(self.field, Real) and isfinite(self.field) and self.field >= 0):
             raise DataError(f"field {self.field!r}: it is a finite number of at least 0.")
 
     @cached_property
@@ -61,15 +63,24 @@ class IsingChain:
         return -(bonds_BN if self.periodic else bonds_BN[:, :-1]).sum(1)
 
     def apply(self, psi_B: Tensor) -> Tensor:
-        """H psi, (2^n,), differentiable."""
+        """H psi, (2^n,), differentiable; psi is real or complex.
+
+        Raises:
+            DataError: another number of amplitudes.
+        """
         sites = self.num_sites
+        if tuple(psi_B.shape) != (2**sites,):
+            raise DataError(
+                f"a state of shape {tuple(psi_B.shape)}: {sites} spins have {2**sites} amplitudes, "
+                "in one vector."
+            )
         psi = psi_B.reshape([2] * sites)
         flipped = torch.stack([psi.flip(site) for site in range(sites)]).sum(0)
         return self.diagonal_B.to(psi_B) * psi_B - self.field * flipped.reshape(-1)
 
     def energy(self, psi_B: Tensor) -> Tensor:
-        """<psi|H|psi> / <psi|psi> of a real state, 0-d, differentiable."""
-        return psi_B @ self.apply(psi_B) / (psi_B @ psi_B)
+        """<psi|H|psi> / <psi|psi>, 0-d, real, differentiable; psi is real or complex."""
+        return torch.vdot(psi_B, self.apply(psi_B)).real / torch.vdot(psi_B, psi_B).real
 
     def ground_state(self) -> tuple[float, Tensor]:
         """The lowest energy and its positive, normalized amplitudes (2^n,), float64.

@@ -1,7 +1,7 @@
 """Bipartite entanglement of a function's amplitudes: what a network can say as a quantum state."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -90,6 +90,8 @@ def state_entanglement(
         encoding=encoding,
         log_amplitudes=log_amplitudes,
     )
+    if num_sites < 2:
+        raise DataError(f"num_sites {num_sites}: entanglement is between 2 sites or more.")
     if method not in ("auto", "exact", "cross"):
         raise DataError(f"method {method!r}: there are 'auto', 'exact' and 'cross'.")
     if method == "exact" or (method == "auto" and local_dim**num_sites <= MAX_AMPLITUDES):
@@ -125,21 +127,31 @@ def state_entanglement(
 
 
 def vector_entanglement(
-    psi: Tensor, *, local_dim: int = 2, renyi_orders: Sequence[float] = (2.0,)
+    psi: Any, *, local_dim: int = 2, renyi_orders: Sequence[float] = (2.0,)
 ) -> StateEntanglement:
     """Entanglement of a state vector (d^n,), real or complex; it need not be normalized.
 
+    Args:
+        psi: a tensor, or what `torch.as_tensor` takes, such as an array of NumPy.
+        local_dim: d, at least 2.
+        renyi_orders: orders of the Rényi entropies; `inf` is allowed.
+
     Raises:
-        DataError: the length is no power of d of at least 2 sites, or the vector is zero.
+        DataError: the length is no power of d of at least 2 sites, or the vector is zero or has NaN
+            or Inf in it.
     """
+    psi = torch.as_tensor(psi)
     num_sites, size = 0, 1
-    while size < psi.numel():
+    while local_dim >= 2 and size < psi.numel():
         num_sites, size = num_sites + 1, size * local_dim
     if psi.ndim != 1 or size != psi.numel() or num_sites < 2 or local_dim < 2:
         raise DataError(
             f"a state of shape {tuple(psi.shape)} is not that of at least 2 sites with {local_dim} "
-            "values each: the length is a power of them."
+            "values each: it is a vector, and its length a power of 2 or more values. Flatten it, "
+            "or give local_dim."
         )
+    if not bool(torch.isfinite(psi).all()):
+        raise DataError("amplitudes with NaN or Inf: there is no such state.")
     if not bool(psi.any()):
         raise DataError("all amplitudes are 0: there is no such state.")
     psi = psi.detach().to(torch.complex128 if psi.is_complex() else torch.float64)

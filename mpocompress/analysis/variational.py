@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from mpocompress.analysis.ising import IsingChain
-from mpocompress.errors import DataError
+from mpocompress.errors import DataError, check_count
+from mpocompress.layers.modes import evaluation_mode
 
 _HALVINGS = 12
+_DTYPES = (torch.float32, torch.float64)
 # The shift follows the success of the steps between these, relative to the largest diagonal.
 _SHIFTS = (1e-10, 1e-1)
 
@@ -78,14 +80,14 @@ def log_amplitudes(network: nn.Module, chain: IsingChain) -> Tensor:
     """Ln psi (2^n,) of all configurations, differentiable.
 
     Raises:
-        DataError: the network does not give one number for each configuration.
+        DataError: the network does not give one real number for each configuration.
     """
     parameter = next(network.parameters())
     values = network(chain.spins_BN.to(parameter))
-    if values.numel() != 2**chain.num_sites:
+    if values.numel() != 2**chain.num_sites or values.is_complex():
         raise DataError(
-            f"the network gave {tuple(values.shape)} for {2**chain.num_sites} configurations; "
-            "ln psi is one number for each."
+            f"the network gave {tuple(values.shape)} for {2**chain.num_sites} configurations, in "
+            f"{values.dtype}; ln psi is one real number for each."
         )
     return values.reshape(-1)
 
@@ -102,9 +104,13 @@ def find_ground_state(
 ) -> VariationalState:
     """Train a network, in place, to the ground state of a chain.
 
+    It runs in evaluation mode, which is restored: with dropout, or statistics of a batch, psi would
+    not be a function of the spins.
+
     Args:
         network: from spins (B, n) to ln psi (B,) or (B, 1); any layers, such as `MPOLinear`.
-            float64 gets closer than float32. It is not seeded here: what it starts from decides.
+            float64 gets closer than float32; nothing narrower is trained. It is not seeded here:
+            what it starts from decides.
         chain: the Hamiltonian.
         adam_steps: of Adam on the energy, at `learning_rate`, falling to 0 along a cosine.
         learning_rate: of Adam.
@@ -114,12 +120,57 @@ def find_ground_state(
         progress: called as `progress(phase, done, total)`.
 
     Raises:
-        DataError: not one output a configuration, nothing to train, or an energy that is not
-            finite.
+        DataError: not one real output a configuration, nothing to train, parameters narrower than
+            float32, negative numbers of steps, or an energy that is not finite.
     """
     parameters = [p for p in network.parameters() if p.requires_grad]
     if not parameters:
         raise DataError("the network has no parameter that requires a gradient.")
+    for name, steps in (("adam_steps", adam_steps), ("natural_steps", natural_steps)):
+        check_count(name, steps, 0, DataError)
+    narrow = next((p.dtype for p in parameters if p.dtype not in _DTYPES), None)
+    if narrow is not None:
+        raise DataError(
+            f"the network has {narrow} parameters; the natural gradient needs float32 or wider. "
+            "Convert it with .double() first."
+        )
+    with evaluation_mode(network):
+        energies = _descend(
+            network,
+            chain,
+            parameters,
+            (adam_steps, natural_steps),
+            learning_rate,
+            stop_below,
+            progress,
+        )
+        with torch.no_grad():
+            psi_B = _amplitudes(network, chain).double().cpu()
+    psi_B = psi_B / psi_B.norm()
+    exact, ground_B = chain.ground_state()
+    energy_now = float(chain.energy(psi_B))
+    if energy_now != energy_now:
+        raise DataError("the energy is not a number: train with a smaller learning_rate.")
+    return VariationalState(
+        energy=energy_now,
+        exact_energy=exact,
+        overlap=float((psi_B @ ground_B).abs()),
+        energies=tuple(energies),
+        psi_B=psi_B,
+    )
+
+
+def _descend(
+    network: nn.Module,
+    chain: IsingChain,
+    parameters: list[nn.Parameter],
+    steps: tuple[int, int],
+    learning_rate: float,
+    stop_below: float,
+    progress: Callable[[str, int, int], None] | None,
+) -> list[float]:
+    """Steps of Adam, then of the natural gradient: the energies after each."""
+    adam_steps, natural_steps = steps
     energies: list[float] = []
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(adam_steps, 1))
@@ -140,20 +191,7 @@ def find_ground_state(
             progress("natural gradient", step + 1, natural_steps)
         if before - after <= stop_below * abs(before):
             break
-    with torch.no_grad():
-        psi_B = _amplitudes(network, chain).double().cpu()
-    psi_B = psi_B / psi_B.norm()
-    exact, ground_B = chain.ground_state()
-    energy_now = float(chain.energy(psi_B))
-    if energy_now != energy_now:
-        raise DataError("the energy is not a number: train with a smaller learning_rate.")
-    return VariationalState(
-        energy=energy_now,
-        exact_energy=exact,
-        overlap=float((psi_B @ ground_B).abs()),
-        energies=tuple(energies),
-        psi_B=psi_B,
-    )
+    return energies
 
 
 def _amplitudes(network: nn.Module, chain: IsingChain) -> Tensor:

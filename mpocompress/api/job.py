@@ -42,7 +42,7 @@ from mpocompress.surgery import (
     check_finite,
     find_weights,
     open_modules,
-    opened_names,
+    opened_for,
     select_sites,
 )
 from mpocompress.tuning import (
@@ -436,18 +436,10 @@ def _opened_as_planned(
         plan: what is compressed.
         moments: of modules of `opened`; they are returned for the modules of the result.
     """
-    names = opened_names(opened)
     compressed = [name for layer in plan.compressed for name in (layer.name, *layer.also_known_as)]
-    wanted = {
-        name
-        for name in names
-        if any(layer.startswith(f"{name}." if name else "") for layer in compressed)
-    }
-    if len(wanted) == len(names):
-        return opened, moments
-    result = open_modules(model, wanted) if wanted else model
-    if moments is None:
-        return result, None
+    result = opened_for(model, opened, compressed)
+    if moments is None or result is opened:
+        return result, moments
     theirs = dict(result.named_modules())
     return result, {
         theirs[name]: moments[module]

@@ -11,10 +11,11 @@ from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.initialize import initial_cores
 from mpocompress.planning.layout_rules import LayoutChoice, LayoutRules
 from mpocompress.surgery import (
-    Replacement,
     WeightSite,
     copy_with_replacements,
     find_weights,
+    open_modules,
+    opened_for,
     select_sites,
 )
 
@@ -34,7 +35,9 @@ def tensorize(
     """A copy of an untrained model with MPO layers, started at random, in place of dense ones.
 
     What the dense weights are is not kept; for trained weights take `compress`. Biases, tied
-    weights, dtype, device, mode and `requires_grad` are.
+    weights, dtype, device, mode and `requires_grad` are. All kinds of weights that `compress` knows
+    are replaced, under the same names: those of an `nn.LSTM` "lstm" are "lstm.ih_l0", ... Sweeps
+    go along linear layers; the others are trained along, or all with `method="adam"`.
 
     Args:
         model: untouched.
@@ -55,12 +58,13 @@ def tensorize(
         BondDimError: a bond dimension below 1, or the wrong number of them.
         DataError: a gain that is not above 0.
     """
-    inventory = find_weights(model)
+    opened = open_modules(model)
+    inventory = find_weights(opened)
     chosen = select_sites(inventory, include, exclude)
     if sites is not None and layout == "balanced":
         layout = "auto"  # as many balanced sites as that
     rules = LayoutRules(layout, sites, inventory, {site.name for site in chosen})
-    replacements: dict[WeightSite, Replacement] = {}
+    replacements: dict[WeightSite, MPO] = {}
     for site in chosen:
         found = rules.forced(site)
         if isinstance(found, LayoutError):
@@ -82,7 +86,13 @@ def tensorize(
             f"no layer would become smaller as an MPO with bond_dim {bond_dim}. Lower it, give "
             "more sites, or name the layers with include=[...]."
         )
-    return copy_with_replacements(model, replacements)
+    # Modules that keep all their weights stay what they are.
+    names = [name for site in replacements for name in site.names]
+    result = opened_for(model, opened, names)
+    if result is not opened:
+        by_name = {site.name: site for site in find_weights(result).sites}
+        replacements = {by_name[site.name]: mpo for site, mpo in replacements.items()}
+    return copy_with_replacements(result, replacements)
 
 
 def _started(

@@ -62,7 +62,9 @@ def train(
     of bond_dim=1, give sites="grow" and a `bond_dim` or a `cutoff`.
 
     Args:
-        model: with MPO layers (`MPOLinear`, `tensorize`) and any others; all are trained.
+        model: with MPO layers (`MPOLinear`, `tensorize`) and any others; all are trained. Frozen
+            parameters (`requires_grad` off) keep their values; where some cores of a layer are
+            frozen, sweeps leave its gauge as it is, and steps are relative to each core's own size.
         data: (inputs, labels), two tensors or arrays of equal length; or batches, each a pair
             (inputs, labels), a tuple whose last entry is the labels, or a dict with "labels".
         loss: "cross_entropy" (logits against class numbers, those below 0 left out), "mse", or

@@ -55,7 +55,10 @@ class ConvGeometry:
 
     @classmethod
     def of(cls, conv: Any) -> "ConvGeometry":
-        """That of an `nn.Conv1d`, ..., `nn.ConvTranspose3d`."""
+        """That of an `nn.Conv1d`, ..., `nn.ConvTranspose3d`, or of an `MPOConv` in its place."""
+        known = getattr(conv, "geometry", None)
+        if isinstance(known, cls):
+            return known
         if conv.padding == "valid":
             padding = [(0, 0)] * len(conv.kernel_size)
         elif conv.padding == "same":

@@ -36,7 +36,7 @@ def add_cores(first: Sequence[Tensor], second: Sequence[Tensor]) -> Cores:
 def compose_cores(first: Sequence[Tensor], second: Sequence[Tensor]) -> Cores:
     """Cores of the matrix product first @ second; in dims of `first` are out dims of `second`."""
     cores = []
-    for a_LOIR, b_LOIR in zip(first, second, strict=True):
+    for a_LOIR, b_LOIR in _in_one_dtype(first, second):
         left_a, out, _, right_a = a_LOIR.shape
         left_b, _, in_, right_b = b_LOIR.shape
         # (La, O, Ra, Lb, I, Rb) -> (La, Lb, O, I, Ra, Rb)
@@ -71,11 +71,18 @@ def inner_cores(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
 
     A transfer matrix between the two bonds moves from left to right: O(L * D^3 * o * i).
     """
-    transfer_AB = first[0].new_ones(1, 1)
-    for a_LOIR, b_LOIR in zip(first, second, strict=True):
+    pairs = _in_one_dtype(first, second)
+    transfer_AB = pairs[0][0].new_ones(1, 1)
+    for a_LOIR, b_LOIR in pairs:
         half_AOIR = torch.tensordot(transfer_AB, b_LOIR, dims=1)
         transfer_AB = torch.tensordot(a_LOIR, half_AOIR, dims=([0, 1, 2], [0, 1, 2]))
     return transfer_AB[0, 0]
+
+
+def _in_one_dtype(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of cores, both in the wider dtype."""
+    wide = torch.promote_types(first[0].dtype, second[0].dtype)
+    return [(a.to(wide), b.to(wide)) for a, b in zip(first, second, strict=True)]
 
 
 def check_same_sites(first: Sequence[Tensor], second: Sequence[Tensor], operation: str) -> None:

@@ -21,12 +21,17 @@ def check_cores(cores: Sequence[Tensor]) -> None:
     """Check that `cores` form a chain of one dtype on one device.
 
     Raises:
-        ContractionError: empty, a core that is not 4-dimensional, bonds that do not match, an open
-            outer bond, or mixed dtypes or devices; the message names the site.
+        ContractionError: empty, a core that is no tensor or not 4-dimensional, bonds that do not
+            match, an open outer bond, or mixed dtypes or devices; the message names the site.
     """
     if not cores:
         raise ContractionError("an MPO needs at least one core, shape (1, out, in, 1).")
     for site, core in enumerate(cores):
+        if not isinstance(core, Tensor):
+            raise ContractionError(
+                f"core {site} is a {type(core).__name__}, not a torch tensor. Convert it with "
+                "torch.as_tensor."
+            )
         if core.ndim != 4 or 0 in core.shape:
             raise ContractionError(
                 f"core {site} has shape {tuple(core.shape)}; a core has four non-empty dimensions "

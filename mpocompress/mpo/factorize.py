@@ -71,18 +71,7 @@ def sequential_svd(
     Source: Oseledets, SIAM J. Sci. Comput. 33 (2011) 2295, algorithm 1, for matrices as in
     Oseledets, SIAM J. Matrix Anal. Appl. 31 (2010) 2130.
     """
-    if not isinstance(matrix_OI, Tensor):
-        raise DecompositionError(
-            f"a {type(matrix_OI).__name__} is not a torch tensor. Convert it with torch.as_tensor."
-        )
-    if matrix_OI.ndim != 2:
-        raise LayoutError(
-            f"a tensor of shape {tuple(matrix_OI.shape)} is not a matrix (out, in). Reshape it."
-        )
-    if matrix_OI.numel() == 0:
-        raise DecompositionError(
-            f"a matrix of shape {tuple(matrix_OI.shape)} is empty; there is nothing to factorize."
-        )
+    check_matrix(matrix_OI)
     bond_dims = expand_bond_dims(bond_dim, layout.num_sites - 1)
     limits = [Truncation(bond_dim=bond, cutoff=cutoff) for bond in bond_dims]
     layout.check((matrix_OI.shape[0], matrix_OI.shape[1]))
@@ -115,6 +104,28 @@ def sequential_svd(
     )
 
 
+def check_matrix(matrix_OI: Tensor) -> tuple[int, int]:
+    """The shape of what is to be factorized.
+
+    Raises:
+        DecompositionError: no tensor, or an empty one.
+        LayoutError: a tensor that is no matrix.
+    """
+    if not isinstance(matrix_OI, Tensor):
+        raise DecompositionError(
+            f"a {type(matrix_OI).__name__} is not a torch tensor. Convert it with torch.as_tensor."
+        )
+    if matrix_OI.ndim != 2:
+        raise LayoutError(
+            f"a tensor of shape {tuple(matrix_OI.shape)} is not a matrix (out, in). Reshape it."
+        )
+    if matrix_OI.numel() == 0:
+        raise DecompositionError(
+            f"a matrix of shape {tuple(matrix_OI.shape)} is empty; there is nothing to factorize."
+        )
+    return matrix_OI.shape[0], matrix_OI.shape[1]
+
+
 def _own(core: Tensor, matrix_OI: Tensor) -> Tensor:
     """The core in memory of its own: a chain of one site may be a view of the matrix."""
     shared = core.untyped_storage().data_ptr() == matrix_OI.untyped_storage().data_ptr()
@@ -137,7 +148,17 @@ def identity_cores(layout: Layout, dtype: torch.dtype, device: torch.device | No
 
 
 def kronecker_cores(factors: Sequence[Tensor]) -> Cores:
-    """The Kronecker product of matrices (out_k, in_k), leftmost most significant: bond dim 1."""
+    """The Kronecker product of matrices (out_k, in_k), leftmost most significant: bond dim 1.
+
+    Raises:
+        LayoutError: a factor that is no matrix.
+    """
+    for site, factor in enumerate(factors):
+        if factor.ndim != 2:
+            raise LayoutError(
+                f"factor {site} of shape {tuple(factor.shape)} is not a matrix (out, in). Reshape "
+                "it; a vector is (n, 1) or (1, n)."
+            )
     return tuple(factor[None, :, :, None] for factor in factors)
 
 

@@ -62,9 +62,13 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
         DecompositionError: the dtype is not real and floating.
     """
     if not dtype.is_floating_point:
+        advice = (
+            "Take the real and the imaginary part, each with cores of its own."
+            if dtype.is_complex
+            else "Convert the matrix with .float() first."
+        )
         raise DecompositionError(
-            f"dtype {dtype} cannot be decomposed: cores are real and floating. "
-            "Convert the matrix with .float() first."
+            f"dtype {dtype} cannot be decomposed: cores are real and floating. {advice}"
         )
     return torch.float64 if dtype == torch.float64 else torch.float32
 

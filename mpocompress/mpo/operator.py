@@ -5,6 +5,7 @@ Everything here returns a new MPO; the functions of the room do the work on plai
 
 from collections.abc import Iterable, Sequence
 from math import prod
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,11 +17,13 @@ from mpocompress.mpo.contract import apply_cores, plans_for
 from mpocompress.mpo.cores import Cores, bond_dims_of, check_cores, layout_of
 from mpocompress.mpo.dense import to_dense
 from mpocompress.mpo.factorize import (
+    check_matrix,
     identity_cores,
     kronecker_cores,
     random_cores,
     sequential_svd,
 )
+from mpocompress.mpo.factors import resolve_layout
 from mpocompress.mpo.layout import Layout, LayoutLike, as_layout
 
 if TYPE_CHECKING:
@@ -85,7 +88,8 @@ class MPO:
         Args:
             matrix_OI: (out, in), any real floating dtype. Work is done in float32 or wider; the
                 cores have the matrix's dtype and device.
-            layout: a `Layout`, (out, in) pairs, or text such as "32x28,32x28".
+            layout: "svd", "balanced" (two sites), a `Layout`, (out, in) pairs, or text such as
+                "32x28,32x28".
             bond_dim: largest bond dimension, for all bonds or one for each; None for no limit.
             cutoff: largest truncation error at each bond (relative discarded weight, squared).
             metric: what counts, such as `Metric(x.T @ x / len(x))` for the outputs of inputs x;
@@ -101,7 +105,9 @@ class MPO:
 
         Source: Oseledets, SIAM J. Matrix Anal. Appl. 31 (2010) 2130.
         """
-        layout = as_layout(layout)
+        shape = check_matrix(matrix_OI)
+        named = isinstance(layout, str) and layout in ("svd", "balanced")
+        layout = resolve_layout(layout, *shape) if named else as_layout(layout)
         if metric is not None:
             from mpocompress.mpo.fit import fit  # which is built on this class
 
@@ -110,7 +116,6 @@ class MPO:
             matrix_OI, layout, bond_dim=bond_dim, cutoff=cutoff, generator=generator
         )
         last = layout.num_sites - 1
-        shape = (matrix_OI.shape[0], matrix_OI.shape[1])
         return cls(result.cores, shape=shape, center=(last, last)).to(dtype=matrix_OI.dtype)
 
     @classmethod
@@ -126,7 +131,11 @@ class MPO:
 
     @classmethod
     def kronecker(cls, factors: Sequence[Tensor]) -> "MPO":
-        """The Kronecker product of matrices (out_k, in_k), with bond dimension 1."""
+        """The Kronecker product of matrices (out_k, in_k), with bond dimension 1.
+
+        Raises:
+            LayoutError: a factor that is no matrix.
+        """
         return cls(kronecker_cores(factors))
 
     @classmethod
@@ -328,15 +337,27 @@ class MPO:
         )
 
     def __add__(self, other: "MPO") -> "MPO":
+        if not isinstance(other, MPO):
+            return NotImplemented
         algebra.check_same_sites(self._cores, other._cores, "sum")
         if self._shape != other._shape:
             raise ContractionError(f"sum: shapes {self._shape} and {other._shape} differ.")
         return MPO(algebra.add_cores(self._cores, other._cores), shape=self._shape)
 
+    def __radd__(self, other: int) -> "MPO":
+        """For `sum`, which begins with the integer 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
     def __sub__(self, other: "MPO") -> "MPO":
-        return self + (-1.0) * other
+        return self + (-1.0) * other if isinstance(other, MPO) else NotImplemented
+
+    def __neg__(self) -> "MPO":
+        return (-1.0) * self
 
     def __mul__(self, factor: float) -> "MPO":
+        """The matrix times a real number, or a tensor of one."""
+        if not (isinstance(factor, Real) or (isinstance(factor, Tensor) and factor.ndim == 0)):
+            return NotImplemented
         site = self._center[0]
         return MPO(
             algebra.scale_cores(self._cores, factor, site), shape=self._shape, center=self._center
@@ -344,13 +365,22 @@ class MPO:
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: float) -> "MPO":
+        return self * (1 / divisor) if isinstance(divisor, Real | Tensor) else NotImplemented
+
     def __matmul__(self, other: "MPO") -> "MPO":
-        """Matrix product; bond dimensions multiply.
+        """Matrix product; bond dimensions multiply. For W x take `apply`.
 
         Raises:
-            ContractionError: in dims of the left and out dims of the right factor differ, or a
-                factor is padded on that side, where truncation may have left entries.
+            ContractionError: the right factor is no MPO, in dims of the left and out dims of the
+                right one differ, or a factor is padded on that side, where truncation may have left
+                entries.
         """
+        if not isinstance(other, MPO):
+            raise ContractionError(
+                f"product of an MPO and a {type(other).__name__}: W.apply(x) gives W x for every "
+                "row of x; make an MPO of a matrix with MPO.from_matrix."
+            )
         mine, theirs = self.layout, other.layout
         if mine.in_dims != theirs.out_dims:
             raise ContractionError(

@@ -7,7 +7,7 @@ effective bond dimension.
 """
 
 from collections.abc import Sequence
-from math import inf, log
+from math import inf, isfinite, log
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch import Tensor
 from mpocompress.errors import DecompositionError
 from mpocompress.mpo import linalg
 from mpocompress.mpo.canonical import Center, move_center
+
+# So near to order 1 the difference of two logarithms, divided by that to 1, would be rounding.
+_NEAR_ONE = 0.5
 
 
 def schmidt_spectra(cores: Sequence[Tensor], center: Center) -> list[Tensor]:
@@ -31,12 +34,13 @@ def schmidt_spectra(cores: Sequence[Tensor], center: Center) -> list[Tensor]:
 
 
 def entropy_nats(spectrum_S: Tensor) -> float:
-    """Entanglement entropy of one Schmidt spectrum, in nats; 0 for a zero matrix."""
-    weights = spectrum_S.detach().double() ** 2
-    total = weights.sum()
-    if float(total) == 0.0:
-        return 0.0
-    return max(0.0, float(torch.special.entr(weights / total).sum()))
+    """Entanglement entropy of one Schmidt spectrum, in nats; 0 for a zero matrix.
+
+    Raises:
+        DecompositionError: NaN or Inf in the spectrum.
+    """
+    p = _probabilities(spectrum_S)
+    return max(0.0, float(torch.special.entr(p).sum()))
 
 
 def renyi_entropy_nats(spectrum_S: Tensor, order: float) -> float:
@@ -48,7 +52,7 @@ def renyi_entropy_nats(spectrum_S: Tensor, order: float) -> float:
             values that are not zero up to rounding, `inf` that of 1 over the largest p.
 
     Raises:
-        DecompositionError: a negative order, or NaN.
+        DecompositionError: a negative order, or NaN; NaN or Inf in the spectrum.
 
     Source: Rényi, Proc. Fourth Berkeley Symposium 1 (1961) 547.
     """
@@ -56,16 +60,38 @@ def renyi_entropy_nats(spectrum_S: Tensor, order: float) -> float:
         raise DecompositionError(f"order {order!r} of a Rényi entropy: it is not negative. Try 2.")
     if order == 1:
         return entropy_nats(spectrum_S)
-    values = spectrum_S.detach().double()
-    largest = float(values.max()) if values.numel() else 0.0
-    if largest == 0.0:
+    p = _probabilities(spectrum_S)
+    if not bool(p.any()):
         return 0.0
-    weights = (values / largest) ** 2
     if order == 0:
         # Relative to the largest value: what rounding leaves of a zero in the spectrum's dtype.
         noise = spectrum_S.numel() * torch.finfo(spectrum_S.dtype).eps
-        return log(int((weights > noise**2).sum()))
-    total = float(weights.sum())
+        return log(int((p > noise**2 * p.max()).sum()))
+    largest = float(p.max())
     if order == inf:
-        return log(total)
-    return max(0.0, (log(float((weights**order).sum())) - order * log(total)) / (1 - order))
+        return -log(largest)
+    if abs(order - 1) < _NEAR_ONE:
+        p = p[p > 0]
+        excess = torch.special.xlogy(order - 1, p).expm1()  # p^(a - 1) - 1
+        return max(0.0, float((p @ excess).log1p()) / (1 - order))
+    total = float(((p / largest) ** order).sum())
+    return max(0.0, (log(total) + order * log(largest)) / (1 - order))
+
+
+def _probabilities(spectrum_S: Tensor) -> Tensor:
+    """Normalized squares, float64; zeros for a zero matrix. No square over- or underflows.
+
+    Raises:
+        DecompositionError: NaN or Inf in the spectrum.
+    """
+    values = spectrum_S.detach().double()
+    largest = float(values.max()) if values.numel() else 0.0
+    if not isfinite(largest):
+        raise DecompositionError(
+            f"a spectrum of {values.numel()} values with {largest} in it has no entropy. Check the "
+            "matrix for NaN, Inf and entries near the largest float."
+        )
+    if largest == 0.0:
+        return torch.zeros_like(values)
+    weights = (values / largest) ** 2
+    return weights / weights.sum()

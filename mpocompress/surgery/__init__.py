@@ -10,7 +10,7 @@ from mpocompress.surgery.adapter import WeightAdapter, adapter_for, register
 from mpocompress.surgery.find import check_finite, find_weights, tied_names
 from mpocompress.surgery.inventory import Inventory, KeptEntry, WeightSite
 from mpocompress.surgery.match import select, select_sites
-from mpocompress.surgery.opening import open_modules, opened_names
+from mpocompress.surgery.opening import open_modules, opened_for, opened_names
 from mpocompress.surgery.replace import Replacement, copy_with_replacements
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "copy_with_replacements",
     "find_weights",
     "open_modules",
+    "opened_for",
     "opened_names",
     "register",
     "select",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mpocompress.layers.recurrent import STATES, MPORecurrentWeight, RecurrentWeight
+from mpocompress.layers.recurrent import STATES, MPORecurrentWeight, Recurrence, RecurrentWeight
 from mpocompress.mpo.weight import Weight
 from mpocompress.surgery.adapter import OneWeight, register
 from mpocompress.surgery.refusals import why_dense
@@ -36,7 +36,7 @@ class RecurrentAdapter(OneWeight):
     @torch.no_grad()
     def input_rows(self, module: nn.Module, value: Tensor) -> Tensor:
         """Hidden states (batch, time, recurrent features)."""
-        if not isinstance(module, RecurrentWeight):
+        if not isinstance(module, Recurrence):
             raise TypeError(f"a {type(module).__name__} is no recurrent weight.")
         return module.run(value)[1].transpose(0, 1)
 

@@ -108,6 +108,25 @@ def open_modules(model: nn.Module, only: Collection[str] | None = None) -> nn.Mo
     return opened
 
 
+def opened_for(model: nn.Module, opened: nn.Module, layers: Collection[str]) -> nn.Module:
+    """The model with those modules opened that hold one of the layers; the rest as it was.
+
+    Args:
+        model: as it was given.
+        opened: `open_modules(model)`.
+        layers: qualified names in `opened`.
+    """
+    names = opened_names(opened)
+    wanted = {
+        name
+        for name in names
+        if any(layer.startswith(f"{name}." if name else "") for layer in layers)
+    }
+    if len(wanted) == len(names):
+        return opened
+    return open_modules(model, wanted) if wanted else model
+
+
 def only_misses(only: Collection[str], names: Collection[str]) -> bool:
     """Whether none of the names is among those asked for."""
     return set(only).isdisjoint(names)

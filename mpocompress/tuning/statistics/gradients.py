@@ -23,7 +23,12 @@ from mpocompress.mpo import linalg
 from mpocompress.tuning.lockstep import Call, floating_outputs, version_of
 from mpocompress.tuning.objectives import is_of_changes_in_place
 from mpocompress.tuning.padding import keep_mask, real_indices, real_rows
-from mpocompress.tuning.statistics.layer_rows import adapter_of, row_pieces, use_of
+from mpocompress.tuning.statistics.layer_rows import (
+    adapter_of,
+    row_pieces,
+    table_rows,
+    use_of,
+)
 from mpocompress.tuning.statistics.moments import MAX_FEATURES, CrossMoment, RowCounts
 from mpocompress.tuning.statistics.tables import HeadUse
 
@@ -158,10 +163,10 @@ def _statistics(
         if in_forward and len(values) == 1 and isinstance(values[0], Tensor):
             if adapter.looks_up:
                 indices = real_indices(values[0], keep[0])
-                table_rows = adapter.matrix(layer).shape[0]
-                moments[layer].counts.add(indices, table_rows)
+                rows = table_rows(layer)
+                moments[layer].counts.add(indices, rows)
                 if is_later:
-                    moments[layer].later_counts.add(indices, table_rows)
+                    moments[layer].later_counts.add(indices, rows)
             else:
                 moment = moment_of(layer, values[0])
                 moments[layer].inputs.merge(moment)

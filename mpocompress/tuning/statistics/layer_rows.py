@@ -4,8 +4,12 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from mpocompress.layers import MPOLinear
+from mpocompress.layers import MPOConv, MPOEmbedding, MPOLayer, MPOLinear
+from mpocompress.layers.recurrent import MPORecurrentWeight
+from mpocompress.surgery.adapt_conv import ConvAdapter, ConvTransposeAdapter
+from mpocompress.surgery.adapt_embedding import EmbeddingAdapter
 from mpocompress.surgery.adapt_linear import LinearAdapter
+from mpocompress.surgery.adapt_recurrent import RecurrentAdapter
 from mpocompress.surgery.adapter import WeightAdapter, adapter_for
 from mpocompress.tuning.padding import real_rows
 
@@ -15,15 +19,35 @@ _ENTRIES = 1 << 24
 
 
 def adapter_of(layer: nn.Module) -> WeightAdapter:
-    """The adapter of a layer that is known to have one; an `MPOLinear` takes rows as a linear does.
+    """The adapter of a layer that is known to have one.
+
+    An MPO layer meets the rows that the dense layer met; of the adapter of that, only what is about
+    rows is asked of it.
 
     Raises:
         TypeError: it has none.
     """
-    adapter = LinearAdapter() if isinstance(layer, MPOLinear) else adapter_for(layer)
+    adapter = _adapter_of_cores(layer) or adapter_for(layer)
     if adapter is None:
         raise TypeError(f"a {type(layer).__name__} has no weight that is known.")
     return adapter
+
+
+def _adapter_of_cores(layer: nn.Module) -> WeightAdapter | None:
+    if isinstance(layer, MPOLinear):
+        return LinearAdapter()
+    if isinstance(layer, MPOConv):
+        return ConvTransposeAdapter() if layer.geometry.transposed else ConvAdapter()
+    if isinstance(layer, MPOEmbedding):
+        return EmbeddingAdapter()
+    return RecurrentAdapter() if isinstance(layer, MPORecurrentWeight) else None
+
+
+def table_rows(layer: nn.Module) -> int:
+    """How many rows a table has that is looked up in; one of cores is not built for it."""
+    if isinstance(layer, MPOLayer):
+        return layer.out_features
+    return adapter_of(layer).matrix(layer).shape[0]
 
 
 def use_of(layer: nn.Module) -> tuple[int, bool]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mpocompress.errors import ConversionError, NoLayerMatched
 from mpocompress.layers import MPOLayer, MPOLinear
+from mpocompress.layers.recurrent import layers_of_recurrences
 from mpocompress.mpo import linalg
 from mpocompress.mpo.canonical import Center, move_center
 from mpocompress.mpo.contract import merge_cores
@@ -24,6 +25,10 @@ from mpocompress.surgery.match import select
 class Chain:
     """Cores that one layer, or several tied ones, have as parameters; where the center is.
 
+    Cores that are frozen (`requires_grad` off) when the chain is made keep their values. A move of
+    the gauge would change them, so where there are any, the gauge of the chain stays as it is:
+    there is no center, and only what is free can be opened.
+
     Args:
         name: of the first layer.
         layers: all that share the cores.
@@ -34,6 +39,7 @@ class Chain:
         self.layers = tuple(layers)
         self.shape = (layers[0].out_features, layers[0].in_features)
         self.step_scale = 1.0
+        self._free = tuple(core.requires_grad for core in layers[0].cores)
         self._cores: Cores = ()
         self._center: Center = (0, 0)
         self.read()
@@ -69,9 +75,36 @@ class Chain:
         """Dimensions of the inner bonds."""
         return bond_dims_of(self._cores)
 
+    @property
+    def has_frozen_cores(self) -> bool:
+        """Whether some cores, and with them the gauge, are to stay as they are."""
+        return not all(self._free)
+
+    def windows(self, width: int) -> tuple[tuple[int, int], ...]:
+        """First and last site of what is opened along a sweep, from left to right.
+
+        Args:
+            width: so many neighbours; or all cores if they are fewer, and beside frozen cores those
+                that have no free neighbour by themselves.
+        """
+        sites = len(self._cores)
+        width = min(width, sites)
+        found = [
+            (first, first + width - 1)
+            for first in range(sites - width + 1)
+            if all(self._free[first : first + width])
+        ]
+        covered = {site for first, last in found for site in range(first, last + 1)}
+        alone = [(k, k) for k in range(sites) if self._free[k] and k not in covered]
+        return tuple(sorted(found + alone))
+
     def move_center_(self, first: int, last: int) -> None:
-        """Move the orthogonality center to these sites; the layers' function does not change."""
-        self.put(*move_center(self._cores, self._center, first, last))
+        """Move the orthogonality center to these sites; the layers' function does not change.
+
+        Nothing moves in a chain with frozen cores.
+        """
+        if not self.has_frozen_cores:
+            self.put(*move_center(self._cores, self._center, first, last))
 
     def entropies_nats(self) -> tuple[float, ...]:
         """Entanglement entropy at every bond."""
@@ -94,7 +127,8 @@ class Chain:
     ) -> tuple[Cores, Center]:
         """The chain with two neighbours exchanged for a merged core, split by SVD.
 
-        The center goes with the sweep, so the discarded weight is that of the whole matrix.
+        The center goes with the sweep, so the discarded weight is that of the whole matrix; in a
+        chain with frozen cores, which has none, it is that of the pair.
 
         Raises:
             DecompositionError: the core is not finite.
@@ -118,14 +152,19 @@ class Chain:
             right_KY.reshape(bond, out_b, in_b, right),
         )
         center = first + 1 if to_the_right else first
-        return (*self._cores[:first], *pair, *self._cores[first + 2 :]), (center, center)
+        cores = (*self._cores[:first], *pair, *self._cores[first + 2 :])
+        return cores, (0, len(cores) - 1) if self.has_frozen_cores else (center, center)
 
 
-def find_chains(model: nn.Module) -> dict[str, Chain]:
+def find_chains(model: nn.Module, *, may_be_none: bool = False) -> dict[str, Chain]:
     """All chains of a model by the name of their first layer, in the order of its modules.
 
+    Args:
+        model: any module.
+        may_be_none: whether it may have none.
+
     Raises:
-        NoLayerMatched: the model has no MPO layer.
+        NoLayerMatched: the model has no MPO layer, or only those that recurrences read.
         ConversionError: half types, or layers that share some cores and not others.
     """
     # Cores are opened where vectors are multiplied; lookups and convolutions are not swept, nor is
@@ -136,14 +175,28 @@ def find_chains(model: nn.Module) -> dict[str, Chain]:
         if isinstance(module, MPOLayer) and not isinstance(module, MPOLinear)
         for core in module.cores.parameters()
     }
+    # Nor those that recurrences read: rebuilt as dense weights, no core of them meets the data.
+    recurrent = layers_of_recurrences(model)
+    rebuilt = []
     groups: dict[tuple[int, ...], list[tuple[str, MPOLinear]]] = {}
     for name, module in model.named_modules():
         # In a gauge are rounded layers alone here, whose cores cannot be moved.
         if not isinstance(module, MPOLinear) or module.gauge != "none":
             continue
+        if id(module) in recurrent:
+            rebuilt.append(name)
+            continue
         key = tuple(id(core) for core in module.cores.parameters())
         if others.isdisjoint(key):
             groups.setdefault(key, []).append((name, module))
+    if not groups and may_be_none:
+        return {}
+    if not groups and rebuilt:
+        raise NoLayerMatched(
+            "recurrent layers run on dense weights that are rebuilt, so that no core of "
+            f"{', '.join(rebuilt[:3])} is met by data, and sweeps have nothing to do. Take "
+            'distill, or train with method="adam".'
+        )
     if not groups:
         raise NoLayerMatched(
             f"a {type(model).__name__} without an MPO layer has nothing to sweep. Compress it "
@@ -184,14 +237,16 @@ def trainable_chains(
         model: with MPO layers.
         include: patterns of layer names; default: all.
         exclude: likewise; they win.
-        may_be_none: whether all of them may be frozen.
+        may_be_none: whether all of them may be frozen, or without patterns there may be none.
 
     Raises:
         NoLayerMatched: the model has no MPO layer, a pattern matches none, or all are frozen and
             that may not be.
         ConversionError: see `find_chains`.
     """
-    found = find_chains(model)
+    found = find_chains(model, may_be_none=may_be_none and not include and not exclude)
+    if not found:
+        return []
     names = select(tuple(found), include, exclude)
     chains = [
         chain

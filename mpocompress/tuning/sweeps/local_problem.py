@@ -19,14 +19,14 @@ _SMALLEST_RMS = 1e-2
 
 
 class LocalProblem:
-    """The sites `first` to `last` (one or two) of a chain whose center is there.
+    """The sites `first` to `last` (one or two) of a chain whose center is there, if it has one.
 
     Attributes:
         core: (left bond, out, in, right bond), what the steps change; the layers keep their cores
             until `close`.
 
     Args:
-        chain: its center is at these sites.
+        chain: its center is at these sites, unless it has frozen cores.
         first: left end.
         last: right end.
         calls: about so many gradients will be asked for.
@@ -50,7 +50,7 @@ class LocalProblem:
         """
         core = self.core.detach()
         if self._first == self._last:
-            center = (self._first, self._first)
+            center = None if self._chain.has_frozen_cores else (self._first, self._first)
             self._chain.put(self._chain.with_core(self._first, core), center)
             return
         limits = limits or Truncation()
@@ -88,7 +88,8 @@ def local_optimizer(
 
 def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require gradients and are no cores, by name."""
-    cores = {id(core) for chain in find_chains(model).values() for core in chain.layers[0].cores}
+    chains = find_chains(model, may_be_none=True)
+    cores = {id(core) for chain in chains.values() for core in chain.layers[0].cores}
     return {
         name: parameter
         for name, parameter in model.named_parameters()

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from mpocompress.errors import DataError, LoadError, NoLayerMatched
 from mpocompress.layers.modes import evaluation_mode
-from mpocompress.layers.recurrent import layers_of_recurrences
 from mpocompress.mpo.truncate import Truncation
 from mpocompress.tuning.lockstep import Call
 from mpocompress.tuning.objectives import Loss, gradients_of, scalar_loss
@@ -59,9 +58,10 @@ def sweep_on_loss(
 ) -> tuple[LossSweepRecord, ...]:
     """Lower a loss by sweeps over the MPO layers of a model, in place.
 
-    The model runs in evaluation mode; modes and `requires_grad` are restored. Layers whose cores
-    are all frozen (`requires_grad` off), and those that the evaluation batches do not reach, are
-    left as they are. Parameters of cores whose shape changes (two sites) are new objects.
+    The model runs in evaluation mode; modes and `requires_grad` are restored. Frozen cores
+    (`requires_grad` off) keep their values: where a layer has some, its others are opened, and its
+    gauge stays as it is. Layers that the evaluation batches do not reach are left as they are.
+    Parameters of cores whose shape changes (two sites) are new objects.
 
     Args:
         model: with MPO layers; tied layers are swept once.
@@ -165,13 +165,6 @@ class _Run:
             for handle in handles:
                 handle.remove()
         if not order:
-            recurrent = layers_of_recurrences(self._model)
-            if all(id(layer) in recurrent for chain in chains for layer in chain.layers):
-                raise NoLayerMatched(
-                    "recurrent layers run on dense weights that are rebuilt, so that no core of "
-                    f"{', '.join(chain.name for chain in chains[:3])} is met by data, and sweeps "
-                    "have nothing to do. Take distill."
-                )
             raise NoLayerMatched(
                 "the evaluation batches reach none of the MPO layers that may be swept "
                 f"({', '.join(chain.name for chain in chains[:3])}). Give data that does."
@@ -205,13 +198,11 @@ class _Run:
         generator = torch.Generator().manual_seed((options.seed * 2**20 + number + 1) % 2**63)
         batches = self._draw(generator)
         chain.read()
-        sites = len(chain.cores)
-        width = min(options.sites, sites)
-        positions = range(sites - width + 1)
+        windows = chain.windows(options.sites)
         to_the_right = sweep % 2 == 0
         with self._frozen_prefix(chain):
-            for first in positions if to_the_right else reversed(positions):
-                self._update(chain, first, first + width - 1, batches, to_the_right)
+            for first, last in windows if to_the_right else reversed(windows):
+                self._update(chain, first, last, batches, to_the_right)
         return LossSweepRecord(
             sweep=sweep,
             layer=chain.name,

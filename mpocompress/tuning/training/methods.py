@@ -167,7 +167,7 @@ class SweepMethod:
         self._at_once = max(1, epoch // (self._local * single))
         self.segments = ceil(len(self._widths) / self._at_once)
         self._start_bonds = {chain.name: max(chain.bond_dims, default=1) for chain in chains}
-        self._start_norms = {chain.name: _norm(chain) for chain in chains}
+        self._start_norms = {chain.name: _norms(chain) for chain in chains}
 
     def run(self, segment: int, step: int) -> tuple[int, float]:
         """Whole sweeps over all layers: as many as fit an epoch, at least one."""
@@ -187,7 +187,7 @@ class SweepMethod:
 
     def _positions(self, width: int) -> int:
         """Of the longest chain."""
-        return max(_places(chain, width) for chain in self._chains)
+        return max(len(chain.windows(width)) for chain in self._chains)
 
     def _visits(self, sweep: int) -> Iterator[list[_Visit]]:
         """What is open at each position of a sweep: a place in every chain."""
@@ -196,10 +196,10 @@ class SweepMethod:
         for position in range(sweep * positions, (sweep + 1) * positions):
             visits = []
             for chain in self._chains:
-                turns, place = divmod(position, _places(chain, width))
+                windows = chain.windows(width)
+                turns, place = divmod(position, len(windows))
                 to_the_right = turns % 2 == 0
-                first = place if to_the_right else _places(chain, width) - 1 - place
-                last = first + min(width, len(chain.cores)) - 1
+                first, last = windows[place if to_the_right else -1 - place]
                 visits.append(_Visit(chain, first, last, to_the_right))
             yield visits
 
@@ -224,7 +224,8 @@ class SweepMethod:
                 for core, gradient in zip(cores, found, strict=False):
                     core.grad = None if gradient is None else gradient.contiguous()
                 for group, visit in zip(optimizer.param_groups, visits, strict=True):
-                    size = self._start_norms[visit.chain.name] / sqrt(group["params"][0].numel())
+                    norm = self._start_norms[visit.chain.name][visit.first, visit.last]
+                    size = norm / sqrt(group["params"][0].numel())
                     group["lr"] = share * self._options.core_rate * size
                 optimizer.step()
                 self._moments.step(found[len(cores) :], share)
@@ -267,8 +268,8 @@ class SweepMethod:
         found = {f"dense.{key}": value for key, value in self._moments.state().items()}
         for chain in self._chains:
             found[f"bond.{chain.name}"] = torch.tensor(self._start_bonds[chain.name])
-            norm = self._start_norms[chain.name]
-            found[f"norm.{chain.name}"] = torch.tensor(norm, dtype=torch.float64)
+            norms = list(self._start_norms[chain.name].values())
+            found[f"norm.{chain.name}"] = torch.tensor(norms, dtype=torch.float64)
         for (name, site), moments in self._core_moments.items():
             found |= {f"core.{what}.{site}.{name}": value for what, value in moments.items()}
         return found
@@ -284,7 +285,9 @@ class SweepMethod:
             elif kind == "bond":
                 self._start_bonds[rest] = int(value)
             elif kind == "norm":
-                self._start_norms[rest] = float(value)
+                windows = self._start_norms[rest]
+                norms = value.reshape(-1).expand(len(windows)).tolist()  # was one for all of them
+                self._start_norms[rest] = dict(zip(windows, norms, strict=True))
             else:
                 what, site, name = rest.split(".", 2)
                 self._core_moments.setdefault((name, int(site)), {})[what] = moment_on(
@@ -293,11 +296,13 @@ class SweepMethod:
         self._moments.take_up(dense)
 
 
-def _places(chain: Chain, width: int) -> int:
-    """Where so many neighbours, or all cores if they are fewer, can be open."""
-    return max(1, len(chain.cores) - width + 1)
+def _norms(chain: Chain) -> dict[tuple[int, int], float]:
+    """Of what is opened, by its sites: that of the matrix, which the core at the center has.
 
-
-def _norm(chain: Chain) -> float:
-    """Of the matrix: that of the core at the center."""
-    return float(move_center(chain.cores, chain.center, 0, 0)[0][0].norm())
+    Beside frozen cores there is no center, and each has its own.
+    """
+    windows = {*chain.windows(1), *chain.windows(2)}
+    if chain.has_frozen_cores:
+        return {w: float(chain.merged(*w)[w[0]].norm()) for w in sorted(windows)}
+    norm = float(move_center(chain.cores, chain.center, 0, 0)[0][0].norm())
+    return dict.fromkeys(sorted(windows), norm)

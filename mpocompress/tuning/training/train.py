@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import DataError, DecompositionError
-from mpocompress.layers import MPOLinear
 from mpocompress.layers.modes import evaluation_mode
 from mpocompress.tuning.lockstep import Call
 from mpocompress.tuning.minibatches import Minibatch, TrainingData
@@ -103,9 +102,6 @@ def _chains(
     model: nn.Module, options: TrainOptions, include: Sequence[str], exclude: Sequence[str]
 ) -> list[Chain]:
     """The MPO layers to train, in the order of the model."""
-    any_layer = any(isinstance(module, MPOLinear) for module in model.modules())
-    if options.method == "adam" and not any_layer and not include and not exclude:
-        return []
     return trainable_chains(model, include, exclude, may_be_none=options.method == "adam")
 
 
@@ -131,12 +127,11 @@ def _values(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _restore(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    if any(isinstance(module, MPOLinear) for module in model.modules()):
-        for name, chain in find_chains(model).items():
-            prefix = f"{name}." if name else ""
-            sites = range(len(chain.cores))
-            device = chain.cores[0].device
-            chain.put([values[f"{prefix}cores.{site}"].to(device) for site in sites])
+    for name, chain in find_chains(model, may_be_none=True).items():
+        prefix = f"{name}." if name else ""
+        sites = range(len(chain.cores))
+        device = chain.cores[0].device
+        chain.put([values[f"{prefix}cores.{site}"].to(device) for site in sites])
     for name, value in model.state_dict().items():
         if name in values:
             value.copy_(values[name])
