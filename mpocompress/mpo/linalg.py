@@ -18,7 +18,7 @@ _RANDOMIZED_FROM = 768
 # float64. One core, 768x3072: 0.11 s for the values, where an SVD in float32 takes 0.40, one in
 # float64 0.77, and the range finder 0.06 for 48 of them, 0.15 to 0.22 for 96.
 _GRAM_FROM = 128
-_RANDOMIZED_VALUES_FRACTION = 1 / 16
+_RANDOMIZED_VALUES_FRACTION = 0.1
 # Beyond this share of the smaller side, what comes after the eigenvectors costs what is saved.
 _GRAM_FRACTION = 0.5
 # A Gram matrix has its rounding relative to the square of the largest value: below this share of
@@ -27,8 +27,8 @@ _GRAM_RESOLVES = 1e-8
 _COLUMNS_AT_ONCE = 1024  # of a Gram matrix: no float64 copy of the matrix
 # Entries up to which a decomposition in float64 costs at most seconds more than in float32.
 _DOUBLE_UP_TO = 1 << 21
-# Between these shares of the smaller side blocks of flat spectra fill the matrix before they
-# converge, and what they took comes on top.
+# Of the smaller side. Above, blocks of flat spectra fill the matrix before they converge, and what
+# they took comes on top.
 _RANDOMIZED_FRACTION = 0.15
 # Columns of a block beyond the rank, of the rank and at least. A block must not be narrower than
 # the rank: of a Schmidt value with multiplicity m, blocks of K < m columns find only K vectors.
