@@ -10,10 +10,10 @@ from mpocompress.loading import Batch
 from mpocompress.mpo import Layout
 from mpocompress.surgery import find_weights, open_modules
 from mpocompress.tuning import (
+    OutputMetrics,
     SitePlan,
     fit_in_sequence,
     later_calls,
-    output_metrics,
     take_statistics,
     with_fitted,
 )
@@ -118,7 +118,7 @@ def test_a_block_that_is_applied_repeatedly_is_better_for_its_later_calls(norm_f
     errors = []
     for later in ({}, later_calls(sites, moments)):
         fitted = fit_in_sequence(
-            opened, plans, calls, output_metrics=output_metrics(moments), later=later
+            opened, plans, calls, output_metrics=OutputMetrics(moments), later=later
         )
         weights = {site: found.mpo for site, found in fitted.items()}
         errors.append(error(with_fitted(opened, weights, fitted), model, held_out))
@@ -254,7 +254,7 @@ def test_layers_that_share_a_weight_share_the_metric_of_its_outputs():
     model = Twice(2, bias=False)
     modules = [model.first, model.second]
     moments = take_statistics(model, modules, [Batch(args=(random(400, N),))]).layers
-    metrics = output_metrics(moments)
+    metrics = OutputMetrics(moments)
     mean = (moments[model.first].output_metric + moments[model.second].output_metric) / 2
     for module in modules:
         torch.testing.assert_close(metrics[module], mean, **F64["apply"])

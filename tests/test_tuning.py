@@ -147,6 +147,27 @@ def test_moments_of_x_with_itself_and_with_others_add_up_in_any_order(order, rea
         torch.testing.assert_close(moment.mean(centered=True)[0], expected, **F64["apply"])
 
 
+def test_a_moment_of_x_with_itself_is_kept_as_a_triangle():
+    """With the rows of 128 that its blocks have beside the diagonal."""
+    moment = CrossMoment()
+    x = inputs(50, 1000)
+    moment.add(x, x)
+    kept = sum(part.numel() for part in moment._sums.parts)
+    assert kept <= 1000 * (1000 + 128) / 2
+
+
+def test_moments_that_are_forgotten_are_still_counted():
+    x = inputs(50, 30)
+    moment, counted = CrossMoment(), CrossMoment()
+    moment.add(x, x)
+    counted.count(x)
+    moment.forget()
+    for found in (moment, counted):
+        assert (found.rows, found.features) == (50, 30)
+        with pytest.raises(DataError, match="only counted"):
+            found.mean(centered=False)
+
+
 @pytest.mark.parametrize("features", [4, 300])
 def test_nan_in_one_feature_of_x_with_itself_is_refused(features):
     x = inputs(40, features)
@@ -289,6 +310,24 @@ def test_moments_stop_once_every_layer_has_seen_enough_rows(rows, size, seen):
     every = take_statistics(model, linears, calls, all_data=True).layers
     assert {m.inputs.rows for m in few.values()} == {seen}
     assert {m.inputs.rows for m in every.values()} == {rows}
+
+
+def test_what_is_not_wanted_of_inputs_is_counted_and_changes_nothing_else():
+    model = mlp(6, 8, 8, 4, bias=False)
+    linears = [module for module in model if isinstance(module, nn.Linear)]
+    calls = [Batch(args=(part,)) for part in inputs(400, 6).split(10)]
+    whole = take_statistics(model, linears, calls)
+    some = take_statistics(model, linears, calls, inputs_of=linears[:1])
+    assert some.output_energy == whole.output_energy
+    for layer in linears:
+        found, expected = some.layers[layer], whole.layers[layer]
+        assert torch.equal(found.output_metric, expected.output_metric)
+        assert found.inputs.rows == expected.inputs.rows
+        assert found.inputs.features == expected.inputs.features
+    first = (side.layers[linears[0]].inputs.mean(centered=False)[0] for side in (some, whole))
+    assert torch.equal(*first)
+    with pytest.raises(DataError, match="only counted"):
+        some.layers[linears[1]].inputs.mean(centered=False)
 
 
 def test_output_energy_is_that_of_the_batches_that_the_moments_are_from():

@@ -50,6 +50,7 @@ from mpocompress.tuning import (
     FitStore,
     FittedWeight,
     LayerMoments,
+    OutputMetrics,
     SitePlan,
     correction_plans,
     effect_alone,
@@ -57,7 +58,6 @@ from mpocompress.tuning import (
     gain_of_bonds,
     is_corrected,
     later_calls,
-    output_metrics,
     take_statistics,
     tied_heads,
     with_fitted,
@@ -65,6 +65,7 @@ from mpocompress.tuning import (
 from mpocompress.tuning.fitting.plan import exact_takes_long
 from mpocompress.tuning.fitting.rounding import Rounded
 from mpocompress.tuning.fitting.storage_choices import storage_choices
+from mpocompress.tuning.statistics.layer_rows import adapter_of
 
 # Fits on trial take long: not for budgets whose every step fits a model and measures it.
 _TRIED_FOR = ("ratio", "max_size")
@@ -200,7 +201,7 @@ class Job:
                     layout,
                     bond_dims,
                     self.calls,
-                    output_metrics=output_metrics(self.moments or {}),
+                    output_metrics=OutputMetrics(self.moments or {}),
                     later=later_calls([site], self.moments or {}),
                 )
                 self._trials[key] = Trial(loss=change**2 * self._energy, distance=distance)
@@ -403,14 +404,25 @@ class Job:
             fitted_anew = [entry.site for entry in planned if not entry.stays_dense]
             modules = [module for site in fitted_anew for module in site.modules]
             with self.clock("statistics"):
-                found = take_statistics(opened, modules, self.calls, seed=self.seed)
+                found = take_statistics(
+                    opened,
+                    modules,
+                    self.calls,
+                    seed=self.seed,
+                    inputs_of=_tied_modules(fitted_anew),
+                )
                 moments = found.layers
+        elif not self.keeps_statistics:  # they have said what there was to plan with
+            tied = _tied_modules([entry.site for entry in planned])
+            for module, moment in moments.items():
+                if module not in tied:
+                    moment.inputs.forget()
         with self.clock("fitting"):
             fitted = fit_in_sequence(
                 opened,
                 planned,
                 self.calls,
-                output_metrics=output_metrics(moments),
+                output_metrics=OutputMetrics(moments),
                 heads={entry.site: tied_heads(entry.site, moments) for entry in planned},
                 later=later_calls([entry.site for entry in planned], moments),
                 options=FitOptions(sweeps=self.sweeps),
@@ -420,6 +432,16 @@ class Job:
         if not self.keeps_statistics:
             self.forget_statistics()
         return fitted
+
+
+def _tied_modules(sites: Sequence[WeightSite]) -> set[nn.Module]:
+    """Modules of weights that are a table as well as a matrix: how they use it is asked for."""
+    return {
+        module
+        for site in sites
+        if any(adapter_of(module).looks_up for module in site.modules)
+        for module in site.modules
+    }
 
 
 def _opened_as_planned(

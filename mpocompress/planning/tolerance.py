@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mpocompress.mpo import Layout
-from mpocompress.mpo.linalg import svd_values, working_dtype
+from mpocompress.mpo.linalg import value_weights, working_dtype
 from mpocompress.planning.entries import keep_entry
 from mpocompress.planning.parts import Part
 from mpocompress.planning.plan import Plan
@@ -34,7 +34,7 @@ def weight_curve(weight_OI: Tensor, layout: Layout) -> Tensor:
         return lost_D
     for bond in range(1, layout.num_sites):
         unfolded = merge_sites(layout, bond).split(weight_OI)
-        squares = svd_values(unfolded).double().cpu() ** 2
+        squares = value_weights(unfolded).cpu()
         tails = squares.flip(0).cumsum(0).flip(0) / total  # entry r: beyond the first r values
         lost_D[: len(tails)] += tails
     return lost_D.sqrt().clamp(max=1.0)

@@ -15,9 +15,9 @@ from mpocompress.tuning.statistics.gradients import LayerMoments, Statistics, ta
 from mpocompress.tuning.statistics.later_calls import LaterCalls, later_calls
 from mpocompress.tuning.statistics.output_errors import OutputErrors, output_errors
 from mpocompress.tuning.statistics.sensitivity import (
+    OutputMetrics,
     gain_of_bonds,
     output_error_curve,
-    output_metrics,
     tied_heads,
 )
 from mpocompress.tuning.sweeps.on_loss import sweep_on_loss
@@ -44,6 +44,7 @@ __all__ = [
     "LossSweepOptions",
     "LossSweepRecord",
     "OutputErrors",
+    "OutputMetrics",
     "RSquared",
     "SitePlan",
     "Statistics",
@@ -63,7 +64,6 @@ __all__ = [
     "later_calls",
     "output_error_curve",
     "output_errors",
-    "output_metrics",
     "effect_alone",
     "supervised_loss",
     "sweep_on_loss",

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -69,14 +70,14 @@ class FitStore:
                 f"cannot keep the state of the run in {str(self._folder)!r}: {error.strerror}."
             ) from None
         # The order of the metrics is that of the model's modules, not that of a mapping.
-        metrics = [output_metrics[m] for m in model.modules() if m in output_metrics]
+        metrics = (output_metrics[m] for m in model.modules() if m in output_metrics)
         tensors = [*model.parameters(), *model.buffers(), *tensors_of(calls)]
         names = [name for name, _ in model.named_parameters()]
         again = [[site.name, found.rows, found.first_rows] for site, found in later.items()]
         text = json.dumps([_FORMAT.version, names, asdict(options), len(calls), *again])
         seen = [tensor for found in later.values() for tensor in found.tensors()]
         self._prefix = hashlib.sha256(text.encode())
-        self._prefix.update(fingerprint([*tensors, *metrics, *seen]).encode())
+        self._prefix.update(fingerprint(chain(tensors, metrics, seen)).encode())
 
     def reach(self, plan: SitePlan) -> FittedWeight | None:
         """The fit of the layer that the pass comes to; None if it is not there.

@@ -8,7 +8,7 @@ f). A distillation loss would not do: its gradient at the dense model is zero.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,6 +96,7 @@ def take_statistics(
     *,
     seed: int = 0,
     all_data: bool = False,
+    inputs_of: Collection[nn.Module] | None = None,
 ) -> Statistics:
     """Second moments of inputs and of gradients at the outputs, for every layer that data reaches.
 
@@ -109,19 +110,20 @@ def take_statistics(
         calls: batches.
         seed: of the random directions and of the order of the batches.
         all_data: go on to the last batch.
+        inputs_of: layers whose inputs are wanted; of others they are only counted. Default: all.
 
     Raises:
         DataError: the model has no floating output, or its gradients are not finite.
     """
     try:
-        return _statistics(model, layers, calls, seed, all_data)
+        return _statistics(model, layers, calls, seed, all_data, inputs_of)
     except RuntimeError as error:
         if not is_of_changes_in_place(error):
             raise
     # As x += layer(x) does, which runs but cannot be trained: what gradients need is copied.
     # (torch's allow_mutation_on_saved_tensors does not see changes through views.)
     with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda copied: copied):
-        return _statistics(model, layers, calls, seed, all_data)
+        return _statistics(model, layers, calls, seed, all_data, inputs_of)
 
 
 def _statistics(
@@ -130,7 +132,9 @@ def _statistics(
     calls: Sequence[Call],
     seed: int,
     all_data: bool,
+    inputs_of: Collection[nn.Module] | None,
 ) -> Statistics:
+    wanted = set(layers if inputs_of is None else inputs_of)
     moments = {layer: LayerMoments() for layer in layers}
     generator = torch.Generator().manual_seed(seed)
     energy, no_gradients = 0.0, set[nn.Module]()
@@ -168,10 +172,13 @@ def _statistics(
                 if is_later:
                     moments[layer].later_counts.add(indices, rows)
             else:
-                moment = moment_of(layer, values[0])
-                moments[layer].inputs.merge(moment)
+                if layer in wanted:
+                    moments[layer].inputs.merge(moment_of(layer, values[0]))
+                else:
+                    for (rows,) in row_pieces(layer, (values[0].detach(),), keep[0]):
+                        moments[layer].inputs.count(rows)
                 if is_later:
-                    moments[layer].later_inputs.merge(moment)
+                    moments[layer].later_inputs.merge(moment_of(layer, values[0]))
         if not output.requires_grad:
             # No leaf, which a model may not change in place.
             output = output.detach().requires_grad_().clone()

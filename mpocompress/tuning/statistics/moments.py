@@ -13,9 +13,11 @@ from mpocompress.errors import DataError, PathsDifferError
 # Products of so many rows are formed in float32 and summed in float64: the rounding of a sum then
 # does not grow with the amount of data, at the speed of a float32 product.
 _CHUNK = 4096
-# Columns at once of the moment of x with itself, of which the upper triangle is enough.
+# Rows at once of the moment of x with itself, of which the upper triangle is kept: those of all
+# layers are in memory together, and take several times what the weights do.
 _BLOCK = 128
-# A moment of so many features takes half a GB; larger ones (of a vocabulary) are not collected.
+# A moment of so many features takes a quarter of a GB, and half a GB where it is used; larger ones
+# (of a vocabulary) are not collected.
 MAX_FEATURES = 8192
 
 
@@ -29,6 +31,16 @@ class CrossMoment:
     def __init__(self) -> None:
         self.rows = 0
         self._sums: _Sums | None = None
+        self._counted_features = 0
+
+    def count(self, rows_NI: Tensor) -> None:
+        """Count rows, and no more: their moment will not be asked for."""
+        self.rows += rows_NI.shape[0]
+        self._counted_features = rows_NI.shape[1]
+
+    def forget(self) -> None:
+        """Free the sums: only how many rows there were, and of what, will be asked for."""
+        self._counted_features, self._sums = self.features, None
 
     def add(self, left_NI: Tensor, right_NJ: Tensor) -> None:
         """Add the rows of two activations.
@@ -57,7 +69,9 @@ class CrossMoment:
     @property
     def features(self) -> int:
         """Of the wider of x and y; 0 before any rows were seen."""
-        return 0 if self._sums is None else max(self._sums.product_IJ.shape)
+        if self._sums is None:
+            return self._counted_features
+        return max(len(self._sums.left_shift_I), len(self._sums.right_shift_J))
 
     def empty_like(self) -> "CrossMoment":
         """One that has seen nothing, with the same shifts: merged into this one, it costs least."""
@@ -75,27 +89,26 @@ class CrossMoment:
             return
         mine, theirs = self._sums, other._sums
         self.rows += other.rows
-        if mine.symmetric and theirs.symmetric:
-            mine.upper_only |= theirs.upper_only
-        else:
-            mine.complete()
-            theirs.complete()
-            mine.symmetric = False
-        if mine.left_shift_I is theirs.left_shift_I and mine.right_shift_J is theirs.right_shift_J:
-            mine.product_IJ += theirs.product_IJ
-            mine.left_I += theirs.left_I
-            mine.right_J += theirs.right_J
-            return
+        if not (mine.symmetric and theirs.symmetric):
+            mine.unpack()
+        same = (
+            mine.left_shift_I is theirs.left_shift_I and mine.right_shift_J is theirs.right_shift_J
+        )
         left_I = theirs.left_shift_I - mine.left_shift_I
         right_J = theirs.right_shift_J - mine.right_shift_J
-        mine.product_IJ += (
-            theirs.product_IJ
-            + left_I[:, None] * theirs.right_J
-            + theirs.left_I[:, None] * right_J
-            + other.rows * left_I[:, None] * right_J
-        )
-        mine.left_I += theirs.left_I + other.rows * left_I
-        mine.right_J += theirs.right_J + other.rows * right_J
+        for (rows, columns, sums), added in zip(
+            mine.pieces(), theirs.parts_like(mine), strict=True
+        ):
+            sums += added
+            if not same:
+                sums += left_I[rows, None] * theirs.right_J[columns]
+                sums += theirs.left_I[rows, None] * right_J[columns]
+                sums += other.rows * left_I[rows, None] * right_J[columns]
+        mine.left_I += theirs.left_I
+        mine.right_J += theirs.right_J
+        if not same:
+            mine.left_I += other.rows * left_I
+            mine.right_J += other.rows * right_J
 
     def merge_zeros(self, other: "CrossMoment") -> None:
         """Add rows of zeros for x, with the y of what another one has seen."""
@@ -107,7 +120,7 @@ class CrossMoment:
         zeros._sums = _Sums(
             torch.zeros_like(mine.left_shift_I),
             theirs.right_shift_J,
-            torch.zeros_like(mine.product_IJ),
+            [mine.left_I.new_zeros(len(mine.left_I), len(theirs.right_J))],
             torch.zeros_like(mine.left_I),
             theirs.right_J,
             symmetric=False,
@@ -134,17 +147,21 @@ class CrossMoment:
         """E[x y^T] (I, J), E[x] (I,), E[y] (J,) in float64; the product without the means if asked.
 
         Raises:
-            DataError: no rows were seen.
+            DataError: no rows were seen, or they were only counted.
         """
         if self._sums is None:
+            if self.rows:
+                raise DataError(
+                    f"{self.rows} rows of activations were only counted; take statistics of these "
+                    "inputs, too."
+                )
             raise PathsDifferError(
                 "no rows of activations were seen: the data is empty, or its mask marks everything "
                 "as padding."
             )
         sums = self._sums
-        sums.complete()
         left_I, right_J = sums.left_I / self.rows, sums.right_J / self.rows
-        product_IJ = (sums.product_IJ / self.rows).addr_(left_I, right_J, alpha=-1)
+        product_IJ = sums.product().div_(self.rows).addr_(left_I, right_J, alpha=-1)
         left_I, right_J = left_I + sums.left_shift_I, right_J + sums.right_shift_J
         if not centered:
             product_IJ.addr_(left_I, right_J)
@@ -156,28 +173,30 @@ class _Sums:
     """Sums over rows of x - s and y - t and of their product; s and t are the shifts, float64.
 
     Attributes:
+        parts: the product: all of it, or if it is symmetric `_BLOCK` rows each, from their diagonal
+            on.
         symmetric: the product is of x with itself.
-        upper_only: its lower triangle is not up to date, and is made from the upper one when all of
-            it is asked for.
     """
 
     left_shift_I: Tensor
     right_shift_J: Tensor
-    product_IJ: Tensor
+    parts: list[Tensor]
     left_I: Tensor
     right_J: Tensor
     symmetric: bool
-    upper_only: bool = False
 
     @classmethod
     def around(cls, left_shift_I: Tensor, right_shift_J: Tensor) -> "_Sums":
         own = left_shift_I is right_shift_J or torch.equal(left_shift_I, right_shift_J)
         if own:
             right_shift_J = left_shift_I
+        left, right = len(left_shift_I), len(right_shift_J)
+        blocks = range(0, left, _BLOCK)
+        shapes = [(min(_BLOCK, left - start), left - start) for start in blocks]
         return cls(
             left_shift_I,
             right_shift_J,
-            left_shift_I.new_zeros(len(left_shift_I), len(right_shift_J)),
+            [left_shift_I.new_zeros(shape) for shape in (shapes if own else [(left, right)])],
             torch.zeros_like(left_shift_I),
             torch.zeros_like(right_shift_J),
             symmetric=own,
@@ -185,50 +204,66 @@ class _Sums:
 
     def copy(self) -> "_Sums":
         """One to add to; shifts are never changed, and stay the same objects."""
-        sums = (self.product_IJ.clone(), self.left_I.clone(), self.right_J.clone())
+        parts = [part.clone() for part in self.parts]
         shifts = (self.left_shift_I, self.right_shift_J)
-        return _Sums(*shifts, *sums, self.symmetric, self.upper_only)
+        return _Sums(*shifts, parts, self.left_I.clone(), self.right_J.clone(), self.symmetric)
 
     def scale_(self, factor: float) -> None:
         """As if every row had come so many times."""
-        for total in (self.product_IJ, self.left_I, self.right_J):
+        for total in (*self.parts, self.left_I, self.right_J):
             total *= factor
 
     def add(self, left_nI: Tensor, right_nJ: Tensor) -> None:
         """Rows that are shifted."""
-        self.complete()
-        self.symmetric = False
-        self.product_IJ += left_nI.mT @ right_nJ
+        self.unpack()
+        self.parts[0] += left_nI.mT @ right_nJ
         self.left_I += left_nI.sum(0).double()
         self.right_J += right_nJ.sum(0).double()
 
     def add_own(self, rows_nI: Tensor) -> None:
         """Rows that are shifted, with themselves."""
-        features = rows_nI.shape[1]
-        for start in range(0, features, _BLOCK):
-            block_ni = rows_nI[:, start : start + _BLOCK]
-            self.product_IJ[start : start + _BLOCK, start:] += block_ni.mT @ rows_nI[:, start:]
-        self.upper_only = True
+        for rows, columns, sums in self.pieces():
+            sums += rows_nI[:, rows].mT @ rows_nI[:, columns]
         # As exact as the product; summing float32 in float64 takes ten times as long.
         sum_I = rows_nI.sum(0).double()
         self.left_I += sum_I
         self.right_J += sum_I
 
-    def complete(self) -> None:
-        """Fill in the lower triangle."""
-        if self.upper_only:
-            features = self.product_IJ.shape[0]
-            for start in range(0, features, _BLOCK):
-                end = min(start + _BLOCK, features)
-                on_diagonal = self.product_IJ[start:end, start:end]
-                on_diagonal.copy_(on_diagonal.triu() + on_diagonal.triu(1).mT)
-                self.product_IJ[end:, start:end] = self.product_IJ[start:end, end:].mT
-            self.upper_only = False
+    def pieces(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Rows, columns and the sums there that are kept."""
+        if not self.symmetric:
+            yield slice(None), slice(None), self.parts[0]
+            return
+        for number, part in enumerate(self.parts):
+            start = number * _BLOCK
+            yield slice(start, start + _BLOCK), slice(start, None), part
+
+    def parts_like(self, other: "_Sums") -> list[Tensor]:
+        """The parts, unpacked if those of the other one are."""
+        return self.parts if other.symmetric else [self.product()]
+
+    def product(self) -> Tensor:
+        """All of the product (I, J), to be changed."""
+        if not self.symmetric:
+            return self.parts[0].clone()
+        features = len(self.left_I)
+        product_II = self.left_I.new_empty(features, features)
+        for rows, columns, sums in self.pieces():
+            product_II[columns, rows] = sums.mT
+            product_II[rows, columns] = sums
+            on_diagonal = product_II[rows, rows]  # of which rounding may differ above and below
+            on_diagonal.copy_(on_diagonal.triu() + on_diagonal.triu(1).mT)
+        return product_II
+
+    def unpack(self) -> None:
+        """From now on the product is not symmetric."""
+        if self.symmetric:
+            self.parts, self.symmetric = [self.product()], False
 
     def is_finite(self) -> bool:
         """Whether all sums are; of x with itself, what is not shows on the diagonal."""
-        seen = self.product_IJ.diagonal() if self.upper_only else self.product_IJ
-        return bool(torch.isfinite(seen.sum()))
+        seen = [part.diagonal() if self.symmetric else part for part in self.parts]
+        return bool(torch.isfinite(torch.stack([part.sum() for part in seen])).all())
 
 
 def joined_rows(pieces: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:

@@ -9,7 +9,7 @@ what each rank is worth. Times the rows that were seen, they are on one scale fo
 # Shape suffixes: O out features, I in features, R bond.
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -53,14 +53,16 @@ def gain_of_bonds(
     whitened_OI = metric.input_factor.apply(site.matrix().to(input_II))
     if metric.output_factor is not None:
         whitened_OI = metric.output_factor.apply(whitened_OI.mT).mT
-    values_R = linalg.svd_values(whitened_OI)
-    gains_R = torch.zeros(min(site.shape), dtype=torch.float64, device=values_R.device)
-    gains_R[: len(values_R)] = values_R.double() ** 2  # singular moments have fewer directions
+    weights_R = linalg.value_weights(whitened_OI)
+    gains_R = torch.zeros(min(site.shape), dtype=torch.float64, device=weights_R.device)
+    gains_R[: len(weights_R)] = weights_R  # singular moments have fewer directions
     return inputs.rows * gains_R / (1 + metric.ridge)  # so that shrinking keeps the mean squares
 
 
 def tied_heads(site: WeightSite, moments: Mapping[nn.Module, LayerMoments]) -> tuple[HeadUse, ...]:
-    """How output layers use a table that they are tied to."""
+    """How output layers use a table that they are tied to; nothing for weights that are none."""
+    if not any(adapter_of(module).looks_up for module in site.modules):
+        return ()
     found = [
         moments[module].head_use()
         for module in site.modules
@@ -69,18 +71,41 @@ def tied_heads(site: WeightSite, moments: Mapping[nn.Module, LayerMoments]) -> t
     return tuple(use for use in found if use is not None)
 
 
-def output_metrics(moments: Mapping[nn.Module, LayerMoments]) -> dict[nn.Module, Tensor]:
-    """G (out, out) of every module; one for all that share a weight and use it alike."""
-    groups: dict[tuple[int, bool], list[nn.Module]] = defaultdict(list)
-    for module, moment in moments.items():
-        if moment.gradients.rows:
-            groups[use_of(module)].append(module)
-    found: dict[nn.Module, Tensor] = {}
-    for modules in groups.values():
-        gradients = [moments[module].gradients for module in modules]
+class OutputMetrics(Mapping[nn.Module, Tensor]):
+    """G (out, out) of every module; one for all that share a weight and use it alike.
+
+    Each is made when it is asked for: all of them together take more memory than the model.
+
+    Args:
+        moments: of the modules, from `take_statistics`.
+    """
+
+    def __init__(self, moments: Mapping[nn.Module, LayerMoments]) -> None:
+        groups: dict[tuple[int, bool], list[CrossMoment]] = defaultdict(list)
+        self._gradients: dict[nn.Module, list[CrossMoment]] = {}
+        for module, moment in moments.items():
+            if moment.gradients.rows:
+                group = groups[use_of(module)]
+                group.append(moment.gradients)
+                self._gradients[module] = group
+
+    def __getitem__(self, module: nn.Module) -> Tensor:
+        """G of a module, float64."""
+        gradients = self._gradients[module]
         total = gradients[0] if len(gradients) == 1 else CrossMoment.sum_of(gradients)
-        found |= dict.fromkeys(modules, total.mean(centered=False)[0])
-    return found
+        return total.mean(centered=False)[0]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        """The modules."""
+        return iter(self._gradients)
+
+    def __len__(self) -> int:
+        """How many modules there are."""
+        return len(self._gradients)
+
+    def __contains__(self, module: object) -> bool:
+        """Whether a module has one; it is not made."""
+        return module in self._gradients
 
 
 def lookups_of(
@@ -149,7 +174,7 @@ def output_error_curve(
         return None
     metric = shrunk_metric(input_II, inputs.rows, least=RIDGE)
     whitened_OI = metric.input_factor.apply(weight_OI)
-    squares = linalg.svd_values(whitened_OI).double().cpu() ** 2 / (1 + metric.ridge)
+    squares = linalg.value_weights(whitened_OI).cpu() / (1 + metric.ridge)
     lost_D = torch.zeros(min(site.shape) + 1, dtype=torch.float64, device="cpu")
     lost_D[: len(squares)] = squares.flip(0).cumsum(0).flip(0)
     return (lost_D / norm).sqrt()
