@@ -23,13 +23,13 @@ from mpocompress.tuning import (
     FitStore,
     FittedWeight,
     SitePlan,
-    distill_state,
-    sweep_state,
-    train_state,
 )
+from mpocompress.tuning.healing import state as healing_state
 from mpocompress.tuning.healing.state import DistillState
+from mpocompress.tuning.sweeps import state as sweeps_state
 from mpocompress.tuning.sweeps.options import LossSweepRecord
 from mpocompress.tuning.sweeps.state import SweepState
+from mpocompress.tuning.training import state as training_state
 from mpocompress.tuning.training.options import TrainRecord
 from mpocompress.tuning.training.state import TrainState
 
@@ -141,20 +141,20 @@ def written(write: Callable[..., None], *given: Any) -> Callable[[Path], Path]:
 
 KINDS = {
     "training": Kind(
-        write=written(train_state.write_state, TRAINING, ARGUMENTS),
-        read=lambda path: train_state.read_state(path, ARGUMENTS),
+        write=written(training_state.write_state, TRAINING, ARGUMENTS),
+        read=lambda path: training_state.read_state(path, ARGUMENTS),
         fact="history",
         tensor=None,
     ),
     "sweeps": Kind(
-        write=written(sweep_state.write_state, SWEEPS),
-        read=sweep_state.read_state,
+        write=written(sweeps_state.write_state, SWEEPS),
+        read=sweeps_state.read_state,
         fact="caps",
         tensor=None,  # see test_loss_sweeps
     ),
     "distillation": Kind(
-        write=written(distill_state.write_state, HEALING, ARGUMENTS),
-        read=lambda path: distill_state.read_state(path, ARGUMENTS),
+        write=written(healing_state.write_state, HEALING, ARGUMENTS),
+        read=lambda path: healing_state.read_state(path, ARGUMENTS),
         fact="best_loss",
         tensor="current.0",
     ),
