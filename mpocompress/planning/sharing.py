@@ -333,15 +333,20 @@ class Sharing:
     ) -> tuple[list[Part], int]:
         """The weights that can take part, and how many numbers they may store together.
 
-        One that even at bond dimension 1 is less compact than all of them must be on average would
-        only take from the others; it stays dense.
+        Where nothing tells what a bond dimension is worth, one that even at bond dimension 1 is
+        less compact than all of them must be on average stays dense. Where gains tell, dense or
+        few bond dimensions are weighed against what the same numbers do elsewhere.
         """
         parts = list(taking_part)
         while parts:
             dense = sum(part.share.dense for part in parts)
             budget = int(allowed(dense))
+            weighed = _weighed(self._shares(parts), budget)
             able = [
-                part for part in parts if part.share.stored(1) * dense <= budget * part.share.dense
+                part
+                for part in parts
+                if part.share in weighed
+                or part.share.stored(1) * dense <= budget * part.share.dense
             ]
             if len(able) == len(parts):
                 return parts, budget
@@ -378,6 +383,12 @@ class Sharing:
             f"nothing to compress: no selected layer gets smaller{because}. See "
             "`mpocompress inspect`."
         )
+
+
+def _weighed(shares: Sequence[Share], budget: int) -> list[Share]:
+    """Those between whose bond dimensions, or dense form, gains can choose within the budget."""
+    known = [share for share in shares if share.gains is not None and share.may_stay_dense]
+    return known if len(known) >= 2 and least_numbers(shares) <= budget else []
 
 
 def _allocate(shares: Sequence[Share], budget: int) -> list[int]:
