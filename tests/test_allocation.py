@@ -22,6 +22,7 @@ from mpocompress.planning.allocation import (
     allocate_uniform,
     least_numbers,
 )
+from mpocompress.planning.parts import gains_of_losses
 from mpocompress.tuning import effect_alone, gain_of_bonds, take_statistics
 
 
@@ -122,6 +123,20 @@ def test_a_small_layer_that_matters_is_not_held_near_uniform():
     budget = sum(s.dense for s in shares) // 6
     assert allocate_uniform(shares, budget)[0] == 1
     assert allocate_by_sensitivity(shares, budget)[0] == small.max_bond_dim + 1
+
+
+@pytest.mark.parametrize("losses", [{3: 20.0}, {2: 40.0, 3: 20.0}, {3: 20.0, 4: 25.0}, {1: 0.0}])
+def test_gains_of_a_chain_go_through_the_losses_that_are_known(losses):
+    cores = replace(share(64, 64), stored=lambda bond: 64 * bond + 128 * bond**2, max_bond_dim=5)
+    gains = gains_of_losses(cores, 100.0, losses)
+    assert len(gains) == cores.max_bond_dim + 1
+    assert torch.all(gains[1:-1] <= gains[:-2])
+    assert torch.all(gains >= 0)
+    first = min(losses)
+    for bond, loss in losses.items():
+        # A loss that rises again is the noise of trials: nothing is gained then.
+        known = min(loss, losses[first])
+        assert float(gains[bond:].sum()) == pytest.approx(known, abs=1e-9 * 100, rel=0.25)
 
 
 def test_impossible_budget_says_what_is_possible():
@@ -245,6 +260,14 @@ def _first_gain(model: nn.Module, name: str, data: list[torch.Tensor]) -> float:
     site = next(s for s in mpo.surgery.find_weights(model).sites if s.name == name)
     found = take_statistics(model, list(site.modules), calls, seed=0)
     return float(gain_of_bonds(site, found.layers)[0]) / found.output_energy
+
+
+def test_layers_in_factors_get_what_more_sites_elsewhere_spare():
+    # Four sites of bond dimension 4 are exact: what they do not need goes to the narrow last layer.
+    plan = mpo.plan(planted_sums_of_products(), ratio=6, data=inputs())
+    assert [len(layer.layout) for layer in plan.layers[:2]] == [4, 4]
+    last = plan.layers[2]
+    assert last.parameters > 2 * (64 * 8) / 6
 
 
 def test_auto_predicts_no_more_change_than_factors_do():
