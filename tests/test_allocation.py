@@ -1,6 +1,7 @@
 """Sharing a budget of stored numbers among layers: pure functions, then plans and results."""
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -21,6 +22,7 @@ from mpocompress.planning.allocation import (
     allocate_uniform,
     least_numbers,
 )
+from mpocompress.planning.parts import gains_of_losses
 from mpocompress.tuning import effect_alone, gain_of_bonds, take_statistics
 
 
@@ -101,13 +103,40 @@ def test_sensitivity_finds_the_best_of_all_allocations():
     assert value(bonds) == max(value(candidate) for candidate in every)
 
 
-def test_floor_and_cap_hold():
+def test_floor_holds():
     shares = [share(40, 40, gains=[1e9] * 40), share(40, 40, gains=[1e-9] * 40)]
     uniform = allocate_uniform(shares, 1600)
-    bonds = allocate_by_sensitivity(shares, 1600, floor=0.5, cap=1.2)
+    bonds = allocate_by_sensitivity(shares, 1600, floor=0.5)
     assert bonds[1] >= uniform[1] // 2
-    free = allocate_by_sensitivity(shares, 1600, floor=0.0, cap=10.0)
+    free = allocate_by_sensitivity(shares, 1600, floor=0.0)
     assert free[0] > bonds[0]
+
+
+def test_a_small_layer_that_matters_is_not_held_near_uniform():
+    # Uniform is bond dimension 1 of 8: no multiple of that says how much of it is needed.
+    small = share(192, 8, gains=[1.0] * 8)
+    shares = [
+        replace(small, gains=torch.ones(8, dtype=torch.float64), may_stay_dense=True),
+        share(192, 192, gains=[1e-3 / 2**k for k in range(192)]),
+        share(192, 192, gains=[1e-3 / 2**k for k in range(192)]),
+    ]
+    budget = sum(s.dense for s in shares) // 6
+    assert allocate_uniform(shares, budget)[0] == 1
+    assert allocate_by_sensitivity(shares, budget)[0] == small.max_bond_dim + 1
+
+
+@pytest.mark.parametrize("losses", [{3: 20.0}, {2: 40.0, 3: 20.0}, {3: 20.0, 4: 25.0}, {1: 0.0}])
+def test_gains_of_a_chain_go_through_the_losses_that_are_known(losses):
+    cores = replace(share(64, 64), stored=lambda bond: 64 * bond + 128 * bond**2, max_bond_dim=5)
+    gains = gains_of_losses(cores, 100.0, losses)
+    assert len(gains) == cores.max_bond_dim + 1
+    assert torch.all(gains[1:-1] <= gains[:-2])
+    assert torch.all(gains >= 0)
+    first = min(losses)
+    for bond, loss in losses.items():
+        # A loss that rises again is the noise of trials: nothing is gained then.
+        known = min(loss, losses[first])
+        assert float(gains[bond:].sum()) == pytest.approx(known, abs=1e-9 * 100, rel=0.25)
 
 
 def test_impossible_budget_says_what_is_possible():
@@ -233,6 +262,14 @@ def _first_gain(model: nn.Module, name: str, data: list[torch.Tensor]) -> float:
     return float(gain_of_bonds(site, found.layers)[0]) / found.output_energy
 
 
+def test_layers_in_factors_get_what_more_sites_elsewhere_spare():
+    # Four sites of bond dimension 4 are exact: what they do not need goes to the narrow last layer.
+    plan = mpo.plan(planted_sums_of_products(), ratio=6, data=inputs())
+    assert [len(layer.layout) for layer in plan.layers[:2]] == [4, 4]
+    last = plan.layers[2]
+    assert last.parameters > 2 * (64 * 8) / 6
+
+
 def test_auto_predicts_no_more_change_than_factors_do():
     """A small layer that cannot be compact enough stays dense rather than cost the others much."""
     generator = torch.Generator().manual_seed(3)
@@ -346,6 +383,20 @@ def test_layers_too_large_for_a_trial_take_more_sites_for_healing_alone(monkeypa
     wide = mpo.plan(network(), ratio=1.3, distill=100, **options)
     asked = mpo.plan(network(), ratio=12, distill=100, layout="svd", **options)
     assert {len(layer.layout) for plan in (wide, asked) for layer in plan.compressed} == {2}
+
+
+def test_a_head_of_many_numbers_pays_its_share_where_gains_tell():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(40, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 10)
+    )
+    with torch.no_grad():  # bond dimension 2 is exact, and 1 is 9.6 times smaller
+        model[4].weight.copy_(torch.randn(10, 2) @ torch.randn(2, 256))
+    data = list(torch.randn(300, 40, generator=torch.Generator().manual_seed(1)).split(50))
+    plan = mpo.plan(model, ratio=12, layout="svd", data=data)
+    assert plan.layers[2].bond_dims == (2,)
+    plan = mpo.plan(model, ratio=12, layout="svd")
+    assert "less compact than what all layers must be" in plan.layers[2].reason
 
 
 def test_layers_too_small_for_the_ratio_stay_dense():

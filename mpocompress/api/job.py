@@ -65,6 +65,7 @@ from mpocompress.tuning import (
 from mpocompress.tuning.fitting.plan import exact_takes_long
 from mpocompress.tuning.fitting.rounding import Rounded
 from mpocompress.tuning.fitting.storage_choices import storage_choices
+from mpocompress.tuning.lockstep import Call
 from mpocompress.tuning.statistics.layer_rows import adapter_of
 
 # Fits on trial take long: not for budgets whose every step fits a model and measures it.
@@ -152,6 +153,7 @@ class Job:
         self.keeps_statistics = False
         self._latency = latency
         self._energy: float | None = None
+        self._seen: Sequence[Call] = ()
         self._gains: dict[WeightSite, Tensor | None] = {}
         self._trials: dict[tuple[WeightSite, Layout, tuple[int, ...]], Trial | None] = {}
         self._choices: dict[WeightSite, Sequence[StorageChoice]] = {}
@@ -192,7 +194,7 @@ class Job:
         key = (site, layout, bond_dims)
         if key not in self._trials:
             self._trials[key] = None
-            if self.calls and self._energy:
+            if self._seen and self._energy:
                 if self.progress is not None:
                     self.progress(f"{site.name}: {layout.num_sites} sites on trial", 0, 1)
                 change, distance = effect_alone(
@@ -200,7 +202,7 @@ class Job:
                     site,
                     layout,
                     bond_dims,
-                    self.calls,
+                    self._seen,
                     output_metrics=OutputMetrics(self.moments or {}),
                     later=later_calls([site], self.moments or {}),
                 )
@@ -221,6 +223,8 @@ class Job:
         with self.clock("statistics"):
             found = take_statistics(self.opened, modules, self.calls, seed=self.seed)
             self.moments, self._energy = found.layers, found.output_energy
+            # Trials need no more: these show enough of every layer, and the energy is theirs.
+            self._seen = found.calls
 
     def forget_statistics(self) -> None:
         """All plans have been made: free the largest thing that is no longer needed."""

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from mpocompress.errors import BudgetError
 
-# Share of the uniform bond dimension that every layer keeps, and the multiple of it that none
-# exceeds. On a sentence encoder floors of 25 and 50 % gave the same quality, no floor was worse.
+# Share of the uniform bond dimension that every layer keeps. On a sentence encoder floors of 25 and
+# 50 % gave the same quality, no floor was worse. There is no cap: where uniform means bond
+# dimension 1, a multiple of it shuts layers out that are best left (nearly) dense. Of 16 trained
+# models at ratios of 2 to 20 a cap of 4 had 1.6 times the error in the mean, up to 3,000 times.
 FLOOR = 0.25
-CAP = 4.0
 
 
 Choice = TypeVar("Choice", int, tuple[int, ...])
@@ -113,7 +114,7 @@ def allocate_uniform(shares: Sequence[Share], budget: int) -> list[int]:
 
 
 def allocate_by_sensitivity(
-    shares: Sequence[Share], budget: int, *, floor: float = FLOOR, cap: float = CAP
+    shares: Sequence[Share], budget: int, *, floor: float = FLOOR
 ) -> list[int]:
     """Each further bond dimension where it lowers the loss most for its cost.
 
@@ -121,7 +122,6 @@ def allocate_by_sensitivity(
         shares: the layers, all with `gains`.
         budget: numbers that all of them together may take.
         floor: share of the uniform bond dimension that every layer keeps.
-        cap: multiple of it that no layer exceeds, unless nothing else is left to spend on.
 
     Returns:
         A bond dimension, at least 1, for each layer.
@@ -152,15 +152,6 @@ def allocate_by_sensitivity(
         ways = {bond + 1, share.top} if share.may_stay_dense else {bond + 1}
         return [(rate(index, bond, step), step) for step in ways]
 
-    def capped(share: Share, bond: int) -> int:
-        most = max(1, int(cap * bond))
-        affordable = share.dense <= cap * share.numbers(bond)
-        return (
-            share.top if affordable and most > share.max_bond_dim else min(share.max_bond_dim, most)
-        )
-
-    tops = [capped(share, bond) for share, bond in zip(shares, uniform, strict=True)]
-    bonds = _fill(shares, bonds, budget, steps, tops)
     return _fill(shares, bonds, budget, steps, [share.top for share in shares])
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mpocompress.mpo import Layout
@@ -72,6 +73,36 @@ def stored_at(layout: Layout, gauge: Gauge, bond_dim: int) -> int:
     """Numbers of a layout with one bond dimension for all bonds; none at 0."""
     bonds = layout.clip([bond_dim] * (layout.num_sites - 1))
     return stored_parameters(layout, bonds, gauge) if bond_dim > 0 else 0
+
+
+def gains_of_losses(share: Share, matters: float, losses: Mapping[int, float]) -> Tensor:
+    """What each bond dimension of a chain is worth, from what it loses at one or two of them.
+
+    From all that matters at bond dimension 0 the loss falls exponentially in the numbers stored,
+    and from the first known one on by the power of them that the two show.
+
+    Args:
+        share: of the layer in the layout of the chain.
+        matters: the loss without the layer, above 0.
+        losses: by bond dimension, at least 1.
+
+    Returns:
+        (max_bond_dim + 1,) float64, on the scale of the losses, not rising but for the last entry:
+        what is then still lost, and won by the dense layer.
+    """
+    numbers_D = torch.tensor(
+        [float(share.numbers(bond)) for bond in range(share.max_bond_dim + 1)], dtype=torch.float64
+    )
+    (first, loss), *later = sorted(losses.items())
+    least = torch.finfo(torch.float64).eps * matters
+    loss = min(max(loss, least), matters)
+    at_D = numbers_D / numbers_D[first]
+    loss_D = matters * (loss / matters) ** at_D
+    for bond, found in later[:1]:
+        power = (torch.tensor(max(found, least)) / loss).log() / at_D[bond].log()
+        loss_D = torch.where(at_D > 1, loss * at_D ** power.clamp_max(0.0), loss_D)
+    gains_D = (loss_D[:-1] - loss_D[1:]).cummin(0).values
+    return torch.cat([gains_D, loss_D[-1:]])
 
 
 def filled(bonds: Bonds, budget: int, gauge: Gauge) -> Bonds:

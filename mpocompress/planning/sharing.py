@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from math import inf, isinf
 
+from torch import Tensor
+
 from mpocompress.errors import BudgetError, LayoutError, NoLayerMatched
 from mpocompress.mpo import Layout
 from mpocompress.mpo.identity_gauge import Gauge, check_gauge
@@ -23,7 +25,16 @@ from mpocompress.planning.entries import compress_entry, keep_entry, why_kept, w
 from mpocompress.planning.layout_rules import LayoutChoice, LayoutRules, describe_layout
 from mpocompress.planning.layouts import make_candidate
 from mpocompress.planning.objective import Objective
-from mpocompress.planning.parts import Bonds, Gains, Part, Trial, Trials, filled, stored_at
+from mpocompress.planning.parts import (
+    Bonds,
+    Gains,
+    Part,
+    Trial,
+    Trials,
+    filled,
+    gains_of_losses,
+    stored_at,
+)
 from mpocompress.planning.plan import LayerPlan, Plan
 from mpocompress.planning.planner import Progress
 from mpocompress.surgery import Inventory, WeightSite, check_finite, select_sites
@@ -32,6 +43,9 @@ from mpocompress.surgery.match import as_patterns
 # Trials are of single layers, on the data that is fitted to: what is hardly better may be worse.
 # With healing ahead, more sites are taken unless they are clearly worse: they heal better.
 _CLEARLY = 0.8
+# Bond dimensions of trials that tell how the loss of a layout falls: each takes about twice the
+# numbers of the one before.
+_TRIED = (1, 2, 3, 4, 6, 8, 11, 16, 23, 32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -260,7 +274,27 @@ class Sharing:
         other = None if found is None else self._part(part.site, found.layout, None)
         if other is None or other.share.within(kept * other.share.dense) < 1:
             return part
-        return replace(other, bottleneck=found)
+        wide = replace(other, bottleneck=found)
+        gains = self._gains_of_trials(wide, kept) if len(self.parts) > 1 else None
+        return replace(wide, share=replace(wide.share, gains=gains))
+
+    def _gains_of_trials(self, part: Part, kept: float) -> Tensor | None:
+        """What bond dimensions of a layout in the place of a bottleneck are worth, if known.
+
+        From trials at two of a few bond dimensions, so that neighbouring budgets share them.
+        """
+        matters = None if part.bottleneck is None else part.bottleneck.matters
+        if matters is None:
+            return None
+        share = part.share
+        most = share.within(kept * share.dense)
+        losses: dict[int, float] = {}
+        for bond in [bond for bond in _TRIED if bond <= most][-2:]:
+            trial = self._trial(part, part.layout.clip([bond] * (part.layout.num_sites - 1)))
+            if trial is None:
+                return None
+            losses[bond] = trial.loss
+        return gains_of_losses(share, matters, losses)
 
     def _is_worse(self, part: Part, bonds: Bonds, factors: Part) -> bool:
         """Whether a layout in the place of a bottleneck is, by trials, or by the rule for healing.
@@ -333,15 +367,20 @@ class Sharing:
     ) -> tuple[list[Part], int]:
         """The weights that can take part, and how many numbers they may store together.
 
-        One that even at bond dimension 1 is less compact than all of them must be on average would
-        only take from the others; it stays dense.
+        Where nothing tells what a bond dimension is worth, one that even at bond dimension 1 is
+        less compact than all of them must be on average stays dense. Where gains tell, dense or
+        few bond dimensions are weighed against what the same numbers do elsewhere.
         """
         parts = list(taking_part)
         while parts:
             dense = sum(part.share.dense for part in parts)
             budget = int(allowed(dense))
+            weighed = _weighed(self._shares(parts), budget)
             able = [
-                part for part in parts if part.share.stored(1) * dense <= budget * part.share.dense
+                part
+                for part in parts
+                if part.share in weighed
+                or part.share.stored(1) * dense <= budget * part.share.dense
             ]
             if len(able) == len(parts):
                 return parts, budget
@@ -378,6 +417,12 @@ class Sharing:
             f"nothing to compress: no selected layer gets smaller{because}. See "
             "`mpocompress inspect`."
         )
+
+
+def _weighed(shares: Sequence[Share], budget: int) -> list[Share]:
+    """Those between whose bond dimensions, or dense form, gains can choose within the budget."""
+    known = [share for share in shares if share.gains is not None and share.may_stay_dense]
+    return known if len(known) >= 2 and least_numbers(shares) <= budget else []
 
 
 def _allocate(shares: Sequence[Share], budget: int) -> list[int]:

@@ -93,6 +93,13 @@ def output_loss(
     return torch.stack(terms).sum()
 
 
+def vocabularies_of(model: nn.Module) -> frozenset[int]:
+    """How many words its tables have: a language model's output has a column for each."""
+    return frozenset(
+        module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)
+    )
+
+
 def _compared(output: Any) -> list[Tensor]:
     """The floating tensors of an output that are answers, in its order."""
     logits = getattr(output, "logits", None)
@@ -146,12 +153,7 @@ class Distance:
         self._reference = reference
         self._blocks = tuple(blocks) if hidden_weight > 0 else ()
         self._kind = output_loss
-        # A language model's output has a column for each word.
-        self._vocabularies = frozenset(
-            module.num_embeddings
-            for module in reference.modules()
-            if isinstance(module, nn.Embedding)
-        )
+        self._vocabularies = vocabularies_of(reference)
         self._hidden_weight = hidden_weight
         self._kept: dict[int, tuple[Any, Mapping[str, list[Tensor]]] | None] = {}
         self._alive: list[Call] = []

@@ -17,10 +17,11 @@ from mpocompress.surgery import WeightSite
 from mpocompress.tuning.fitting.fitted_model import with_fitted
 from mpocompress.tuning.fitting.plan import FitOptions, SitePlan
 from mpocompress.tuning.fitting.sequential import fit_in_sequence
-from mpocompress.tuning.healing.loss import Distance
-from mpocompress.tuning.lockstep import Call, rows_of
+from mpocompress.tuning.healing.loss import output_loss, vocabularies_of
+from mpocompress.tuning.lockstep import Call, floating_outputs, rows_of
+from mpocompress.tuning.padding import keep_mask
 from mpocompress.tuning.statistics.later_calls import LaterCalls
-from mpocompress.tuning.statistics.output_errors import output_errors
+from mpocompress.tuning.statistics.output_errors import OutputChange
 
 
 def effect_alone(
@@ -62,10 +63,17 @@ def effect_alone(
     )
     weights = {site: found.mpo for site, found in fitted.items()}
     compressed = with_fitted(model, weights, fitted)
-    distance = Distance(compressed, model, (), "auto", 0.0)
+    vocabularies = vocabularies_of(model)
+    change = OutputChange()
     loss, rows = 0.0, 0
     with evaluation_mode(model), evaluation_mode(compressed), torch.no_grad():
         for call in calls:
-            loss += rows_of(call) * float(distance(call))
+            keep = keep_mask(call.kwargs)
+            dense, ours = (found(*call.args, **call.kwargs) for found in (model, compressed))
+            lost = output_loss(ours, dense, keep, vocabularies=vocabularies)
+            loss += rows_of(call) * float(lost)
             rows += rows_of(call)
-    return output_errors(model, compressed, [], calls).model, loss / rows
+            outputs = (floating_outputs(found) for found in (dense, ours))
+            for expected, found in zip(*outputs, strict=True):
+                change.add(expected, found, keep)
+    return change.relative, loss / rows

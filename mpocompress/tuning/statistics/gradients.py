@@ -83,10 +83,12 @@ class Statistics:
         layers: moments of each layer that the data reaches.
         output_energy: sum of the squares of all floating outputs on the same batches, padding not
             counted: what a loss that is predicted from these moments is a share of.
+        calls: these batches, in the order of the data.
     """
 
     layers: dict[nn.Module, LayerMoments]
     output_energy: float
+    calls: tuple[Call, ...]
 
 
 def take_statistics(
@@ -142,6 +144,7 @@ def _statistics(
     latest: list[tuple[Tensor, int, CrossMoment]] = []
     called = set[tuple[int, bool]]()  # in the forward pass at hand
     in_forward = False
+    seen: list[int] = []
 
     def moment_of(layer: nn.Module, value: Tensor) -> CrossMoment:
         """Of one batch of inputs; formed once for layers that are called with the same tensor."""
@@ -201,9 +204,11 @@ def _statistics(
     try:
         with _frozen(model), layers_called(model), torch.enable_grad():
             order = torch.randperm(len(calls), generator=generator, device="cpu").tolist()
-            for done, call in enumerate(calls[index] for index in order):
+            for done, index in enumerate(order):
                 if not all_data and done >= _SHARE * len(calls) and _enough(moments):
                     break
+                call = calls[index]
+                seen.append(index)
                 keep[0] = keep_mask(call.kwargs)
                 called.clear()
                 in_forward = True
@@ -230,7 +235,7 @@ def _statistics(
             "their outputs matter, and all count the same.",
             stacklevel=2,
         )
-    return Statistics(reached, energy)
+    return Statistics(reached, energy, tuple(calls[index] for index in sorted(seen)))
 
 
 def _enough(moments: Mapping[nn.Module, LayerMoments]) -> bool:

@@ -53,8 +53,8 @@ def output_errors(
     Raises:
         DataError: no batches, or outputs of the models of other shapes.
     """
-    sums = {name: _Sum() for name in layers}
-    whole = _Sum()
+    sums = {name: OutputChange() for name in layers}
+    whole = OutputChange()
     rows = 0
     with evaluation_mode(dense), evaluation_mode(compressed), torch.no_grad():
         for call in calls:
@@ -81,8 +81,14 @@ def output_errors(
     )
 
 
-class _Sum:
-    """Squares of outputs and of their differences, summed in float64."""
+class OutputChange:
+    """Squares of outputs and of their differences, summed in float64.
+
+    Attributes:
+        energy: of the outputs.
+        difference: of the differences.
+        seen: whether any were added.
+    """
 
     def __init__(self) -> None:
         self.energy = 0.0
@@ -90,6 +96,11 @@ class _Sum:
         self.seen = False
 
     def add(self, expected: Tensor, found: Tensor, keep: Tensor | None) -> None:
+        """Add an output of both models, without padding.
+
+        Raises:
+            DataError: other shapes.
+        """
         if expected.shape != found.shape:
             raise DataError(
                 f"outputs of shapes {tuple(expected.shape)} and {tuple(found.shape)} cannot be "
@@ -104,6 +115,7 @@ class _Sum:
 
     @property
     def relative(self) -> float:
+        """Norm of the difference over norm of the outputs."""
         if self.energy > 0:
             return sqrt(self.difference / self.energy)
         return 0.0 if self.difference == 0 else inf
