@@ -170,10 +170,10 @@ def _statistics(
         if in_forward and len(values) == 1 and isinstance(values[0], Tensor):
             if adapter.looks_up:
                 indices = real_indices(values[0], keep[0])
-                rows = table_rows(layer)
-                moments[layer].counts.add(indices, rows)
+                entries = table_rows(layer)
+                moments[layer].counts.add(indices, entries)
                 if is_later:
-                    moments[layer].later_counts.add(indices, rows)
+                    moments[layer].later_counts.add(indices, entries)
             else:
                 if layer in wanted:
                     moments[layer].inputs.merge(moment_of(layer, values[0]))
