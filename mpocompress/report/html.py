@@ -155,15 +155,14 @@ def _environment() -> Environment:
         entropy=wording.entropy_text,
         effective=wording.effective_bond_dim_text,
         plural=wording.plural,
+        reason=wording.reason_text,
     )
     return environment
 
 
 def _name(text: str) -> Markup:
-    """A name in code that may break after dots and underscores; an option that may not break."""
+    """A name in code that may break after dots and underscores."""
     safe = str(escape(wording.visible(text)))
-    if text.startswith("--"):
-        return Markup(f'<code class="option">{safe}</code>')  # escaped above
     for mark in "._":
         safe = safe.replace(mark, f"{mark}<wbr>")
     return Markup(f"<code>{safe}</code>")  # escaped above
@@ -183,7 +182,12 @@ def _layout(layout: list[list[int]]) -> Markup:
 
 
 def _sentence(pieces: wording.Sentence) -> Markup:
-    return Markup("").join(
-        _name(piece.text) if isinstance(piece, wording.Code) else escape(wording.visible(piece))
-        for piece in pieces
-    )
+    return Markup("").join(_piece(piece) for piece in pieces)
+
+
+def _piece(piece: str | wording.Code) -> Markup:
+    if isinstance(piece, wording.Option):
+        return Markup('<code class="option">{}</code>').format(piece.text)
+    if isinstance(piece, wording.Code):
+        return _name(piece.text)
+    return escape(wording.visible(piece))

@@ -27,7 +27,7 @@ def render_markdown(report: CompressionReport) -> str:
                     fact.title,
                     f"**{fact.value}**",
                     fact.detail,
-                    fact.scope.removeprefix("compressed layers alone: "),
+                    fact.of_layers,
                 ]
                 for fact in narrative.facts(report)
             ],

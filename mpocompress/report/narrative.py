@@ -10,9 +10,8 @@ from typing import Literal
 
 from mpocompress.report.schema import CompressionReport, LayerReport, Total
 from mpocompress.report.wording import (
-    CORRECTED,
-    OUTPUT_CHANGE,
     Code,
+    Option,
     Sentence,
     as_sentence,
     byte_size,
@@ -23,6 +22,7 @@ from mpocompress.report.wording import (
     is_unchanged,
     percent,
     plural,
+    reason_text,
     relative_error,
     scientific,
     times,
@@ -41,12 +41,15 @@ _LARGE_KEPT_SHARE = 0.25
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fact:
-    """One headline number: "Parameters", "25.2× fewer", and the numbers behind it."""
+    """One headline number: "Parameters", "25.2× fewer", and the numbers behind it.
+
+    `of_layers` is the change of the compressed layers alone; empty where there are none.
+    """
 
     title: str
     value: str
     detail: str
-    scope: str
+    of_layers: str
     tone: Tone
 
 
@@ -79,19 +82,17 @@ def facts(report: CompressionReport) -> tuple[Fact, ...]:
     """The three headline numbers: parameters, bytes and multiply-adds."""
     totals = report.totals
 
-    def scope(total: Total, smaller: str, larger: str) -> str:
-        if not report.compressed_layers:
-            return ""
-        text = change(total.ratio, smaller=smaller, larger=larger, same="unchanged")
-        return f"compressed layers alone: {text}"
-
     def fact(title: str, model: Total, layers: Total, words: tuple[str, str], detail: str) -> Fact:
         smaller, larger = words
+
+        def change_of(total: Total) -> str:
+            return change(total.ratio, smaller=smaller, larger=larger, same="unchanged")
+
         return Fact(
             title=title,
-            value=change(model.ratio, smaller=smaller, larger=larger, same="unchanged"),
+            value=change_of(model),
             detail=detail,
-            scope=scope(layers, smaller, larger),
+            of_layers=change_of(layers) if report.compressed_layers else "",
             tone=_tone(model.ratio),
         )
 
@@ -141,7 +142,7 @@ def what_was_done(report: CompressionReport) -> tuple[Sentence, ...]:
             (
                 "No weight became smaller as an MPO with these settings, so the model is what it "
                 "was. The reason is given below for each weight; try a smaller ",
-                Code("--bond-dim"),
+                Option("--bond-dim"),
                 " or include more layers.",
             ),
         )
@@ -159,7 +160,7 @@ def what_was_done(report: CompressionReport) -> tuple[Sentence, ...]:
         state = "kept its shape, and the cores were tuned further by sweeps on a loss"
     elif any(layer.relative_output_error is not None for layer in compressed):
         state = "is as it was, but that biases of rewritten weights took up the mean of the errors"
-        corrected = sum(CORRECTED in layer.reason for layer in kept)
+        corrected = len(report.corrected_layers)
         if corrected:
             state += f", and {plural(corrected, 'dense layer')} what is lost before"
     else:
@@ -315,11 +316,10 @@ def _of_the_answers(report: CompressionReport) -> str:
     """Sentences on the outputs of the whole model, and on what healing gained; "" without data."""
     found = ""
     for comparison in report.predictions:
-        if comparison.quantity == OUTPUT_CHANGE and comparison.measured is not None:
-            where = comparison.note.partition(";")[0]
+        if comparison.figure == "output_change" and comparison.measured is not None:
             found = (
                 f"The outputs of the whole model differ by {relative_error(comparison.measured)}, "
-                f"{where}. "
+                f"{comparison.note}. "
             )
     healing = report.settings.get("distill")
     loss = healing.get("held_out_loss") if isinstance(healing, dict) else None
@@ -368,9 +368,9 @@ def _caution_weight_error(report: CompressionReport) -> Sentence | None:
         "in layer ",
         Code(worst),
         ". Some models hardly notice and others break. A larger ",
-        Code("--max-size" if _rounded_layers(report) else "--bond-dim"),
+        Option("--max-size" if _rounded_layers(report) else "--bond-dim"),
         " keeps more and ",
-        Code("--exclude"),
+        Option("--exclude"),
         f" leaves a layer as it was{_remedies(report)}.",
     )
 
@@ -405,7 +405,7 @@ def _caution_not_reached(report: CompressionReport) -> Sentence | None:
         f"{plural(len(report.compressed_layers), 'compressed layer')}, the first being ",
         Code(missed[0]),
         ": they keep their weights, not their outputs. Give data that passes through them, or ",
-        Code("--exclude"),
+        Option("--exclude"),
         " them.",
     )
 
@@ -440,12 +440,12 @@ def _caution_macs(report: CompressionReport) -> Sentence | None:
         else f"Not every layer is less work: {layers} more multiply-adds than before"
     )
     if all(is_svd(layer.layout or []) for layer in slower):
-        return (f"{whole}. A smaller ", Code("--bond-dim"), " makes them cheaper.")
+        return (f"{whole}. A smaller ", Option("--bond-dim"), " makes them cheaper.")
     return (
         f"{whole}. If speed counts, force ",
-        Code("--layout svd"),
+        Option("--layout svd"),
         ", the layout with the fewest multiply-adds per stored parameter, or take a smaller ",
-        Code("--bond-dim"),
+        Option("--bond-dim"),
         ".",
     )
 
@@ -463,9 +463,9 @@ def _caution_larger_layers(report: CompressionReport) -> Sentence | None:
         Code(larger[0].name),
         f"{more} did not become smaller: the bond dimension is too large for the matrix. Take a "
         "smaller ",
-        Code("--bond-dim"),
+        Option("--bond-dim"),
         ", or leave such layers out with ",
-        Code("--exclude"),
+        Option("--exclude"),
         ".",
     )
 
@@ -481,8 +481,8 @@ def _caution_large_kept(report: CompressionReport) -> Sentence | None:
     return (
         f"{percent(share)} of all remaining parameters sit in ",
         Code(largest.name),
-        f", which was kept ({largest.reason.rstrip('.')}). The whole model cannot become smaller "
-        f"than that, however much the other layers shrink.",
+        f", which was kept ({reason_text(largest).rstrip('.')}). The whole model cannot become "
+        "smaller than that, however much the other layers shrink.",
     )
 
 

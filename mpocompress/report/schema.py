@@ -52,6 +52,13 @@ Nats = Annotated[float, Field(ge=0, le=600)]
 Site = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 """(out, in) of one site."""
 
+Change = Literal["corrected", "healed", "swept"]
+"""How a kept weight got other values: it took up what is lost before it, or it was trained along
+in healing or in sweeps on the loss."""
+
+Predicted = Literal["parameters", "bytes", "macs", "seconds", "output_change"]
+"""What a plan predicts and a run measures; the last is the relative change of the outputs."""
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -164,6 +171,8 @@ class LayerReport(_Frozen):
         kind: "linear", "matrix", "embedding", "conv", "norm", "bias", "buffer", "other", ...
         status: "compressed" or "kept".
         reason: one sentence on why this status, or why this layout.
+        changes: of a kept weight whose values are others than before, how that came, in order.
+        uncorrected: of a kept weight that was to take up what is lost before it and could not, why.
         shape: shape of the dense weight; (out, in) for a matrix.
         layout: (out, in) of each site; None unless compressed.
         bond_dims: of each bond, one fewer than sites; None unless compressed.
@@ -188,6 +197,8 @@ class LayerReport(_Frozen):
     kind: str
     status: Literal["compressed", "kept"]
     reason: str
+    changes: list[Change] = []
+    uncorrected: str | None = None
     shape: list[NonNegativeInt]
     layout: list[Site] | None = None
     bond_dims: list[PositiveInt] | None = None
@@ -211,7 +222,9 @@ class LayerReport(_Frozen):
         if self.form is None:
             for name in ("form", "form_rows", "form_seconds"):
                 found.pop(name, None)
-        return _without_none(found, "precision")
+        if not self.changes:
+            del found["changes"]
+        return _without_none(found, "precision", "uncorrected")
 
     @field_validator("entropies_nats", mode="before")
     @classmethod
@@ -232,6 +245,8 @@ class LayerReport(_Frozen):
                     f"{self.parameters.compressed}"
                 )
             return self
+        if self.changes or self.uncorrected is not None:
+            raise ValueError("changes and uncorrected are of kept layers, and this is compressed")
         if not self.layout or self.bond_dims is None:
             raise ValueError("a compressed layer needs a layout and bond_dims")
         _check_bond_count("bond_dims", self.bond_dims, self.layout)
@@ -314,6 +329,7 @@ class Comparison(_Frozen):
         predicted: by the plan; None if it was not, or was edited since.
         measured: on what came out; None if it was not.
         note: where or how it was measured.
+        figure: which one it is, for programs; None in reports from before it was stored.
     """
 
     quantity: str
@@ -321,6 +337,11 @@ class Comparison(_Frozen):
     predicted: NonNegativeFloat | None
     measured: NonNegativeFloat | None
     note: str = ""
+    figure: Predicted | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_unknown_figure(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_none(handler(self), "figure")
 
 
 class CompressionReport(_Frozen):
@@ -393,6 +414,11 @@ class CompressionReport(_Frozen):
     def kept_layers(self) -> list[LayerReport]:
         """The entries that were kept, in the model's order."""
         return [layer for layer in self.layers if layer.status == "kept"]
+
+    @property
+    def corrected_layers(self) -> list[LayerReport]:
+        """The kept entries that took up what is lost before them."""
+        return [layer for layer in self.kept_layers if "corrected" in layer.changes]
 
     def to_json(self) -> str:
         """Write the report as JSON: fields in the schema's order, indented, finite numbers only."""
