@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from mpocompress.errors import DataError, ParityError
 from mpocompress.export import inputs
-from mpocompress.export.agreement import check_tolerance, differences, num_infinite
+from mpocompress.export.agreement import (
+    check_tolerance,
+    differences,
+    nothing_compared,
+    num_infinite,
+)
 from mpocompress.export.calls import Batch, ForwardCall, first_line, inference_copy, run
 from mpocompress.export.inputs import InputSpec
 from mpocompress.export.session import described_inputs, named_arrays, open_session
@@ -384,14 +389,8 @@ class Comparison:
         Raises:
             ParityError: none of the numbers is finite, so that nothing was compared.
         """
-        if not any(o.finite for o in self.outputs.values()) and any(
-            o.numbers for o in self.outputs.values()
-        ):
-            raise ParityError(
-                f"nothing was compared: {', '.join(map(repr, self.outputs))} "
-                f"{'is' if len(self.outputs) == 1 else 'are'} NaN or infinite throughout, over "
-                f"{self.samples} samples. {_who(suspects)}"
-            )
+        if (nothing := nothing_compared(self.outputs)) is not None:
+            raise ParityError(f"{nothing}, over {self.samples} samples. {_who(suspects)}")
         relative = {name: output.relative for name, output in self.outputs.items()}
         worst = max(relative, key=lambda name: relative[name])
         return ParityResult(
