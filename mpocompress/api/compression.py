@@ -19,7 +19,7 @@ from mpocompress.api.result import CompressionResult
 from mpocompress.api.size_budget import OnnxBytes
 from mpocompress.api.targets import Aim, Task, meet
 from mpocompress.api.tune import heal
-from mpocompress.errors import BudgetError, DataError, NoLayerMatched, PlanError, check_count
+from mpocompress.errors import BudgetError, DataError, NoLayerMatched, PlanError
 from mpocompress.loading import Batch
 from mpocompress.mpo.identity_gauge import Gauge
 from mpocompress.planning import (
@@ -34,6 +34,7 @@ from mpocompress.planning import (
 from mpocompress.planning.options import PlannedPrecision
 from mpocompress.report import CompressionReport, Source
 from mpocompress.report.predictions import with_budget, with_comparisons
+from mpocompress.scalars import as_count, as_seed
 from mpocompress.surgery import Inventory
 from mpocompress.tuning import DistillOptions, output_errors
 from mpocompress.tuning.healing.distill import check_trainable
@@ -126,6 +127,8 @@ def plan(
         DataError: data that does not fit the model, or none where it is needed.
     """
     model = uncompiled(model)
+    distill = as_count("distill", distill, 0, DataError)
+    sweeps, seed = as_count("sweeps", sweeps, 0, DataError), as_seed(seed)
     options = PlanOptions(
         bond_dim=bond_dim,
         ratio=ratio,
@@ -233,7 +236,8 @@ def compress(
         MPOCompressError: see `plan`.
     """
     model = uncompiled(model)
-    check_count("distill", distill, 0, DataError)
+    distill = as_count("distill", distill, 0, DataError)
+    sweeps, seed = as_count("sweeps", sweeps, 0, DataError), as_seed(seed)
     if distill and data is None:
         raise DataError(
             f"distill={distill} trains on data, and there is none. Give batches of forward "

@@ -19,6 +19,7 @@ from mpocompress.planning import Progress
 from mpocompress.report import CompressionReport
 from mpocompress.report.collect import remeasure
 from mpocompress.report.schema import Comparison
+from mpocompress.scalars import as_count
 from mpocompress.surgery import (
     Inventory,
     find_weights,
@@ -103,6 +104,7 @@ def distill(
         SaveError: the checkpoint cannot be written.
     """
     reference = uncompiled(reference)
+    steps = as_count("steps", steps, 0, DataError)
     options = DistillOptions(
         blockwise_steps=blockwise_steps,
         output_loss=output_loss,
@@ -353,6 +355,6 @@ def sweep(
                 for found in predictions
                 if found.figure == "output_change" and found.measured is not None
             ]
-        sweeping = {"sweeps": sweeps, "sites": sites, "seed": seed}
+        sweeping = {"sweeps": options.sweeps, "sites": options.sites, "seed": options.seed}
         _replace_report(model, report, predictions, {"sweeps_on_loss": sweeping}, clock)
     return found

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from mpocompress.errors import DataError
+from mpocompress.scalars import as_number
 from mpocompress.tuning import Accuracy, RSquared
 
 
@@ -35,14 +36,16 @@ class OutputAgreement:
     vectors: int
 
 
-def check_tolerance(tolerance: float) -> None:
-    """Refuse what is no tolerance of a relative difference.
+def check_tolerance(tolerance: float) -> float:
+    """A tolerance of a relative difference, as a plain number.
 
     Raises:
         DataError: below 0, infinite or NaN.
     """
-    if not (isfinite(tolerance) and tolerance >= 0):
+    number = as_number(tolerance)
+    if not (isfinite(number) and number >= 0):
         raise DataError(f"tolerance {tolerance}: it is a relative difference, 0 or more. Try 1e-4.")
+    return number
 
 
 class Counted(Protocol):

@@ -123,7 +123,7 @@ def compare(
         ParityError: outputs differ in number or shape. Mere differences are in the result.
     """
     if tolerance is not None:
-        check_tolerance(tolerance)
+        tolerance = check_tolerance(tolerance)
     file = OnnxFile(path)
     other: _Side = (
         _Module(reference) if isinstance(reference, nn.Module) else _File(OnnxFile(reference))

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpocompress.errors import DataError, check_count
+from mpocompress.errors import DataError
 from mpocompress.layers.balance import balance_cores_
 from mpocompress.layers.gauges import plain_gauge
 from mpocompress.layers.modes import evaluation_mode
 from mpocompress.layers.rounded_scales import trainable_scales
+from mpocompress.scalars import as_count
 from mpocompress.tuning.healing.blocks import can_replay, find_blocks, record_calls
 from mpocompress.tuning.healing.learning_rates import LEARNING_RATES, peak_from_trials, trial_steps
 from mpocompress.tuning.healing.loss import Distance, normalized_error
@@ -101,7 +102,7 @@ def distill_(
         LoadError: a truncated checkpoint.
         SaveError: the checkpoint cannot be written.
     """
-    check_count("steps", steps, 0, DataError)
+    steps = as_count("steps", steps, 0, DataError)
     options = options or DistillOptions()
     # Layers in the identity gauge are trained with all entries of their cores: steps then are those
     # of balanced factors, not of the gauge's, and no core is rebuilt at every step.
