@@ -31,6 +31,7 @@ from mpocompress.planning import (
     PlanOptions,
     Progress,
 )
+from mpocompress.planning.entries import why_nothing
 from mpocompress.planning.options import PlannedPrecision
 from mpocompress.report import CompressionReport, Source
 from mpocompress.report.predictions import with_budget, with_comparisons
@@ -283,8 +284,8 @@ def compress(
         check_belongs(plan, job.inventory)
     aim = meet(job, task) if plan is None else Aim(plan=plan)
     if not aim.plan.compressed:
-        reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in aim.plan.layers[:3])
-        raise NoLayerMatched(f"nothing to compress: every layer stays dense ({reasons}).")
+        why = why_nothing(aim.plan.layers)
+        raise NoLayerMatched(f"nothing to compress: every layer stays dense ({why}).")
     built = aim.built or job.build(aim.plan)
     result = job.finish(built, source=source)
     if options.ratio is not None:

@@ -36,6 +36,7 @@ from mpocompress.loading import Batches, parse_input_spec
 from mpocompress.mpo import MPO
 from mpocompress.mpo.identity_gauge import stored_parameters
 from mpocompress.planning import LayerPlan, Plan, PlanOptions, Progress
+from mpocompress.planning.entries import why_nothing
 from mpocompress.report import CompressionReport, Parity, Source
 from mpocompress.report.collect import Outcome, collect_report, parity_of
 from mpocompress.surgery import Inventory, KeptEntry, WeightSite, check_finite
@@ -169,8 +170,8 @@ def compress_graph(
     with clock("planning"):
         plan, inventory = plan_graph(model, options, progress=progress)
     if not plan.compressed:
-        reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in plan.layers[:3])
-        raise NoLayerMatched(f"nothing to compress: every weight stays dense ({reasons}).")
+        why = why_nothing(plan.layers)
+        raise NoLayerMatched(f"nothing to compress: every weight stays dense ({why}).")
     by_name = {site.name: site for site in graph_sites(inventory)}
     planned = {
         by_name[layer.name]: SitePlan(

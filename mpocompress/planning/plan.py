@@ -110,6 +110,7 @@ class LayerPlan(_Frozen):
         block: columns that share a scale, for integers; None for all of a row.
         tiers: of a dense table: how many of its most frequent rows are stored in which precision,
             most frequent first, such as [[500, "int8"]]; the others are in `precision`.
+        selected: whether the include and exclude patterns meant it; edited, it changes nothing.
         corrects: of a kept linear layer: where there is data, its weight and bias take up what is
             lost before it, at no cost in size. It stays as it is where it has more than 8192
             features or outputs, shares its weight, or is not called exactly once by every batch,
@@ -131,6 +132,7 @@ class LayerPlan(_Frozen):
     precision: Precision = "float32"
     block: PositiveInt | None = None
     tiers: Tiers = ()
+    selected: bool = True
     corrects: bool = False
     candidates: tuple[CandidateFigures, ...] = ()
     predicted: LayerPrediction | None = None
