@@ -65,6 +65,7 @@ OPTIONS = {
             "--model",
             "--no-onnx",
             "--output",
+            "--plan",
             "--seed",
             "--sites",
             "--sweeps",

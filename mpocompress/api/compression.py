@@ -373,8 +373,9 @@ def check_ratio(report: CompressionReport, ratio: float, of: Of) -> None:
 
 
 def check_belongs(plan: Plan, inventory: Inventory) -> None:
-    """Refuse a plan that was made for another model, by name and shape."""
+    """Refuse a plan that was made for another model, by name, shape and kind."""
     shapes = {site.name: site.shape for site in inventory.sites}
+    kinds = {site.name: site.kind for site in inventory.sites}
     for layer in plan.layers:
         if layer.name not in shapes:
             raise PlanError(
@@ -385,6 +386,11 @@ def check_belongs(plan: Plan, inventory: Inventory) -> None:
             raise PlanError(
                 f"layer {layer.name!r} is {layer.shape[0]}x{layer.shape[1]} in the plan, but "
                 f"{shapes[layer.name][0]}x{shapes[layer.name][1]} in this model. Plan it again."
+            )
+        if layer.kind != kinds[layer.name]:
+            raise PlanError(
+                f"layer {layer.name!r} is of kind {layer.kind!r} in the plan, but "
+                f"{kinds[layer.name]!r} in this model. Plan it again."
             )
     missing = [name for name in shapes if name not in {layer.name for layer in plan.layers}]
     if missing:

@@ -365,7 +365,7 @@ class Job:
         # As executed: a plan that was edited may give each layer its own.
         used = set(gauges.values())
         settings: dict[str, Any] = {
-            **built.plan.settings,
+            **built.plan.asked,
             "gauge": used.pop() if len(used) == 1 else gauges,
             "seed": self.seed,
         }

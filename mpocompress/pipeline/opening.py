@@ -1,6 +1,6 @@
 """What a run reads: a checkpoint or an ONNX graph, the user's data, and example inputs."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from mpocompress.loading import (
     module_from_state,
 )
 from mpocompress.pipeline.request import Request
+from mpocompress.planning import Plan
 from mpocompress.surgery import Inventory, find_weights, open_modules
 
 if TYPE_CHECKING:
@@ -126,6 +127,27 @@ def read_batches(opened: Opened, request: Request) -> Batches | None:
             "bare state dict. Give its architecture with --model MODULE:FACTORY, or drop --data."
         )
     return load_batches(request.data)
+
+
+def read_plan(request: Request) -> tuple[Plan | None, Request]:
+    """The user's plan, and what is asked for besides: its file is written in its precisions.
+
+    Raises:
+        PlanError: see `Plan.load`.
+        DataError: the request has another precision than a plan that rounds.
+    """
+    if request.plan is None:
+        return None, request
+    plan = Plan.load(request.plan)
+    if not any(layer.rounds for layer in plan.compressed):
+        return plan, request
+    if request.quantize != "none":
+        raise DataError(
+            f"--quantize {request.quantize} rounds cores that are float32, and --plan "
+            f"{request.plan} has a precision for each layer. Drop --quantize, or set the "
+            "precisions in the plan to float32."
+        )
+    return plan, replace(request, plan=None, quantize="auto" if request.onnx else "none")
 
 
 def why_no_onnx(kind: str, request: Request) -> str:
