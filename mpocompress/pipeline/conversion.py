@@ -120,8 +120,10 @@ def convert(
             opened = open_model(path, factory=request.factory, trust_pickle=request.trust_pickle)
             batches = read_batches(opened, request)
             examples = read_examples(opened, request, batches)
+            onnx_note = None
             if examples is None:
-                request.check_without_onnx(why_no_onnx(opened.source.kind, request))
+                onnx_note = why_no_onnx(opened, request)
+                request.check_without_onnx(onnx_note)
             if state is not None:
                 state.begin(asked, model=opened.source.sha256)
         result = api.compress(
@@ -148,12 +150,10 @@ def convert(
         del opened  # the dense model has done its duty; the copy does not refer to it
         with clock("saving"):
             saving.save_model(result.model, scratch / saving.CORES_FILE, source=kind)
-        onnx_note = None
         parity = None
-        if examples is None:
-            onnx_note = why_no_onnx(kind, request)
+        if onnx_note is not None:
             notes.append(onnx_note)
-        else:
+        if examples is not None:
             exported, parity = write_and_check(
                 result, examples, batches, scratch, request, clock, progress
             )

@@ -12,6 +12,7 @@ from mpocompress.loading import (
     ExampleInputs,
     Source,
     example_inputs,
+    input_hint,
     is_onnx,
     load_batches,
     load_source,
@@ -29,10 +30,7 @@ _NO_MODULE = (
     "a bare state dict cannot be run, so no ONNX file was written; give its architecture with "
     "--model MODULE:FACTORY"
 )
-_NO_INPUTS = (
-    "the shape of the model's input is not known, so no ONNX file was written; give it with "
-    "--input, as in --input 1x784, or give --data"
-)
+_NO_INPUTS = "the shape of the model's input is not known, so no ONNX file was written"
 
 
 @dataclass(kw_only=True)
@@ -150,11 +148,13 @@ def read_plan(request: Request) -> tuple[Plan | None, Request]:
     return plan, replace(request, plan=None, quantize="auto" if request.onnx else "none")
 
 
-def why_no_onnx(kind: str, request: Request) -> str:
-    """Why no ONNX file is written of a source of this kind, without examples."""
+def why_no_onnx(opened: Opened, request: Request) -> str:
+    """Why no ONNX file is written of this source, without examples, and what to do about it."""
     if not request.onnx:
         return _NOT_ASKED
-    return _NO_MODULE if kind == "state_dict" else _NO_INPUTS
+    if opened.source.kind == "state_dict":
+        return _NO_MODULE
+    return f"{_NO_INPUTS}; {input_hint(opened.module)}"
 
 
 def read_examples(
@@ -171,6 +171,6 @@ def read_examples(
     if examples is None and request.max_size is not None:
         raise BudgetError(
             f"--max-size {request.max_size} is the size of the ONNX file: "
-            f"{why_no_onnx(opened.source.kind, request)}."
+            f"{why_no_onnx(opened, request)}."
         )
     return examples
