@@ -1,16 +1,10 @@
 import pytest
 
 from mpocompress.report import wording
+from mpocompress.report.cautions import cautions
 from mpocompress.report.groups import kept_groups, parameter_groups
-from mpocompress.report.narrative import (
-    cautions,
-    facts,
-    headline,
-    onnx_verdict,
-    quality_verdict,
-    settings_rows,
-    what_was_done,
-)
+from mpocompress.report.narrative import facts, headline, settings_rows, what_was_done
+from mpocompress.report.verdicts import onnx_verdict, quality_verdict
 from mpocompress.report.wording import Code
 from tests.report_samples import PARITY, compressed_layer, encoder, kept_layer, report_of
 

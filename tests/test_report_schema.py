@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from mpocompress.errors import ReportError
 from mpocompress.report import CompressionReport
-from mpocompress.report.schema import LayerReport, Size, Total
+from mpocompress.report.layer import LayerReport
+from mpocompress.report.quantities import Size, Total
 from tests.report_samples import GOLDEN, compressed_layer, encoder, golden, kept_layer, report_of
 
 

@@ -16,18 +16,9 @@ from mpocompress.mpo.spectra import entropy_nats
 from mpocompress.mpo.weight import Weight, as_mpo
 from mpocompress.planning import LayerPlan, Plan, chain_macs
 from mpocompress.planning.plan import CandidateFigures
-from mpocompress.report.schema import (
-    Candidate,
-    Change,
-    CompressionReport,
-    LayerReport,
-    Parity,
-    Scope,
-    Size,
-    Source,
-    Total,
-    Totals,
-)
+from mpocompress.report.layer import Candidate, Change, LayerReport
+from mpocompress.report.quantities import Scope, Size, Total, Totals
+from mpocompress.report.schema import CompressionReport, Parity, Source
 from mpocompress.surgery import Inventory, KeptEntry, WeightSite
 from mpocompress.surgery.inventory import MULTIPLIED, RECURRENT
 

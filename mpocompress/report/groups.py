@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mpocompress.report.schema import CompressionReport, LayerReport
+from mpocompress.report.layer import LayerReport
+from mpocompress.report.schema import CompressionReport
 from mpocompress.report.wording import Code, plural, reason_text
 
 # Colours in the picture: more groups than this are drawn as one.

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from mpocompress.mpo import Layout
-from mpocompress.report.schema import Candidate, Change, LayerReport
+from mpocompress.report.layer import Candidate, Change, LayerReport
 
 _CHANGES: dict[Change, str] = {
     "corrected": "its values took up what is lost before it",
@@ -32,6 +33,9 @@ class Option(Code):
 
 Sentence = tuple[str | Code, ...]
 """Text with code in it; the pieces are joined as they are."""
+
+Tone = Literal["good", "same", "bad"]
+"""How a statement is coloured."""
 
 
 def visible(text: str) -> str:
