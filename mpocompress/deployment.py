@@ -19,7 +19,7 @@ from mpocompress.export.comparison import Comparison, compare
 from mpocompress.export.forms import FormChoice
 from mpocompress.export.quantize import Quantize
 from mpocompress.files import replacing
-from mpocompress.loading import Batch, example_inputs, load_batches
+from mpocompress.loading import Batch, example_inputs, input_hint, load_batches
 from mpocompress.pipeline import (
     Opened,
     checked,
@@ -167,10 +167,7 @@ def export_again(
     batches = None if data is None else load_batches(data)
     examples = example_inputs(opened.source, specs=inputs, batches=batches)
     if examples is None:
-        raise DataError(
-            "the shape of the model's input is not known; give it with --input, as in "
-            "--input 1x784, or give --data."
-        )
+        raise DataError(f"the shape of the model's input is not known; {input_hint(model)}.")
     arguments = forward_arguments(model, Batch(examples.args, examples.kwargs))
     quantized = quantize_batches(model, quantize, batches)
     stored: QuantizedModel | Literal["none"] = "none" if quantize == "none" else quantized

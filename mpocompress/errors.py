@@ -88,13 +88,3 @@ class ParityError(MPOCompressError, RuntimeError):
     """ONNX Runtime and PyTorch disagree by more than the tolerance; nothing is published."""
 
     exit_code = 3
-
-
-def check_count(name: str, value: object, least: int, error: type[MPOCompressError]) -> None:
-    """Refuse what is not an integer of at least `least`; True and False are none.
-
-    Raises:
-        MPOCompressError: of the class `error`, with the name and the value.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise error(f"{name} {value!r}: it is an integer, {least} or more.")

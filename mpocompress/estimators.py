@@ -11,6 +11,7 @@ from mpocompress.api import train
 from mpocompress.errors import DataError, MissingExtraError
 from mpocompress.layers import MPOLinear
 from mpocompress.mpo.factors import balanced_layout
+from mpocompress.scalars import as_integer
 from mpocompress.tuning import Supervised, TrainResult
 from mpocompress.tuning.minibatches import Minibatch
 from mpocompress.tuning.training.options import Method
@@ -97,13 +98,13 @@ class _TensorNetwork(BaseEstimator):  # type: ignore[misc, unused-ignore]
             (inputs_NF, labels_N),
             loss=loss,
             method=self.method,
-            epochs=_plain(self.epochs),
-            batch_size=_plain(self.batch_size),
-            learning_rate=_plain(self.learning_rate),
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
             sites="grow" if growing else 1,
-            bond_dim=_plain(self.bond_dim) if growing else None,
-            validation=_plain(self.validation_fraction),
-            patience=_plain(self.patience),
+            bond_dim=self.bond_dim if growing else None,
+            validation=self.validation_fraction,
+            patience=self.patience,
             seed=seed,
         )
         # In float64 a row's prediction does not depend on the batch that it is in.
@@ -114,9 +115,9 @@ class _TensorNetwork(BaseEstimator):  # type: ignore[misc, unused-ignore]
             raise DataError(f"activation {self.activation!r}: there are 'relu' and 'tanh'.")
         activation, gain = _ACTIVATIONS[self.activation]
         given = self.hidden_layer_sizes
-        sizes = (given,) if isinstance(given, int | np.integer) else tuple(given)
-        whole = all(isinstance(size, (int, np.integer)) and size >= 1 for size in sizes)
-        if not sizes or not whole:
+        several = given if isinstance(given, Iterable) and np.ndim(given) else (given,)
+        sizes = [as_integer(size) or 0 for size in several]
+        if min(sizes, default=0) < 1:
             raise DataError(
                 f"hidden_layer_sizes {given!r}: give one size of 1 or more, or several, as in "
                 "(256,)."
@@ -124,11 +125,11 @@ class _TensorNetwork(BaseEstimator):  # type: ignore[misc, unused-ignore]
         generator = torch.Generator().manual_seed(seed)
         layers: list[nn.Module] = []
         width = features
-        for size in map(int, sizes):
+        for size in sizes:
             layer = MPOLinear(
                 width,
                 size,
-                layout=balanced_layout(size, width, _plain(self.n_sites)),
+                layout=balanced_layout(size, width, self.n_sites),
                 bond_dim=1 if self.grow and self.method == "dmrg" else self.bond_dim,
                 gain=gain,
                 generator=generator,
@@ -220,11 +221,6 @@ def _mean_and_spread(
         return rows_NF.mean(axis=0), rows_NF.std(axis=0)
     mean_F = np.average(rows_NF, axis=0, weights=weights_N)
     return mean_F, np.sqrt(np.average((rows_NF - mean_F) ** 2, axis=0, weights=weights_N))
-
-
-def _plain(value: Any) -> Any:
-    """A number of NumPy, as searches over grids draw them, as one of Python."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 class MPOClassifier(ClassifierMixin, _TensorNetwork):  # type: ignore[misc, unused-ignore]

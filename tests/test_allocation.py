@@ -299,7 +299,7 @@ def test_trials_are_made_for_bottlenecks_alone(monkeypatch):
         fits.append(site.name)
         return effect_alone(model, site, *rest, **options)
 
-    monkeypatch.setattr("mpocompress.api.job.effect_alone", counted)
+    monkeypatch.setattr("mpocompress.api.evidence.effect_alone", counted)
     options = {"of": "layers", "data": inputs(), "include": ["0", "2"]}
     for forced in ({"sites": 4}, {"layout": "balanced"}, {"layout": "svd"}):
         mpo.plan(planted_sums_of_products(), ratio=8, **options, **forced)

@@ -275,7 +275,7 @@ def test_statistics_do_not_outlive_the_search(budget, monkeypatch):
     seen = []
 
     def heal(job, *_args):
-        seen.append(job.moments)
+        seen.append(job.evidence.moments)
 
     monkeypatch.setattr("mpocompress.api.compression._heal", heal)
     mpo.compress(small(), **budget, data=rows(), distill=5)

@@ -16,6 +16,7 @@ from mpocompress.errors import DataError, LoadError, ParityError
 from mpocompress.export import export_onnx
 from mpocompress.export.agreement import Agreement, LabelScore
 from mpocompress.export.comparison import compare
+from mpocompress.export.verify import Comparison
 from mpocompress.tuning import task_score
 from mpocompress.tuning.minibatches import Minibatch
 
@@ -412,7 +413,16 @@ def test_nan_on_both_sides_is_no_agreement(here, capsys):
     ):
         agreement = Agreement()
         agreement.add(outputs, outputs)
-        assert agreement.nowhere_finite is nowhere
+        assert (agreement.nothing_compared is not None) is nowhere
+        # The check of an export decides alike.
+        parity = Comparison()
+        for name, values in outputs.items():
+            parity.compare(parity.output(name), values, values)
+        if nowhere:
+            with pytest.raises(ParityError, match=agreement.nothing_compared):
+                parity.result(1e-4)
+        else:
+            assert parity.result(1e-4).passed
 
 
 def test_json_has_no_infinity(here, capsys):

@@ -8,6 +8,7 @@ import mpocompress as mpo
 from mpocompress.loading import as_batches
 from mpocompress.mpo import Layout
 from mpocompress.planning import Plan
+from mpocompress.report.expectations import comparison_rows
 from mpocompress.surgery import find_weights
 from mpocompress.tuning import FitStore, SitePlan, correction_plans
 from tests.planted import gaussian
@@ -106,9 +107,10 @@ def test_plans_say_what_is_corrected_and_reports_what_was(tmp_path):
     found.save(path)
     assert Plan.load(path) == found
     result = mpo.compress(model, found, data=DATA)
-    reasons = {layer.name: layer.reason for layer in result.report.layers}
-    assert reasons["4"].endswith("; its values took up what is lost before it")
-    assert "took up" not in reasons["0"]
+    changes = {layer.name: layer.changes for layer in result.report.layers}
+    assert changes["4"] == ["corrected"]
+    assert changes["0"] == []
+    assert "; its values took up what is lost before it" in result.report.to_html()
     mpo.save(result, tmp_path / "model")
     loaded = mpo.load(tmp_path / "model", model=model)
     assert torch.equal(loaded[4].weight, result.model[4].weight)
@@ -214,9 +216,10 @@ def test_where_compression_changes_which_layers_are_called_nothing_is_corrected(
     assert isinstance(result.model.big, mpo.MPOLinear)
     assert torch.equal(result.model.tail.weight, model.tail.weight)
     assert torch.equal(result.model.tail.bias, model.tail.bias)
-    (reason,) = (layer.reason for layer in result.report.layers if layer.name == "tail")
-    assert "stays as it was: batches take different paths" in reason
-    assert "took up" not in reason
+    (tail,) = (layer for layer in result.report.layers if layer.name == "tail")
+    assert "batches take different paths" in tail.uncorrected
+    assert tail.changes == []
+    assert "stays as it was: batches take different paths" in result.report.to_markdown()
 
 
 @pytest.mark.parametrize("rows_of_a_batch", [1, 200])
@@ -234,10 +237,10 @@ def test_what_the_fit_moved_is_not_called_trained():
     model[4].requires_grad_(False)
     result = mpo.compress(model, plan_of(model), data=DATA)
     mpo.distill(result, reference=model, data=DATA, steps=3, learning_rate=1e-3)
-    reasons = {layer.name: layer.reason for layer in result.report.layers}
-    assert reasons["4"].endswith("took up what is lost before it")
-    assert "trained" not in reasons["4.bias"]
-    assert reasons["0"].endswith("trained along when the model was healed")
+    changes = {layer.name: layer.changes for layer in result.report.layers}
+    assert changes["4"] == ["corrected"]
+    assert changes["4.bias"] == []
+    assert changes["0"] == ["healed"]
 
 
 def test_a_compressed_layer_may_have_a_single_padded_site():
@@ -262,7 +265,7 @@ def test_reports_say_that_predictions_know_nothing_of_corrections():
     result = mpo.compress(network(), ratio=4, of="layers", layout="svd", data=DATA)
     kept = next(layer for layer in result.report.layers if layer.name == "4")
     assert kept.status == "kept"
-    notes = {row.quantity: row.note for row in result.report.predictions}
+    notes = {row[0]: row[-1] for row in comparison_rows(result.report)}
     assert notes["relative change of the model's outputs"].endswith(
         "; the prediction is without what dense layers took up"
     )

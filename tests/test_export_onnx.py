@@ -514,3 +514,27 @@ def test_requests_that_cannot_be_met(tmp_path, options, error, message):
     with pytest.raises(error, match=message):
         export_onnx(nn.Linear(3, 3), path, torch.ones(2, 3), **options)
     assert list(tmp_path.iterdir()) == []
+
+
+class Windows(nn.Module):
+    """Fills pictures up to whole windows, where they are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(3 * 16, 5)
+
+    def forward(self, x):
+        if x.shape[2] % 4:
+            x = nn.functional.pad(x, (0, 0, 0, 4 - x.shape[2] % 4))
+        if x.shape[3] % 4:
+            x = nn.functional.pad(x, (0, 4 - x.shape[3] % 4))
+        return self.mix(nn.functional.unfold(x, 4, stride=4).transpose(1, 2))
+
+
+def test_sizes_that_would_need_another_padding_are_fixed(tmp_path):
+    model = Windows().eval()
+    exported = export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 3, 16, 24))
+    (graph_input,) = onnx.load(exported.path).graph.input
+    dims = [dim.dim_param or dim.dim_value for dim in graph_input.type.tensor_type.shape.dim]
+    assert dims == ["batch", 3, 16, 24]
+    assert verify(exported.path, model).passed

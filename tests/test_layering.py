@@ -20,6 +20,7 @@ PACKAGE = Path(mpocompress.__file__).parent
 # rooms on one line may import each other.
 ROOMS = (
     ("errors", "_version"),
+    ("scalars",),
     ("files",),
     ("mpo",),
     ("layers",),

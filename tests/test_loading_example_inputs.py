@@ -14,6 +14,7 @@ from mpocompress.loading import (
     InputSpec,
     as_batches,
     example_inputs,
+    input_hint,
     load_source,
     parse_input_spec,
 )
@@ -337,4 +338,230 @@ def test_tokenizer_that_cannot_be_used(encoder):
 def test_folder_without_a_tokenizer(encoder):
     (encoder / "vocab.txt").unlink()
     (encoder / "tokenizer_config.json").unlink()
-    assert example_inputs(load_source(encoder)) is None
+    example = example_inputs(load_source(encoder))
+    assert {name: tuple(t.shape) for name, t in example.kwargs.items()} == {
+        "input_ids": (2, 16),
+        "attention_mask": (2, 16),
+    }
+    assert set(example.kwargs["attention_mask"][1].tolist()) == {0, 1}
+    assert example.origin.startswith("the model's config: input_ids 2x16:int64, attention_mask")
+
+
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+TWO_STACKS = {
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 1),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 32),
+}
+ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
+PICTURES = {"image_size": 32, "patch_size": 8, **SMALL}
+WORDS = {"vocab_size": 50, "max_position_embeddings": 12, "pad_token_id": 0, **SMALL}
+SOUND = {
+    "conv_dim": (16, 16),
+    "conv_kernel": (10, 3),
+    "conv_stride": (5, 2),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+}
+# Model, its config, and what it is called with.
+OF_CONFIGS = {
+    "bert": ("BertModel", "BertConfig", WORDS, ["input_ids 2x10", "attention_mask 2x10"]),
+    "roberta": (
+        "RobertaForSequenceClassification",
+        "RobertaConfig",
+        {**WORDS, "pad_token_id": 1},
+        ["input_ids 2x10", "attention_mask 2x10"],
+    ),
+    "vit": ("ViTForImageClassification", "ViTConfig", PICTURES, ["pixel_values 2x3x32x32"]),
+    "yolos": (
+        "YolosModel",
+        "YolosConfig",
+        {**PICTURES, "image_size": [32, 48], "num_detection_tokens": 2},
+        ["pixel_values 2x3x32x48"],
+    ),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"vocab_size": 50, "n_positions": 24, "n_embd": 16, "n_layer": 1, "n_head": 2},
+        ["input_ids 2x16", "attention_mask 2x16"],
+    ),
+    "gpt2 classifier": (
+        "GPT2ForSequenceClassification",
+        "GPT2Config",
+        {"vocab_size": 50, "n_positions": 24, "n_embd": 16, "n_layer": 1, "n_head": 2},
+        ["input_ids 1x16", "attention_mask 1x16"],
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2},
+        ["input_ids 2x16", "attention_mask 2x16", "decoder_input_ids 2x8"],
+    ),
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        {
+            **{"vocab_size": 50, "d_model": 16, "num_mel_bins": 8, "max_source_positions": 30},
+            **TWO_STACKS,
+            **ENDS,
+        },
+        ["input_features 2x8x60", "decoder_input_ids 2x8"],
+    ),
+    "speech to text": (
+        "Speech2TextForConditionalGeneration",
+        "Speech2TextConfig",
+        {
+            **{"vocab_size": 50, "d_model": 16, "input_feat_per_channel": 8, "conv_channels": 16},
+            **TWO_STACKS,
+        },
+        ["input_features 2x96x8", "decoder_input_ids 2x8"],
+    ),
+    "clip": (
+        "CLIPModel",
+        "CLIPConfig",
+        {"text_config": {**WORDS, "eos_token_id": 2}, "vision_config": PICTURES},
+        ["input_ids 2x10", "attention_mask 2x10", "pixel_values 2x3x32x32"],
+    ),
+    "wav2vec2": (
+        "Wav2Vec2ForCTC",
+        "Wav2Vec2Config",
+        {"vocab_size": 20, **SMALL, **SOUND},
+        ["input_values 2x400"],
+    ),
+    "spectrogram": (
+        "ASTModel",
+        "ASTConfig",
+        {"max_length": 64, "num_mel_bins": 16, "patch_size": 8, **SMALL},
+        ["input_values 2x64x16"],
+    ),
+    "swin": (
+        "SwinModel",
+        "SwinConfig",
+        {"image_size": 32, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+        ["pixel_values 2x3x32x32"],
+    ),
+    "resnet": (
+        "ResNetModel",
+        "ResNetConfig",
+        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
+        ["pixel_values 2x3x224x224"],
+    ),
+    "video": (
+        "VideoMAEModel",
+        "VideoMAEConfig",
+        {"num_frames": 4, **PICTURES},
+        ["pixel_values 2x4x3x32x32"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OF_CONFIGS)
+def test_inputs_of_a_config(kind):
+    model, config, options, expected = OF_CONFIGS[kind]
+    torch.manual_seed(0)
+    module = getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
+    example = example_inputs(module)
+    found = {name: "x".join(map(str, t.shape)) for name, t in example.kwargs.items()}
+    assert [f"{name} {shape}" for name, shape in found.items()] == expected
+    half = example_inputs(module.to(torch.bfloat16))
+    assert {t.dtype for t in half.kwargs.values()} <= {torch.bfloat16, torch.int64}
+
+
+@pytest.mark.parametrize("kind", ["t5", "clip"])
+def test_a_tokenizer_and_the_config_together(kind, encoder):
+    model, config, options, expected = OF_CONFIGS[kind]
+    module = getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
+    names = ("vocab.txt", "tokenizer_config.json")
+    kept = {name: (encoder / name).read_text() for name in names}
+    kept["vocab.txt"] = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]"
+    module.save_pretrained(encoder)
+    for name, text in kept.items():
+        (encoder / name).write_text(text)
+    if kind == "clip":  # with a table of positions that the sentences fit in
+        module = getattr(transformers, model)(
+            transformers.CLIPConfig(
+                text_config={**options["text_config"], "max_position_embeddings": 40},
+                vision_config=PICTURES,
+            )
+        )
+        module.save_pretrained(encoder)
+    example = example_inputs(load_source(encoder))
+    assert set(example.kwargs) == {text.split()[0] for text in expected}
+    assert {tensor.shape[0] for tensor in example.kwargs.values()} == {3}
+    assert example.origin == f"the tokenizer of {encoder.name}"
+
+
+def test_a_config_of_others_is_no_config():
+    module = nn.Conv2d(1, 2, 3)
+    for config in ({"hidden_size": 3}, None, nn.ReLU()):
+        module.config = config
+        assert example_inputs(module) is None
+
+
+class Pooled(nn.Sequential):
+    """Convolutions, and a Linear that fixes the size of the picture."""
+
+    def __init__(self, side):
+        super().__init__(
+            nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(side**2 // 4, 5)
+        )
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(30, 6)
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, left, right, scale=None):
+        return self.out(self.table(left) * self.table(right))
+
+
+class Strange(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 3))
+
+    def forward(self, a, b):
+        return a["x"] @ self.weight + b["y"]
+
+
+HINTS = {
+    "picture of 28": (lambda: Pooled(28), "--input 1x3x28x28"),
+    "picture of 96": (lambda: Pooled(96), "--input 1x3x96x96"),
+    "signal": (
+        lambda: nn.Sequential(nn.Conv1d(2, 4, 5, 5), nn.Flatten(), nn.Linear(80, 2)),
+        "--input 1x2x100",
+    ),
+    "tokens": (lambda: nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 2)), "--input 1x16:int64"),
+    "two of them": (Pair, "--input 1x16:int64 --input 1x16:int64"),
+    "sequence": (lambda: nn.LSTM(7, 3), "--input 1x16x7"),
+    "encoder": (lambda: nn.TransformerEncoderLayer(6, 2, 16), "--input 1x16x6"),
+    "volume": (lambda: nn.Sequential(nn.BatchNorm3d(2), nn.Conv3d(2, 2, 3)), "1x2x16x112x112"),
+}
+
+
+@pytest.mark.parametrize("kind", HINTS)
+def test_a_hint_works_as_it_stands(kind):
+    build, shown = HINTS[kind]
+    torch.manual_seed(0)
+    module = build().eval()
+    hint = input_hint(module)
+    assert f"{shown}, which it accepts, or give --data" in hint
+    assert example_inputs(module) is None
+    specs = [word for word in hint.partition(", which")[0].split() if word[0].isdigit()]
+    assert example_inputs(module, specs=specs) is not None
+
+
+def test_without_a_guess_the_hint_names_the_arguments():
+    assert input_hint(Strange()) == (
+        "give it with --input, one for each of its arguments (a, b), as in --input 1x784, or give "
+        "--data"
+    )
+    assert input_hint(nn.ReLU()) == "give it with --input, as in --input 1x784, or give --data"

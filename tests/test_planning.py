@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,15 @@ def test_refusals():
         mpo.plan(nn.ReLU(), bond_dim=4)
     with pytest.raises(NoLayerMatched, match="every layer stays dense"):
         mpo.compress(nn.Linear(4, 4), bond_dim=16)
+    # What was not selected does not say why the selected ones stay.
+    chain = nn.Sequential(*(nn.Linear(1, 1) for _ in range(5)), nn.Linear(2, 1))
+    for options in ({"bond_dim": 16}, {"ratio": 2}):
+        with pytest.raises(NoLayerMatched, match=r"dense|smaller") as caught:
+            mpo.compress(chain, include=["[45]"], **options)
+        said = str(caught.value)
+        assert re.search(r"\('5': .*; '4': ", said)
+        assert "not selected" not in said
+        assert "'0'" not in said
     broken = model()
     with torch.no_grad():
         broken[2].weight[3, 5] = float("nan")

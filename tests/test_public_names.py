@@ -1,6 +1,7 @@
 """What users may rely on: names, command-line flags and exit codes. A change here is a decision."""
 
 import inspect
+from dataclasses import fields
 
 import pytest
 import typer
@@ -9,6 +10,9 @@ from typer.main import get_command
 import mpocompress
 from mpocompress import errors
 from mpocompress.cli import app
+from mpocompress.pipeline import Request
+from mpocompress.pipeline.request import _DECIDED_BY_PLANS
+from mpocompress.planning import PlanOptions
 
 PUBLIC = frozenset(
     {
@@ -65,6 +69,7 @@ OPTIONS = {
             "--model",
             "--no-onnx",
             "--output",
+            "--plan",
             "--seed",
             "--sites",
             "--sweeps",
@@ -154,3 +159,31 @@ def test_exit_codes():
     assert errors.LoadError.exit_code == 2
     assert errors.ExportError.exit_code == 1
     assert errors.ParityError.exit_code == 3
+
+
+def test_options_of_a_plan_are_the_same_wherever_they_are_listed():
+    """Signatures, their object and the command line name each option: equally, with one default."""
+    of_plan, of_compress = (
+        {name: p.default for name, p in inspect.signature(call).parameters.items()}
+        for call in (mpocompress.plan, mpocompress.compress)
+    )
+    shared = of_plan.keys() & of_compress.keys()
+    assert of_plan.keys() - shared == set()
+    assert of_compress.keys() - shared == {"plan", "source", "state"}
+    assert all(of_plan[name] == of_compress[name] for name in shared - {"model"})
+    options = {field.name: field.default for field in fields(PlanOptions)}
+    del options["healed"]  # follows from distill
+    assert options.items() <= of_plan.items()
+    request = {field.name: field.default for field in fields(Request)}
+    asked = Request(bond_dim=4).plan_options()
+    assert asked == {**{name: options[name] for name in asked}, "bond_dim": 4}
+    assert asked.keys() <= request.keys()
+    assert {request[name] == options[name] for name in asked} == {True}
+    # In Python and in plan files alone.
+    assert options.keys() - asked.keys() == {"if_smaller", "gauge"}
+    # What decides a plan is refused beside one; rows of a batch are of the forms in the file, too.
+    assert {*_DECIDED_BY_PLANS} == asked.keys() - {"batch", "quantize"}
+    command = get_command(app).commands["compress"]
+    defaults = {parameter.name: parameter.default for parameter in command.params}
+    for name in asked:
+        assert (defaults[name] or None) == (options[name] or None), name

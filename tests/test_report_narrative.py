@@ -1,17 +1,11 @@
 import pytest
 
 from mpocompress.report import wording
+from mpocompress.report.cautions import cautions
 from mpocompress.report.groups import kept_groups, parameter_groups
-from mpocompress.report.narrative import (
-    cautions,
-    facts,
-    headline,
-    onnx_verdict,
-    quality_verdict,
-    settings_rows,
-    what_was_done,
-)
-from mpocompress.report.wording import OUTPUT_CHANGE, Code
+from mpocompress.report.narrative import facts, headline, settings_rows, what_was_done
+from mpocompress.report.verdicts import onnx_verdict, quality_verdict
+from mpocompress.report.wording import Code
 from tests.report_samples import PARITY, compressed_layer, encoder, kept_layer, report_of
 
 
@@ -44,7 +38,7 @@ def test_facts_tell_the_model_from_its_compressed_layers_and_name_the_onnx_file(
     )
     parameters, stored, macs = facts(report)
     assert parameters.value == "1.82× fewer"
-    assert parameters.scope == "compressed layers alone: 10.0× fewer"
+    assert parameters.of_layers == "10.0× fewer"
     assert stored.detail == "8.00 MB → 4.40 MB of weights; the ONNX file is 4.50 MB"
     assert macs.value == "10.0× fewer"
 
@@ -122,16 +116,18 @@ def test_quality_is_only_claimed_where_it_was_measured():
 def test_after_healing_the_answers_are_spoken_of():
     layer = compressed_layer("fc") | {"relative_weight_error": 0.82}
     healing = {"steps": 60, "held_out_loss": {"before": 0.49, "after": 0.3601}}
-    change = {"quantity": OUTPUT_CHANGE, "unit": "", "predicted": 0.2, "measured": 0.167}
+    change = {"quantity": "", "unit": "", "predicted": 0.2, "measured": 0.167}
     report = report_of(
         layer,
         settings={"rows_of_data": 100, "distill": healing},
-        predictions=[change | {"note": "measured on rows that were fitted on; and so on"}],
+        predictions=[change | {"figure": "output_change", "note": "measured on rows fitted on"}],
     )
     found = quality_verdict(report)
     assert found is not None
     text = _plain(found.text)
-    assert text.startswith("The outputs of the whole model differ by 16.7 %, measured on rows that")
+    assert text.startswith(
+        "The outputs of the whole model differ by 16.7 %, measured on rows fitted on. "
+    )
     assert (
         "healing, 60 steps) brought the loss on rows held out from it from 0.49 to 0.3601." in text
     )

@@ -152,6 +152,27 @@ def test_hostile_names_stay_text():
     assert b"<script" not in stream.getvalue()
 
 
+def test_what_became_of_kept_values_is_told_from_facts_and_never_read_from_a_reason():
+    said = "its values took up what is lost before it"
+    layers = [
+        compressed_layer("fc") | {"relative_output_error": 0.1},
+        kept_layer("head", 8) | {"changes": ["corrected"], "uncorrected": None},
+        kept_layer("tail", 8, "linear") | {"uncorrected": "paths differ"},
+        kept_layer("foreign", 8, "other") | {"reason": f"named like {said}"},
+    ]
+    report = report_of(*layers)
+    for text in (report.to_markdown(), _Page(report.to_html()).words):
+        assert f"norm is not converted; {said}" in text
+        assert "stays as it was: paths differ" in text
+        assert "and 1 dense layer what is lost before" in text
+
+
+def test_only_options_look_like_options():
+    html = report_of(compressed_layer("--name") | {"relative_weight_error": 0.9}).to_html()
+    assert '<code class="option">--bond-dim</code>' in html
+    assert '<code class="option">--name' not in html
+
+
 def test_first_screen_says_what_happened():
     words = _Page(CompressionReport.load(GOLDEN).to_html()).words
     assert "tiny.pt" in words

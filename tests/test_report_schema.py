@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from mpocompress.errors import ReportError
 from mpocompress.report import CompressionReport
-from mpocompress.report.schema import LayerReport, Size, Total
+from mpocompress.report.layer import LayerReport
+from mpocompress.report.quantities import Size, Total
 from tests.report_samples import GOLDEN, compressed_layer, encoder, golden, kept_layer, report_of
 
 
@@ -35,6 +36,26 @@ def test_load_takes_the_directory_of_a_run():
 def test_round_trip_keeps_everything():
     report = encoder(blocks=1)
     assert CompressionReport.from_json(report.to_json()) == report
+
+
+def test_facts_on_kept_layers_and_figures_are_stored_only_where_there_are_any():
+    moved = kept_layer("head", 8) | {"changes": ["corrected", "healed"], "uncorrected": "paths"}
+    figure = {"quantity": "q", "unit": "", "predicted": None, "measured": 0.5}
+    report = report_of(
+        compressed_layer("fc"),
+        kept_layer("norm", 4),
+        moved,
+        predictions=[figure, figure | {"figure": "output_change"}],
+    )
+    assert CompressionReport.from_json(report.to_json()) == report
+    data = json.loads(report.to_json())
+    assert "changes" not in data["layers"][1]
+    assert "uncorrected" not in data["layers"][1]
+    assert data["layers"][2]["changes"] == ["corrected", "healed"]
+    assert [row.get("figure") for row in data["predictions"]] == [None, "output_change"]
+    assert "figure" not in data["predictions"][0]
+    with pytest.raises(ValidationError, match="are of kept layers, and this is compressed"):
+        report_of(compressed_layer("fc") | {"changes": ["healed"]})
 
 
 def test_json_is_stable_indented_and_keeps_a_spectrum_on_one_line():

@@ -73,6 +73,19 @@ def test_include_of_what_stays_dense_gives_the_reason():
         select(NAMES, ["embeddings.*"], refused=REFUSED)
 
 
+def test_the_layers_that_are_named_are_those_that_the_pattern_is_about():
+    refused = {f"block.{index}.norm": "a vector" for index in range(9)} | {"head.proj": "a mask"}
+    names = [*NAMES, "head.out"]
+    with pytest.raises(NoLayerMatched) as caught:
+        select(names, ["head.proj"], refused=refused)
+    said = str(caught.value)
+    assert "stays dense: 'head.proj' (a mask). Layers that can be converted: 'head.out'" in said
+    with pytest.raises(NoLayerMatched, match=r"'block\.7\.norm' \(stays dense: a vector\)"):
+        select(names, ["block.7.nrom"], refused=refused)
+    with pytest.raises(NoLayerMatched, match=r"converted: 'head\.proj' \(a mask\), .* 7 more"):
+        select([], ["head.*"], refused=refused)
+
+
 def test_every_pattern_must_match_not_only_one():
     with pytest.raises(NoLayerMatched, match="include pattern 'decoder"):
         select(NAMES, ["pooler.dense", "decoder.*"])

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from mpocompress.analysis.ising import IsingChain
-from mpocompress.errors import DataError, check_count
+from mpocompress.errors import DataError
 from mpocompress.layers.modes import evaluation_mode
+from mpocompress.scalars import as_count
 
 _HALVINGS = 12
 _DTYPES = (torch.float32, torch.float64)
@@ -126,8 +127,8 @@ def find_ground_state(
     parameters = [p for p in network.parameters() if p.requires_grad]
     if not parameters:
         raise DataError("the network has no parameter that requires a gradient.")
-    for name, steps in (("adam_steps", adam_steps), ("natural_steps", natural_steps)):
-        check_count(name, steps, 0, DataError)
+    adam_steps = as_count("adam_steps", adam_steps, 0, DataError)
+    natural_steps = as_count("natural_steps", natural_steps, 0, DataError)
     narrow = next((p.dtype for p in parameters if p.dtype not in _DTYPES), None)
     if narrow is not None:
         raise DataError(

@@ -1,6 +1,6 @@
 """The Python API: thin functions that compose the rooms."""
 
-from mpocompress.api.compression import compress, plan
+from mpocompress.api.compression import check_belongs, compress, plan
 from mpocompress.api.drop_budget import EvalFn
 from mpocompress.api.files import densify, load, save, save_dense, with_files, write_report
 from mpocompress.api.result import Clock, CompressionResult
@@ -14,6 +14,7 @@ __all__ = [
     "CompressionResult",
     "EvalFn",
     "OnnxBytes",
+    "check_belongs",
     "compress",
     "densify",
     "distill",

@@ -19,7 +19,7 @@ from mpocompress.api.result import CompressionResult
 from mpocompress.api.size_budget import OnnxBytes
 from mpocompress.api.targets import Aim, Task, meet
 from mpocompress.api.tune import heal
-from mpocompress.errors import BudgetError, DataError, NoLayerMatched, PlanError, check_count
+from mpocompress.errors import BudgetError, DataError, NoLayerMatched, PlanError
 from mpocompress.loading import Batch
 from mpocompress.mpo.identity_gauge import Gauge
 from mpocompress.planning import (
@@ -31,9 +31,11 @@ from mpocompress.planning import (
     PlanOptions,
     Progress,
 )
+from mpocompress.planning.entries import why_nothing
 from mpocompress.planning.options import PlannedPrecision
 from mpocompress.report import CompressionReport, Source
 from mpocompress.report.predictions import with_budget, with_comparisons
+from mpocompress.scalars import as_count, as_seed
 from mpocompress.surgery import Inventory
 from mpocompress.tuning import DistillOptions, output_errors
 from mpocompress.tuning.healing.distill import check_trainable
@@ -126,6 +128,8 @@ def plan(
         DataError: data that does not fit the model, or none where it is needed.
     """
     model = uncompiled(model)
+    distill = as_count("distill", distill, 0, DataError)
+    sweeps, seed = as_count("sweeps", sweeps, 0, DataError), as_seed(seed)
     options = PlanOptions(
         bond_dim=bond_dim,
         ratio=ratio,
@@ -233,7 +237,8 @@ def compress(
         MPOCompressError: see `plan`.
     """
     model = uncompiled(model)
-    check_count("distill", distill, 0, DataError)
+    distill = as_count("distill", distill, 0, DataError)
+    sweeps, seed = as_count("sweeps", sweeps, 0, DataError), as_seed(seed)
     if distill and data is None:
         raise DataError(
             f"distill={distill} trains on data, and there is none. Give batches of forward "
@@ -279,8 +284,8 @@ def compress(
         check_belongs(plan, job.inventory)
     aim = meet(job, task) if plan is None else Aim(plan=plan)
     if not aim.plan.compressed:
-        reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in aim.plan.layers[:3])
-        raise NoLayerMatched(f"nothing to compress: every layer stays dense ({reasons}).")
+        why = why_nothing(aim.plan.layers)
+        raise NoLayerMatched(f"nothing to compress: every layer stays dense ({why}).")
     built = aim.built or job.build(aim.plan)
     result = job.finish(built, source=source)
     if options.ratio is not None:
@@ -368,8 +373,9 @@ def check_ratio(report: CompressionReport, ratio: float, of: Of) -> None:
 
 
 def check_belongs(plan: Plan, inventory: Inventory) -> None:
-    """Refuse a plan that was made for another model, by name and shape."""
+    """Refuse a plan that was made for another model, by name, shape and kind."""
     shapes = {site.name: site.shape for site in inventory.sites}
+    kinds = {site.name: site.kind for site in inventory.sites}
     for layer in plan.layers:
         if layer.name not in shapes:
             raise PlanError(
@@ -380,6 +386,11 @@ def check_belongs(plan: Plan, inventory: Inventory) -> None:
             raise PlanError(
                 f"layer {layer.name!r} is {layer.shape[0]}x{layer.shape[1]} in the plan, but "
                 f"{shapes[layer.name][0]}x{shapes[layer.name][1]} in this model. Plan it again."
+            )
+        if layer.kind != kinds[layer.name]:
+            raise PlanError(
+                f"layer {layer.name!r} is of kind {layer.kind!r} in the plan, but "
+                f"{kinds[layer.name]!r} in this model. Plan it again."
             )
     missing = [name for name in shapes if name not in {layer.name for layer in plan.layers}]
     if missing:

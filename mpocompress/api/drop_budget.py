@@ -74,7 +74,7 @@ def meet_drop(job: Job, max_drop: float, metric: Metric) -> tuple[Built, Met]:
         DataError: see `Metric.value`.
     """
     job.take_statistics()
-    job.keeps_statistics = True
+    job.evidence.is_kept = True
     sharing = job.sharing()
     why = f"a drop of at most {max_drop:g}"
     whole = job.inventory.parameters
@@ -121,7 +121,7 @@ def meet_drop(job: Job, max_drop: float, metric: Metric) -> tuple[Built, Met]:
         looks += 1
         drop = dense[True] - metric.value(builds[size].model, final=True)
         if drop <= max_drop:
-            job.forget_statistics()
+            job.evidence.forget()
             met = Met(
                 target="max_drop",
                 asked=max_drop,

@@ -67,7 +67,7 @@ def meet_output_error(job: Job, max_error: float, held: Sequence[Batch]) -> tupl
         BudgetError: not met by any plan that compresses something; the message has the least.
     """
     job.take_statistics()
-    job.keeps_statistics = True
+    job.evidence.is_kept = True
     sharing = job.sharing()
     why = f"an output error of at most {max_error:g}"
     if not sharing.parts:
@@ -85,7 +85,7 @@ def meet_output_error(job: Job, max_error: float, held: Sequence[Batch]) -> tupl
     smallest_that_fits(sharing.least - elsewhere, most, measure, steps=_ERROR_STEPS)
     if trials.best is None or trials.best.errors.model < trials.best.errors.largest:
         _move_tolerances(job, sharing, trials, why)
-    job.forget_statistics()
+    job.evidence.forget()
     best = trials.best
     if best is None:
         raise _no_plan("output error", max_error, trials.least)
@@ -145,7 +145,7 @@ def _move_tolerances(job: Job, sharing: Sharing, trials: _ErrorTrials, why: str)
     """
     limit = trials.max_error
     with job.clock("planning"):
-        moments = job.moments or {}
+        moments = job.evidence.moments or {}
         curves = curves_of(sharing, lambda site: output_error_curve(site, moments))
     tolerances = {part.site.name: 0.7 * limit for part in sharing.parts}
     for _ in range(_ROUNDS):

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mpocompress import saving
 from mpocompress._version import __version__
-from mpocompress.api.compression import check_ratio
+from mpocompress.api.compression import check_belongs, check_ratio
 from mpocompress.api.result import Clock
 from mpocompress.api.stored_weights import factorize_site
-from mpocompress.errors import MPOCompressError, NoLayerMatched
+from mpocompress.errors import MPOCompressError, NoLayerMatched, PlanError
 from mpocompress.export.graphs import (
     Feed,
     GraphInputs,
@@ -36,6 +36,7 @@ from mpocompress.loading import Batches, parse_input_spec
 from mpocompress.mpo import MPO
 from mpocompress.mpo.identity_gauge import stored_parameters
 from mpocompress.planning import LayerPlan, Plan, PlanOptions, Progress
+from mpocompress.planning.entries import why_nothing
 from mpocompress.report import CompressionReport, Parity, Source
 from mpocompress.report.collect import Outcome, collect_report, parity_of
 from mpocompress.surgery import Inventory, KeptEntry, WeightSite, check_finite
@@ -137,9 +138,27 @@ def _kept(site: WeightSite, reason: str) -> KeptEntry:
     )
 
 
+def check_plan(plan: Plan, model: OnnxModel) -> Inventory:
+    """The weights of a graph, if a plan is of them and can be carried out.
+
+    Raises:
+        PlanError: a plan of another model, or with a gauge or a precision that graphs have not.
+    """
+    inventory = find_graph_weights(model)
+    check_belongs(plan, inventory)
+    for layer in plan.compressed:
+        if layer.gauge != "none" or layer.rounds:
+            what = layer.storage if layer.rounds else f"gauge {layer.gauge!r}"
+            raise PlanError(
+                f"layer {layer.name!r}: {what} is for PyTorch models; an ONNX graph is written "
+                'with float32 chains. Set gauge "none" and precision "float32", without tiers.'
+            )
+    return inventory
+
+
 def compress_graph(
     model: OnnxModel,
-    options: PlanOptions,
+    options: PlanOptions | Plan,
     *,
     feeds: Callable[[], Iterable[Feed]] | None = None,
     sweeps: int = 16,
@@ -151,7 +170,7 @@ def compress_graph(
 
     Args:
         model: the graph.
-        options: what is asked for; cores are stored whole, without a gauge.
+        options: what is asked for, or a plan; cores are stored whole, without a gauge.
         feeds: starts a pass over the data. With data every weight is fitted to the outputs that it
             has on it, by the activations of the dense graph; without, to the weights.
         sweeps: at most so many passes over the sites in the fit of a weight.
@@ -167,10 +186,13 @@ def compress_graph(
     """
     clock = Clock()
     with clock("planning"):
-        plan, inventory = plan_graph(model, options, progress=progress)
+        if isinstance(options, Plan):
+            plan, inventory = options, check_plan(options, model)
+        else:
+            plan, inventory = plan_graph(model, options, progress=progress)
     if not plan.compressed:
-        reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in plan.layers[:3])
-        raise NoLayerMatched(f"nothing to compress: every weight stays dense ({reasons}).")
+        why = why_nothing(plan.layers)
+        raise NoLayerMatched(f"nothing to compress: every weight stays dense ({why}).")
     by_name = {site.name: site for site in graph_sites(inventory)}
     planned = {
         by_name[layer.name]: SitePlan(
@@ -184,7 +206,7 @@ def compress_graph(
         check_finite(site)
     fitted: dict[WeightSite, FittedWeight] = {}
     vectors: dict[str, Tensor] = {}
-    settings = {**plan.settings, "seed": seed}
+    settings = {**plan.asked, "seed": seed}
     if feeds is not None:
         settings |= {"sweeps": sweeps, "rows_of_data": sum(_num_rows(feed) for feed in feeds())}
         with clock("fitting"):
@@ -199,7 +221,7 @@ def compress_graph(
     report = collect_report(
         inventory, plan, outcomes, source=source, seconds=clock.total(), settings=settings
     )
-    if options.ratio is not None:
+    if isinstance(options, PlanOptions) and options.ratio is not None:
         check_ratio(report, options.ratio, options.of)
     return GraphResult(weights=weights, vectors=vectors, report=report, plan=plan)
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import nn
 
+from mpocompress.api.evidence import Evidence
 from mpocompress.api.result import Clock, CompressionResult
 from mpocompress.api.storage import (
     check_precision,
@@ -22,19 +22,16 @@ from mpocompress.mpo import Layout
 from mpocompress.mpo.identity_gauge import Gauge
 from mpocompress.mpo.weight import Weight
 from mpocompress.planning import (
-    Gains,
     Latency,
     Objective,
     Plan,
     PlanOptions,
     Progress,
     Sharing,
-    Trial,
     Trials,
     with_predictions,
 )
 from mpocompress.planning.byte_sharing import ByteSharing
-from mpocompress.planning.storage_choice import StorageChoice
 from mpocompress.report import Source
 from mpocompress.report.collect import Outcome, collect_report, measure
 from mpocompress.surgery import (
@@ -53,9 +50,7 @@ from mpocompress.tuning import (
     OutputMetrics,
     SitePlan,
     correction_plans,
-    effect_alone,
     fit_in_sequence,
-    gain_of_bonds,
     is_corrected,
     later_calls,
     take_statistics,
@@ -64,8 +59,6 @@ from mpocompress.tuning import (
 )
 from mpocompress.tuning.fitting.plan import exact_takes_long
 from mpocompress.tuning.fitting.rounding import Rounded
-from mpocompress.tuning.fitting.storage_choices import storage_choices
-from mpocompress.tuning.lockstep import Call
 from mpocompress.tuning.statistics.layer_rows import adapter_of
 
 # Fits on trial take long: not for budgets whose every step fits a model and measures it.
@@ -149,14 +142,8 @@ class Job:
         self.state = state
         self.progress = progress
         self.clock = Clock()
-        self.moments: dict[nn.Module, LayerMoments] | None = None
-        self.keeps_statistics = False
         self._latency = latency
-        self._energy: float | None = None
-        self._seen: Sequence[Call] = ()
-        self._gains: dict[WeightSite, Tensor | None] = {}
-        self._trials: dict[tuple[WeightSite, Layout, tuple[int, ...]], Trial | None] = {}
-        self._choices: dict[WeightSite, Sequence[StorageChoice]] = {}
+        self.evidence = Evidence(self.opened, calls, seed=seed, clock=self.clock, progress=progress)
 
     @property
     def objective(self) -> Objective:
@@ -169,67 +156,18 @@ class Job:
         return self.calls is not None
 
     @property
-    def gains(self) -> Gains | None:
-        """What each bond dimension is worth on the data; None without statistics."""
-        if self.moments is None:
-            return None
-        compute = partial(gain_of_bonds, moments=self.moments)
-
-        def known(site: WeightSite) -> Tensor | None:
-            if site not in self._gains:
-                self._gains[site] = compute(site)
-            return self._gains[site]
-
-        return known
-
-    @property
     def trials(self) -> Trials | None:
         """What layers in other layouts do to the outputs; None where no trials are made."""
-        if not self.moments or self.options.target not in _TRIED_FOR:
+        if not self.evidence.moments or self.options.target not in _TRIED_FOR:
             return None
         sites = select_sites(self.inventory, self.options.include, self.options.exclude)
-        return None if exact_takes_long(site.shape for site in sites) else self._trial
-
-    def _trial(self, site: WeightSite, layout: Layout, bond_dims: tuple[int, ...]) -> Trial | None:
-        key = (site, layout, bond_dims)
-        if key not in self._trials:
-            self._trials[key] = None
-            if self._seen and self._energy:
-                if self.progress is not None:
-                    self.progress(f"{site.name}: {layout.num_sites} sites on trial", 0, 1)
-                change, distance = effect_alone(
-                    self.opened,
-                    site,
-                    layout,
-                    bond_dims,
-                    self._seen,
-                    output_metrics=OutputMetrics(self.moments or {}),
-                    later=later_calls([site], self.moments or {}),
-                )
-                self._trials[key] = Trial(loss=change**2 * self._energy, distance=distance)
-        return self._trials[key]
+        return None if exact_takes_long(site.shape for site in sites) else self.evidence.trial
 
     def take_statistics(self, sites: Sequence[WeightSite] | None = None) -> None:
         """Collect what the dense model shows of weights on the data; default: the selected ones."""
-        if self.calls is None or self.moments is not None:
-            return
-        if sites is None:
+        if sites is None and self.has_data:
             sites = select_sites(self.inventory, self.options.include, self.options.exclude)
-        if self.progress is not None:
-            self.progress("inputs of the layers and gradients at their outputs", 0, len(sites))
-        for site in sites:
-            check_finite(site)
-        modules = [module for site in sites for module in site.modules]
-        with self.clock("statistics"):
-            found = take_statistics(self.opened, modules, self.calls, seed=self.seed)
-            self.moments, self._energy = found.layers, found.output_energy
-            # Trials need no more: these show enough of every layer, and the energy is theirs.
-            self._seen = found.calls
-
-    def forget_statistics(self) -> None:
-        """All plans have been made: free the largest thing that is no longer needed."""
-        self.keeps_statistics = False
-        self.moments = None
+        self.evidence.take(sites or ())
 
     def sharing(self) -> Sharing:
         """What a budget is shared among."""
@@ -237,7 +175,7 @@ class Job:
             return self.options.sharing(
                 self.inventory,
                 objective=self.objective,
-                gains=self.gains,
+                gains=self.evidence.gains,
                 trials=self.trials,
                 tables=self.has_data,
                 progress=self.progress,
@@ -248,17 +186,12 @@ class Job:
         with self.clock("planning"):
             return ByteSharing(
                 self.inventory,
-                self._storage_choices,
+                self.evidence.storage_choices,
                 include=self.options.include,
                 exclude=self.options.exclude,
-                output_energy=self._energy,
+                output_energy=self.evidence.energy,
                 progress=self.progress,
             )
-
-    def _storage_choices(self, site: WeightSite) -> Sequence[StorageChoice]:
-        if site not in self._choices:
-            self._choices[site] = storage_choices(site, self.moments)
-        return self._choices[site]
 
     def plan(self) -> Plan:
         """The plan for a bond dimension or a ratio."""
@@ -266,7 +199,7 @@ class Job:
             found = self.options.make(
                 self.inventory,
                 objective=self.objective,
-                gains=self.gains,
+                gains=self.evidence.gains,
                 trials=self.trials,
                 tables=self.has_data,
                 progress=self.progress,
@@ -279,9 +212,9 @@ class Job:
             plan,
             self.inventory,
             objective=self.objective,
-            gains=self.gains,
-            trials=lambda *key: self._trials.get(key),  # of trials that were made
-            output_energy=self._energy,
+            gains=self.evidence.gains,
+            trials=self.evidence.made_trial,  # of trials that were made
+            output_energy=self.evidence.energy,
         )
 
     def measured_seconds(self, plan: Plan) -> tuple[float, float] | None:
@@ -302,7 +235,9 @@ class Job:
     def build(self, plan: Plan) -> Built:
         """Fit, factorize and replace the planned weights in a copy of the model."""
         with self.clock("inventory"):
-            opened, moments = _opened_as_planned(self.model, self.opened, plan, self.moments)
+            opened, moments = _opened_as_planned(
+                self.model, self.opened, plan, self.evidence.moments
+            )
             by_name = {site.name: site for site in find_weights(opened).sites}
         planned = [
             SitePlan(
@@ -370,7 +305,7 @@ class Job:
         # As executed: a plan that was edited may give each layer its own.
         used = set(gauges.values())
         settings: dict[str, Any] = {
-            **built.plan.settings,
+            **built.plan.asked,
             "gauge": used.pop() if len(used) == 1 else gauges,
             "seed": self.seed,
         }
@@ -416,7 +351,7 @@ class Job:
                     inputs_of=_tied_modules(fitted_anew),
                 )
                 moments = found.layers
-        elif not self.keeps_statistics:  # they have said what there was to plan with
+        elif not self.evidence.is_kept:  # they have said what there was to plan with
             tied = _tied_modules([entry.site for entry in planned])
             for module, moment in moments.items():
                 if module not in tied:
@@ -433,8 +368,7 @@ class Job:
                 store=None if self.state is None else FitStore(self.state),
                 progress=self.progress,
             )
-        if not self.keeps_statistics:
-            self.forget_statistics()
+        self.evidence.forget_if_done()
         return fitted
 
 

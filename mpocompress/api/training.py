@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import isnan
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from mpocompress.errors import DataError
 from mpocompress.layers.gauges import plain_gauge
 from mpocompress.loading import Batch, as_batch
 from mpocompress.planning import Progress
+from mpocompress.scalars import as_number
 from mpocompress.tuning import (
     Loss,
     SupervisedLoss,
@@ -105,7 +107,7 @@ def train(
 
     Source: Jahromi, Orús, "Variational Tensor Neural Networks for Deep Learning", arXiv 2211.14657.
     """
-    share = isinstance(validation, int | float) and not isinstance(validation, bool)
+    share = not isnan(as_number(validation))
     options = TrainOptions(
         method=method,
         epochs=epochs,
@@ -118,7 +120,7 @@ def train(
         cutoff=cutoff,
         gradient=gradient,
         train_dense=train_dense,
-        held_out=float(validation) if share else 0.0,
+        held_out=as_number(validation) if share else 0.0,
         patience=patience,
         seed=seed,
     )

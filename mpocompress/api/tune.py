@@ -17,9 +17,9 @@ from mpocompress.layers.gauges import plain_gauge
 from mpocompress.loading import Batch
 from mpocompress.planning import Progress
 from mpocompress.report import CompressionReport
-from mpocompress.report.collect import SWEPT_ALONG, TRAINED_ALONG, remeasure
+from mpocompress.report.collect import remeasure
 from mpocompress.report.schema import Comparison
-from mpocompress.report.wording import OUTPUT_CHANGE
+from mpocompress.scalars import as_count
 from mpocompress.surgery import (
     Inventory,
     find_weights,
@@ -104,6 +104,7 @@ def distill(
         SaveError: the checkpoint cannot be written.
     """
     reference = uncompiled(reference)
+    steps = as_count("steps", steps, 0, DataError)
     options = DistillOptions(
         blockwise_steps=blockwise_steps,
         output_loss=output_loss,
@@ -185,7 +186,7 @@ def heal(
     with clock("distillation"):
         found = _distill(result.model, reference, calls, steps, options, checkpoint, progress)
     dense = inventory or find_weights(open_modules(reference))
-    report = remeasure(result.report, before, dense, result.model, trained=TRAINED_ALONG)
+    report = remeasure(result.report, before, dense, result.model, trained="healed")
     healing = {
         "steps": steps,
         "blockwise_steps": options.blockwise_steps,
@@ -231,7 +232,7 @@ def _of_trained(
     """The report's predictions with the change of the outputs measured again, if it was."""
 
     def anew(found: Comparison) -> Comparison:
-        if found.quantity != OUTPUT_CHANGE or found.measured is None:
+        if found.figure != "output_change" or found.measured is None:
             return found
         if reference is None:
             note = f"not measured since the model was {trained} without the dense one"
@@ -347,15 +348,15 @@ def sweep(
     if isinstance(model, CompressionResult):
         clock.add(model.report.seconds)
         dense = None if reference is None else find_weights(open_modules(reference))
-        report = remeasure(model.report, before, dense, target, trained=SWEPT_ALONG)
+        report = remeasure(model.report, before, dense, target, trained="swept")
         bonds = [[layer.bond_dims for layer in r.layers] for r in (model.report, report)]
         predictions = _of_trained(report, reference, target, calls, "swept")
         if bonds[0] != bonds[1]:  # what the plan predicted is not of other bond dimensions
             predictions = [
                 found.model_copy(update={"predicted": None})
                 for found in predictions
-                if found.quantity == OUTPUT_CHANGE and found.measured is not None
+                if found.figure == "output_change" and found.measured is not None
             ]
-        sweeping = {"sweeps": sweeps, "sites": sites, "seed": seed}
+        sweeping = {"sweeps": options.sweeps, "sites": options.sites, "seed": options.seed}
         _replace_report(model, report, predictions, {"sweeps_on_loss": sweeping}, clock)
     return found

@@ -94,6 +94,14 @@ def compress(
             "most, as in 0.01; --data needs labels.",
         ),
     ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            "--plan",
+            metavar="FILE",
+            help="Or: a plan that --dry-run --json has printed, perhaps edited.",
+        ),
+    ] = None,
     objective: Annotated[
         Objective,
         typer.Option(
@@ -193,20 +201,22 @@ def compress(
         ),
     ] = 0,
 ) -> None:
-    """Compress MODEL to one of five targets; write cores, verified ONNX and a report."""
+    """Compress MODEL to one of five targets, or by a plan; write cores, verified ONNX, a report."""
     from mpocompress import pipeline
     from mpocompress.planning.budgets import the_one_given
 
-    the_one_given(
-        {
-            "--bond-dim": bond_dim,
-            "--ratio": ratio,
-            "--max-size": max_size,
-            "--max-error": max_error,
-            "--max-drop": max_drop,
-        }
-    )
+    if plan is None:
+        the_one_given(
+            {
+                "--bond-dim": bond_dim,
+                "--ratio": ratio,
+                "--max-size": max_size,
+                "--max-error": max_error,
+                "--max-drop": max_drop,
+            }
+        )
     request = pipeline.Request(
+        plan=plan,
         bond_dim=bond_dim,
         ratio=ratio,
         max_size=max_size,
@@ -232,12 +242,12 @@ def compress(
     )
     if dry_run:
         with progress_bar() as progress:
-            plan, opened, _ = pipeline.plan_model(model, request, progress=progress)
+            found, opened, _ = pipeline.plan_model(model, request, progress=progress)
         show_notes(opened.notes)
         if as_json:
-            typer.echo(plan.to_json(), nl=False)
+            typer.echo(found.to_json(), nl=False)
         else:
-            _show_plan(plan)
+            _show_plan(found)
         return
     directory = output or Path(f"{_stem(model)}-mpo")
     with progress_bar() as progress:

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from mpocompress.errors import DataError
+from mpocompress.scalars import as_number
 from mpocompress.tuning import Accuracy, RSquared
 
 
@@ -34,14 +36,40 @@ class OutputAgreement:
     vectors: int
 
 
-def check_tolerance(tolerance: float) -> None:
-    """Refuse what is no tolerance of a relative difference.
+def check_tolerance(tolerance: float) -> float:
+    """A tolerance of a relative difference, as a plain number.
 
     Raises:
         DataError: below 0, infinite or NaN.
     """
-    if not (isfinite(tolerance) and tolerance >= 0):
+    number = as_number(tolerance)
+    if not (isfinite(number) and number >= 0):
         raise DataError(f"tolerance {tolerance}: it is a relative difference, 0 or more. Try 1e-4.")
+    return number
+
+
+class Counted(Protocol):
+    """Figures of an output: its `numbers`, and how many of them are `finite` where expected."""
+
+    numbers: int
+    finite: int
+
+
+def nothing_compared(outputs: Mapping[str, Counted]) -> str | None:
+    """Say that a comparison says nothing, since no expected number is finite; None if it does.
+
+    Outputs without any numbers, as of empty batches, do agree.
+
+    Args:
+        outputs: figures over all batches, by name.
+    """
+    found = outputs.values()
+    if any(output.finite for output in found) or not any(output.numbers for output in found):
+        return None
+    return (
+        f"nothing was compared: {', '.join(map(repr, outputs))} "
+        f"{'is' if len(outputs) == 1 else 'are'} NaN or infinite throughout"
+    )
 
 
 def num_infinite(array: np.ndarray) -> int:
@@ -164,10 +192,9 @@ class Agreement:
             self._sums.setdefault(name, _Sums()).add(ours, theirs)
 
     @property
-    def nowhere_finite(self) -> bool:
-        """Whether the expected outputs have numbers, all of them NaN or infinite."""
-        sums = self._sums.values()
-        return any(found.numbers for found in sums) and not any(found.finite for found in sums)
+    def nothing_compared(self) -> str | None:
+        """That no expected number is finite, in words; None if some are, or there are none."""
+        return nothing_compared(self._sums)
 
     def result(self) -> dict[str, OutputAgreement]:
         """The figures of each output."""

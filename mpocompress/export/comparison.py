@@ -123,7 +123,7 @@ def compare(
         ParityError: outputs differ in number or shape. Mere differences are in the result.
     """
     if tolerance is not None:
-        check_tolerance(tolerance)
+        tolerance = check_tolerance(tolerance)
     file = OnnxFile(path)
     other: _Side = (
         _Module(reference) if isinstance(reference, nn.Module) else _File(OnnxFile(reference))
@@ -173,12 +173,9 @@ def _result(
     tolerance: float | None,
 ) -> Comparison:
     quantization = file.metadata.get("mpocompress.quantization", "none")
-    failures, total = [], agreement.result()
-    if agreement.nowhere_finite:
-        failures.append(
-            f"nothing was compared: the reference's {', '.join(map(repr, total))} "
-            f"{'is' if len(total) == 1 else 'are'} NaN or infinite throughout"
-        )
+    total = agreement.result()
+    nothing = agreement.nothing_compared
+    failures = [] if nothing is None else [f"{nothing} in the reference"]
     if parts[0] is not None and quantization == "none":
         failures += _beyond(parts[0], EXPORT_TOLERANCE, "the export alone changes")
     if tolerance is not None:

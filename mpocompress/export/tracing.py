@@ -186,7 +186,11 @@ def _refused_axes(model: nn.Module, traced: Trace) -> list[set[int]]:
         index, axis = places[0]
         size = call.tensors[index].shape[axis]
         others = (2 * size, size // 2)
-        if symbol in pooled or not any(_accepts(model, call, places, n) for n in others):
+        if (
+            symbol in pooled
+            or not any(_accepts(model, call, places, n) for n in others)
+            or _is_padded_for(size, model, traced, places)
+        ):
             for index, axis in places:
                 refused[index].add(axis)
     return refused
@@ -210,15 +214,42 @@ def _adaptively_pooled(program: ExportedProgram) -> set[str]:
 def _accepts(
     model: nn.Module, call: ForwardCall, places: Sequence[tuple[int, int]], size: int
 ) -> bool:
+    try:
+        run(model, _resized(call, places, size))
+    except Exception:  # whatever the model's own code raises on a size that it does not know
+        return False
+    return True
+
+
+def _is_padded_for(
+    size: int, model: nn.Module, traced: Trace, places: Sequence[tuple[int, int]]
+) -> bool:
+    """Whether the program is right for pictures that need no other padding than the traced one.
+
+    Code such as `if height % window` leaves one of its branches in the program, and a guard on the
+    size, which a file has not.
+    """
+    call = _resized(traced.call, places, size + 3)
+    if any(call.tensors[index].ndim < 4 for index, _ in places):
+        return False
+    try:
+        expected = run(model, call)
+    except Exception:  # whatever the model's own code raises: it does not take this size at all
+        return False
+    try:
+        with torch.no_grad():
+            actual = traced.program.module()(*call.tensors)
+    except Exception:  # a guard, or an operation on sizes that do not fit
+        return True
+    return [t.shape for t in actual] != [t.shape for t in expected.values()]
+
+
+def _resized(call: ForwardCall, places: Sequence[tuple[int, int]], size: int) -> ForwardCall:
     tensors = list(call.tensors)
     for index, axis in places:
         positions = torch.arange(size, device="cpu") % tensors[index].shape[axis]
         tensors[index] = tensors[index].index_select(axis, positions)
-    try:
-        run(model, call.with_tensors(tensors))
-    except Exception:  # whatever the model's own code raises on a size that it does not know
-        return False
-    return True
+    return call.with_tensors(tensors)
 
 
 def translate(

@@ -13,10 +13,16 @@ from torch import Tensor, nn
 
 from mpocompress.errors import DataError, ParityError
 from mpocompress.export import inputs
-from mpocompress.export.agreement import check_tolerance, differences, num_infinite
+from mpocompress.export.agreement import (
+    check_tolerance,
+    differences,
+    nothing_compared,
+    num_infinite,
+)
 from mpocompress.export.calls import Batch, ForwardCall, first_line, inference_copy, run
 from mpocompress.export.inputs import InputSpec
 from mpocompress.export.session import described_inputs, named_arrays, open_session
+from mpocompress.scalars import as_integer, as_seed
 
 # Of the batches made up for one batch size, the sizes of the other dimensions, from the example's.
 _OTHER_SIZES = (lambda size: size // 2 + 1, lambda size: size + 3, lambda size: size)
@@ -104,8 +110,9 @@ def verify(
             differ in number or shape, or all are NaN throughout. A mere difference of values is in
             the result.
     """
-    check_tolerance(tolerance)
-    if min(batch_sizes, default=1 if data is not None else 0) < 1:
+    tolerance, seed = check_tolerance(tolerance), as_seed(seed)
+    sizes = [as_integer(size) or 0 for size in batch_sizes]
+    if min(sizes, default=1 if data is not None else 0) < 1:
         raise DataError(
             f"batch_sizes {list(batch_sizes)}: give one or more, each 1 or more. Try (1, 3, 7)."
         )
@@ -113,9 +120,7 @@ def verify(
     graph = _Graph(Path(onnx_path), model)
     comparison = Comparison()
     runs = (
-        _made_up(graph, model, batch_sizes, seed)
-        if data is None
-        else _given(graph, model, data, batch_sizes)
+        _made_up(graph, model, sizes, seed) if data is None else _given(graph, model, data, sizes)
     )
     for done in runs:
         comparison.count(done.call.rows)
@@ -384,14 +389,8 @@ class Comparison:
         Raises:
             ParityError: none of the numbers is finite, so that nothing was compared.
         """
-        if not any(o.finite for o in self.outputs.values()) and any(
-            o.numbers for o in self.outputs.values()
-        ):
-            raise ParityError(
-                f"nothing was compared: {', '.join(map(repr, self.outputs))} "
-                f"{'is' if len(self.outputs) == 1 else 'are'} NaN or infinite throughout, over "
-                f"{self.samples} samples. {_who(suspects)}"
-            )
+        if (nothing := nothing_compared(self.outputs)) is not None:
+            raise ParityError(f"{nothing}, over {self.samples} samples. {_who(suspects)}")
         relative = {name: output.relative for name, output in self.outputs.items()}
         worst = max(relative, key=lambda name: relative[name])
         return ParityResult(

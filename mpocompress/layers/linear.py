@@ -14,6 +14,7 @@ from mpocompress.mpo.factors import resolve_layout
 from mpocompress.mpo.identity_gauge import Gauge
 from mpocompress.mpo.initialize import initial_cores
 from mpocompress.mpo.weight import Weight, in_gauge
+from mpocompress.scalars import as_number
 
 # nn.Linear draws its weights uniformly from +-in_features**-0.5: a third of that squared.
 _GAIN_OF_LINEAR = 3**-0.5
@@ -27,9 +28,10 @@ def check_gain(gain: float | None) -> float:
     """
     if gain is None:
         return _GAIN_OF_LINEAR
-    if isinstance(gain, bool) or not 0 < gain < inf:
+    number = as_number(gain)
+    if not 0 < number < inf:
         raise DataError(f"gain {gain!r}: it is above 0. Try 1, or 2**0.5 before a ReLU.")
-    return gain
+    return number
 
 
 class MPOLinear(MPOLayer):

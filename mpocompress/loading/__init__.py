@@ -6,6 +6,7 @@ from mpocompress.loading.example_inputs import (
     example_inputs,
     parse_input_spec,
 )
+from mpocompress.loading.input_hints import input_hint
 from mpocompress.loading.source import Source, is_onnx, load_source
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "as_batch",
     "as_batches",
     "example_inputs",
+    "input_hint",
     "is_onnx",
     "load_batches",
     "load_source",

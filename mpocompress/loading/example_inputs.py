@@ -5,7 +5,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from mpocompress.errors import DataError
 from mpocompress.layers import MPOLayer, MPOLinear
 from mpocompress.layers.modes import evaluation_mode
 from mpocompress.loading.batches import Batches
+from mpocompress.loading.config_inputs import ROWS, inputs_of_config
 from mpocompress.loading.huggingface import import_transformers, quiet_transformers
 from mpocompress.loading.source import Source
 
@@ -114,8 +115,9 @@ def example_inputs(
     """Find inputs that the model accepts.
 
     The first of: a batch of the data; random numbers of the given shapes; sentences through the
-    tokenizer of a Hugging Face folder; a matrix for a model that starts with a Linear layer. They
-    are tried on the model (in evaluation mode, without gradients) before they are returned.
+    tokenizer of a Hugging Face folder, what its config tells of the inputs, or both; a matrix for a
+    model that starts with a Linear layer. They are tried on the model (in evaluation mode, without
+    gradients) before they are returned.
 
     Args:
         source: what `load_source` gave, or a module.
@@ -138,9 +140,10 @@ def example_inputs(
             module, [parse_input_spec(s) if isinstance(s, str) else s for s in specs]
         )
     folder = source.tokenizer_folder if isinstance(source, Source) else None
-    if folder is not None and any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    has_tokenizer = folder and any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    if folder is not None and has_tokenizer and "input_ids" in _forward_names(module):
         return _from_tokenizer(module, folder)
-    return _infer(module)
+    return _from_config(module) or _infer(module)
 
 
 @contextmanager
@@ -287,7 +290,30 @@ def _from_tokenizer(module: nn.Module, folder: Path) -> ExampleInputs:
         ) from error
     accepted = _forward_names(module)
     kwargs = {name: encoded[name] for name in _TOKENIZER_NAMES if name in encoded.keys() & accepted}
+    # Pictures beside the words, or the words of a decoder, which no tokenizer gives.
+    made_up = _of_config(module, len(_SENTENCES)).items()
+    if others := {name: tensor for name, tensor in made_up if name not in _TOKENIZER_NAMES}:
+        with suppress(DataError):
+            return _tried(module, (), {**kwargs, **others}, origin=origin, hint="")[0]
     return _tried(module, (), kwargs, origin=origin, hint=_WAY_OUT)[0]
+
+
+def _from_config(module: nn.Module) -> ExampleInputs | None:
+    """Inputs made up after the config of a transformers model, if it accepts them."""
+    for rows in (ROWS, 1):  # some classifiers take several rows only with an index for padding
+        kwargs = _of_config(module, rows)
+        if not kwargs:
+            return None
+        shapes = ", ".join(f"{name} {_describe(tensor)}" for name, tensor in kwargs.items())
+        with suppress(DataError):
+            return _tried(module, (), kwargs, origin=f"the model's config: {shapes}", hint="")[0]
+    return None
+
+
+def _of_config(module: nn.Module, rows: int) -> dict[str, Tensor]:
+    dtype = _main_dtype(module)
+    found = inputs_of_config(module, rows)
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in found.items()}
 
 
 def _infer(module: nn.Module) -> ExampleInputs | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from mpocompress.errors import BondDimError, ContractionError
 from mpocompress.mpo.layout import Layout
 from mpocompress.mpo.truncate import check_bond_dim
+from mpocompress.scalars import plain
 
 Cores = tuple[Tensor, ...]
 
@@ -79,6 +80,7 @@ def expand_bond_dims(
     """
     if bond_dim is None:
         return (None,) * num_bonds
+    bond_dim = plain(bond_dim)  # NumPy's and torch's scalars call themselves iterable
     if isinstance(bond_dim, str) or not isinstance(bond_dim, Iterable):
         return (check_bond_dim(bond_dim),) * num_bonds
     bonds = tuple(bond_dim)

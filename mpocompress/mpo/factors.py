@@ -2,9 +2,11 @@
 
 from functools import cache
 from math import log, prod
+from typing import SupportsIndex
 
-from mpocompress.errors import LayoutError, check_count
+from mpocompress.errors import LayoutError
 from mpocompress.mpo.layout import Layout, LayoutLike, as_layout
+from mpocompress.scalars import as_count
 
 
 @cache
@@ -46,13 +48,13 @@ def balanced_factors(number: int, parts: int) -> tuple[int, ...]:
     return best[1]
 
 
-def check_sites(sites: int) -> None:
-    """Refuse what is no number of sites.
+def check_sites(sites: SupportsIndex) -> int:
+    """A number of sites, as a plain integer.
 
     Raises:
         LayoutError: fewer than one, or no integer.
     """
-    check_count("sites", sites, 1, LayoutError)
+    return as_count("sites", sites, 1, LayoutError)
 
 
 def _prime_factors(number: int) -> int:
@@ -74,7 +76,7 @@ def balanced_layout(out_features: int, in_features: int, sites: int = 2) -> Layo
     Raises:
         LayoutError: fewer than one site, or an empty matrix.
     """
-    check_sites(sites)
+    sites = check_sites(sites)
     if out_features < 1 or in_features < 1:
         raise LayoutError(f"a matrix of {out_features}x{in_features} is empty.")
     outs = list(balanced_factors(out_features, sites))

@@ -29,6 +29,7 @@ from mpocompress.mpo.operator import MPO
 from mpocompress.mpo.sweep import Direction, Observer, Quadratic, Sweeper, SweepRecord
 from mpocompress.mpo.sweep_cost import cheapest_cut
 from mpocompress.mpo.truncate import Truncation, choose_bond_dim
+from mpocompress.scalars import as_integer
 
 # float64 costs twice the time and memory of float32; up to this size that is seconds and 128 MB for
 # each moment, and it lets the local solves resolve C down to its ridge. Larger layers are worked on
@@ -192,7 +193,7 @@ def fit(
 
 
 def _check_options(round_trips: int, tolerance: float) -> None:
-    if isinstance(round_trips, bool) or not isinstance(round_trips, int) or round_trips < 0:
+    if (trips := as_integer(round_trips)) is None or trips < 0:
         raise DecompositionError(
             f"round_trips {round_trips!r}: it is a number of sweeps to and fro. Try 8."
         )

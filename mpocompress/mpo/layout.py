@@ -11,20 +11,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
-from operator import index, mul
+from operator import mul
 from typing import SupportsIndex
 
 from torch import Tensor, constant_pad_nd
 
 from mpocompress.errors import BondDimError, LayoutError
+from mpocompress.scalars import as_integer
 
 _SITE = re.compile(r"(\d{1,9})x(\d{1,9})")
 
 
 def _as_dim(dim: SupportsIndex) -> int:
-    if isinstance(dim, bool) or not hasattr(dim, "__index__"):
+    size = as_integer(dim)
+    if size is None:
         raise LayoutError(f"{dim!r} is not the size of a site; sizes are integers of at least 1.")
-    return index(dim)
+    return size
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,14 +9,14 @@ weights. `cutoff` bounds the truncation error of each bond, here and everywhere 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite, sqrt
-from operator import index
+from math import sqrt
 from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
 from mpocompress.errors import BondDimError, DecompositionError
+from mpocompress.scalars import as_integer, as_number, put_plain
 
 
 def check_bond_dim(bond_dim: SupportsIndex, where: str = "") -> int:
@@ -25,10 +25,8 @@ def check_bond_dim(bond_dim: SupportsIndex, where: str = "") -> int:
     Raises:
         BondDimError: it is not; `where` says for which bond or layer.
     """
-    number = (
-        0 if isinstance(bond_dim, bool) or not hasattr(bond_dim, "__index__") else index(bond_dim)
-    )
-    if number < 1:
+    number = as_integer(bond_dim)
+    if number is None or number < 1:
         raise BondDimError(
             f"bond_dim {bond_dim!r}{where}: a bond dimension is an integer of at least 1 "
             "(1 gives a Kronecker product). Try 16."
@@ -54,13 +52,14 @@ class Truncation:
     cutoff: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.bond_dim is not None:
-            check_bond_dim(self.bond_dim)
-        if not (isfinite(self.cutoff) and 0 <= self.cutoff < 1):
+        bond_dim = None if self.bond_dim is None else check_bond_dim(self.bond_dim)
+        cutoff = as_number(self.cutoff)
+        if not 0 <= cutoff < 1:
             raise DecompositionError(
                 f"cutoff {self.cutoff!r}: it is a relative discarded weight and lies in [0, 1). "
                 "Try 1e-6, which is a relative error of 1e-3."
             )
+        put_plain(self, {"bond_dim": bond_dim, "cutoff": cutoff})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

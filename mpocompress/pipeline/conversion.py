@@ -15,6 +15,7 @@ from mpocompress.pipeline.opening import (
     open_model,
     read_batches,
     read_examples,
+    read_plan,
     why_no_onnx,
 )
 from mpocompress.pipeline.request import Request
@@ -40,21 +41,30 @@ def plan_model(
 ) -> tuple[Plan, Opened | OpenedGraph, Inventory]:
     """Load and plan, but change and write nothing: what `--dry-run` shows.
 
+    A plan that the request has is read and held against the model.
+
     Raises:
         MPOCompressError: bad input, see `load_source`, `load_onnx` and `plan`.
     """
+    given, request = read_plan(request)
     if is_onnx(path):
-        from mpocompress.api.graphs import calls_of_graph, plan_graph
+        from mpocompress.api.graphs import calls_of_graph, check_plan, plan_graph
 
         request.check_for_graph()
         graph = open_graph(path, request.factory)
-        options = PlanOptions(**request.plan_options())
         data = None if request.data is None else load_batches(request.data)
         calls_of_graph(graph.source.model, data=data, shapes=request.inputs)  # or says why not
+        if given is not None:
+            return given, graph, check_plan(given, graph.source.model)
+        options = PlanOptions(**request.plan_options())
         plan, inventory = plan_graph(graph.source.model, options, progress=progress)
         return plan, graph, inventory
     opened = open_model(path, factory=request.factory, trust_pickle=request.trust_pickle)
     batches = read_batches(opened, request)
+    if given is not None:
+        inventory = opened.inventory()
+        api.check_belongs(given, inventory)
+        return given, opened, inventory
     examples = read_examples(opened, request, batches) if request.max_size is not None else None
     plan = api.plan(
         opened.module,
@@ -89,13 +99,14 @@ def convert(
         DataError: with `resume`, a state of a run with other arguments.
         MPOCompressError: bad input, see `load_source`, `load_onnx`, `plan` and `staged_output`.
     """
+    asked, (plan, request) = request, read_plan(request)
     if is_onnx(path):
         if resume:
             raise DataError(
                 "--resume keeps fitted layers and the state of healing, which an ONNX graph has "
                 "not: its layers are done in one short pass. Drop it."
             )
-        return _convert_graph(path, directory, request, force=force, progress=progress)
+        return _convert_graph(path, directory, request, plan, force=force, progress=progress)
     clock = api.Clock()
     # A run that began with `force` goes on with `resume` alone; a finished one is not replaced.
     state = RunState(directory, force=force) if resume else None
@@ -109,13 +120,16 @@ def convert(
             opened = open_model(path, factory=request.factory, trust_pickle=request.trust_pickle)
             batches = read_batches(opened, request)
             examples = read_examples(opened, request, batches)
+            onnx_note = None
             if examples is None:
-                request.check_without_onnx(why_no_onnx(opened.source.kind, request))
+                onnx_note = why_no_onnx(opened, request)
+                request.check_without_onnx(onnx_note)
             if state is not None:
-                state.begin(request, model=opened.source.sha256)
+                state.begin(asked, model=opened.source.sha256)
         result = api.compress(
             opened.module,
-            **request.plan_options(),
+            plan,
+            **({} if plan is not None else request.plan_options()),
             data=batches,
             onnx_bytes=None if examples is None else size_on_disk(opened.source, examples, request),
             **request.fit_options,
@@ -136,12 +150,10 @@ def convert(
         del opened  # the dense model has done its duty; the copy does not refer to it
         with clock("saving"):
             saving.save_model(result.model, scratch / saving.CORES_FILE, source=kind)
-        onnx_note = None
         parity = None
-        if examples is None:
-            onnx_note = why_no_onnx(kind, request)
+        if onnx_note is not None:
             notes.append(onnx_note)
-        else:
+        if examples is not None:
             exported, parity = write_and_check(
                 result, examples, batches, scratch, request, clock, progress
             )
@@ -169,6 +181,7 @@ def _convert_graph(
     path: str | Path,
     directory: str | Path,
     request: Request,
+    plan: Plan | None,
     *,
     force: bool,
     progress: Progress | None,
@@ -186,7 +199,7 @@ def _convert_graph(
             calls = graphs.calls_of_graph(source.model, data=data, shapes=request.inputs)
         result = graphs.compress_graph(
             source.model,
-            PlanOptions(**request.plan_options()),
+            plan or PlanOptions(**request.plan_options()),
             feeds=calls.feeds,
             **request.fit_options,
             seed=request.seed,

@@ -1,6 +1,6 @@
 """What a run reads: a checkpoint or an ONNX graph, the user's data, and example inputs."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,12 +12,14 @@ from mpocompress.loading import (
     ExampleInputs,
     Source,
     example_inputs,
+    input_hint,
     is_onnx,
     load_batches,
     load_source,
     module_from_state,
 )
 from mpocompress.pipeline.request import Request
+from mpocompress.planning import Plan
 from mpocompress.surgery import Inventory, find_weights, open_modules
 
 if TYPE_CHECKING:
@@ -28,10 +30,7 @@ _NO_MODULE = (
     "a bare state dict cannot be run, so no ONNX file was written; give its architecture with "
     "--model MODULE:FACTORY"
 )
-_NO_INPUTS = (
-    "the shape of the model's input is not known, so no ONNX file was written; give it with "
-    "--input, as in --input 1x784, or give --data"
-)
+_NO_INPUTS = "the shape of the model's input is not known, so no ONNX file was written"
 
 
 @dataclass(kw_only=True)
@@ -128,11 +127,34 @@ def read_batches(opened: Opened, request: Request) -> Batches | None:
     return load_batches(request.data)
 
 
-def why_no_onnx(kind: str, request: Request) -> str:
-    """Why no ONNX file is written of a source of this kind, without examples."""
+def read_plan(request: Request) -> tuple[Plan | None, Request]:
+    """The user's plan, and what is asked for besides: its file is written in its precisions.
+
+    Raises:
+        PlanError: see `Plan.load`.
+        DataError: the request has another precision than a plan that rounds.
+    """
+    if request.plan is None:
+        return None, request
+    plan = Plan.load(request.plan)
+    if not any(layer.rounds for layer in plan.compressed):
+        return plan, request
+    if request.quantize != "none":
+        raise DataError(
+            f"--quantize {request.quantize} rounds cores that are float32, and --plan "
+            f"{request.plan} has a precision for each layer. Drop --quantize, or set the "
+            "precisions in the plan to float32."
+        )
+    return plan, replace(request, plan=None, quantize="auto" if request.onnx else "none")
+
+
+def why_no_onnx(opened: Opened, request: Request) -> str:
+    """Why no ONNX file is written of this source, without examples, and what to do about it."""
     if not request.onnx:
         return _NOT_ASKED
-    return _NO_MODULE if kind == "state_dict" else _NO_INPUTS
+    if opened.source.kind == "state_dict":
+        return _NO_MODULE
+    return f"{_NO_INPUTS}; {input_hint(opened.module)}"
 
 
 def read_examples(
@@ -149,6 +171,6 @@ def read_examples(
     if examples is None and request.max_size is not None:
         raise BudgetError(
             f"--max-size {request.max_size} is the size of the ONNX file: "
-            f"{why_no_onnx(opened.source.kind, request)}."
+            f"{why_no_onnx(opened, request)}."
         )
     return examples

@@ -8,11 +8,18 @@ from mpocompress.export.forms import FormChoice
 from mpocompress.export.quantize import Quantize
 from mpocompress.planning import LayoutChoice, ObjectiveName, Of
 
+# Options that make a plan, as `plan_options` has them; `batch` is for the forms in the file, too.
+_DECIDED_BY_PLANS = (
+    *("bond_dim", "ratio", "max_size", "max_error", "max_drop"),
+    *("of", "objective", "layout", "sites", "include", "exclude"),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What the command line asks for; see its help for the meaning of each."""
 
+    plan: str | None = None
     bond_dim: int | None = None
     ratio: float | None = None
     max_size: str | None = None
@@ -56,8 +63,24 @@ class Request:
                 f"'mpocompress export DIR --source MODEL --quantize {self.quantize}' writes the "
                 "rounded file, and 'mpocompress verify' says what that costs."
             )
+        if self.plan is not None:
+            self._check_with_plan(self.plan)
         if not self.onnx:
             self.check_without_onnx("--no-onnx writes none")
+
+    def _check_with_plan(self, plan: str) -> None:
+        decided = {
+            f"--{name.replace('_', '-')}": getattr(self, name)
+            for name in _DECIDED_BY_PLANS
+            if getattr(self, name) != getattr(Request, name)
+        }
+        if self.quantize == "auto":
+            decided["--quantize"] = "auto"
+        if decided:
+            raise DataError(
+                f"--plan {plan} says what becomes of each layer, so {' and '.join(decided)} would "
+                "not be looked at. Give the plan alone, edited as you like, or these options alone."
+            )
 
     def check_for_graph(self) -> None:
         """Refuse what an ONNX graph cannot be given.

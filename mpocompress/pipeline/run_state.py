@@ -118,7 +118,8 @@ def _arguments(request: Request, model: str) -> dict[str, Any]:
         found = {name: value for name, value in found.items() if name not in _OF_FILES}
     del found["trust_pickle"]
     found["model"] = model
-    if request.data is not None and (file := Path(request.data)).is_file():
-        found["data"] = file_sha256(file)
+    for name in ("data", "plan"):
+        if found[name] is not None and (file := Path(found[name])).is_file():
+            found[name] = file_sha256(file)
     arguments: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return arguments

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Mapping
-from math import isfinite
+from math import isfinite, nan
 from typing import Any
 
 from mpocompress.errors import PlanError
+from mpocompress.scalars import as_number
 
 _UNITS = {
     "": 1,
@@ -20,45 +21,48 @@ _UNITS = {
 _SIZE = re.compile(r"([0-9]*\.?[0-9]+)\s*([a-z]*)")
 
 
-def parse_size(size: int | str) -> int:
+def parse_size(size: float | str) -> int:
     """Bytes of a size such as 25000000, "25MB" (10^6 bytes) or "24MiB" (2^20 bytes).
 
     Raises:
         PlanError: not a size, or below one byte.
     """
-    found = _SIZE.fullmatch(str(size).strip().lower())
-    unit = None if found is None else _UNITS.get(found[2])
-    if found is None or unit is None or isinstance(size, bool) or float(found[1]) * unit < 1:
+    number = as_number(size)
+    if isinstance(size, str) and (found := _SIZE.fullmatch(size.strip().lower())) is not None:
+        number = float(found[1]) * _UNITS.get(found[2], nan)
+    if not (isfinite(number) and number >= 1):
         raise PlanError(f"size {size!r} is not a number of bytes. Try 25MB, 500kB or 25000000.")
-    return int(float(found[1]) * unit)
+    return int(number)
 
 
 def check_max_error(max_error: float) -> float:
-    """Refuse an error that nobody can mean.
+    """A relative error, as a plain number.
 
     Raises:
         PlanError: not a number between 0 and 1.
     """
-    if not (isfinite(max_error) and 0 < max_error < 1):
+    error = as_number(max_error)
+    if not 0 < error < 1:
         raise PlanError(
             f"max_error {max_error!r}: it is relative, norm of the difference over norm, above 0 "
             "and below 1. Try 0.05."
         )
-    return float(max_error)
+    return error
 
 
 def check_max_drop(max_drop: float) -> float:
-    """Refuse a drop that is none.
+    """A drop, as a plain number.
 
     Raises:
         PlanError: negative or not finite.
     """
-    if not (isfinite(max_drop) and max_drop >= 0):
+    drop = as_number(max_drop)
+    if not (isfinite(drop) and drop >= 0):
         raise PlanError(
             f"max_drop {max_drop!r}: it is the metric before minus the metric after, 0 or more. "
             "Try 0.01, one point of accuracy."
         )
-    return float(max_drop)
+    return drop
 
 
 def the_one_given(ways: Mapping[str, Any]) -> str:

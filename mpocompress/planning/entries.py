@@ -1,10 +1,13 @@
 """The rows of a plan: what becomes of one weight."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from mpocompress.planning.layouts import Candidate
 from mpocompress.planning.plan import CandidateFigures, LayerPlan
 from mpocompress.surgery import WeightSite
+from mpocompress.surgery.inventory import label
+
+_SHOWN = 3
 
 
 def compress_entry(
@@ -37,6 +40,7 @@ def keep_entry(site: WeightSite, reason: str, *, selected: bool = True) -> Layer
         shape=site.shape,
         action="keep",
         reason=reason,
+        selected=selected,
         corrects=selected and site.adapter.kind == "linear" and len(site.modules) == 1,
     )
 
@@ -62,6 +66,19 @@ def why_kept(
             "or include it by name"
         )
     return None
+
+
+def why_nothing(layers: Iterable[LayerPlan]) -> str:
+    """Why nothing is compressed: the largest layers that were meant, each with its reason.
+
+    Of all layers where none was meant, as in a plan that was edited.
+    """
+    everything = list(layers)
+    meant = [layer for layer in everything if layer.selected] or everything
+    largest = sorted(meant, key=lambda layer: -layer.shape[0] * layer.shape[1])
+    shown = [f"{label(layer.name)}: {layer.reason}" for layer in largest[:_SHOWN]]
+    more = f"; and {len(meant) - _SHOWN} more" if len(meant) > _SHOWN else ""
+    return "; ".join(shown) + more
 
 
 def why_no_gain(site: WeightSite) -> str | None:

@@ -24,7 +24,7 @@ class LayoutRules:
         selected: Collection[str],
     ) -> None:
         if sites is not None:
-            check_sites(sites)
+            sites = check_sites(sites)
             if layout != "auto":
                 raise LayoutError(
                     f"sites {sites} and layout {layout!r} both force a layout; give one of them."

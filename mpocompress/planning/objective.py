@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, SupportsIndex, get_args
 
-from mpocompress.errors import PlanError, check_count
+from mpocompress.errors import PlanError
 from mpocompress.mpo import Layout
 from mpocompress.planning.layouts import chain_macs
+from mpocompress.scalars import as_count, put_plain
 
 ObjectiveName = Literal["size", "macs", "latency"]
 """Numbers that are stored, multiply-adds of a row, or seconds of a batch."""
@@ -34,7 +35,8 @@ class Objective:
     latency: Latency | None = None
 
     def __post_init__(self) -> None:
-        check_objective(self.name, self.batch)
+        check_objective(self.name)
+        put_plain(self, {"batch": check_batch(self.batch)})
         if self.name == "latency" and self.latency is None:
             raise PlanError('objective "latency" needs a table of measured times.')
 
@@ -96,7 +98,16 @@ class Objective:
         )
 
 
-def check_objective(name: str, batch: int) -> None:
+def check_batch(batch: SupportsIndex) -> int:
+    """A number of rows, as a plain integer.
+
+    Raises:
+        PlanError: fewer than one, or no integer.
+    """
+    return as_count("batch", batch, 1, PlanError)
+
+
+def check_objective(name: str) -> None:
     """Refuse what is no objective.
 
     Raises:
@@ -104,4 +115,3 @@ def check_objective(name: str, batch: int) -> None:
     """
     if name not in get_args(ObjectiveName):
         raise PlanError(f'objective {name!r}: a plan makes "size", "macs" or "latency" small.')
-    check_count("batch", batch, 1, PlanError)

@@ -1,11 +1,13 @@
 """What may be asked of a plan, in one object, and the planners that answer it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from mpocompress.errors import PlanError
+from mpocompress.mpo.factors import check_sites
 from mpocompress.mpo.identity_gauge import Gauge
+from mpocompress.mpo.truncate import check_bond_dim
 from mpocompress.planning.budgets import (
     check_max_drop,
     check_max_error,
@@ -13,11 +15,17 @@ from mpocompress.planning.budgets import (
     the_one_given,
 )
 from mpocompress.planning.layout_rules import LayoutChoice
-from mpocompress.planning.objective import Latency, Objective, ObjectiveName, check_objective
+from mpocompress.planning.objective import (
+    Latency,
+    Objective,
+    ObjectiveName,
+    check_batch,
+    check_objective,
+)
 from mpocompress.planning.parts import Gains, Trials
 from mpocompress.planning.plan import Plan
 from mpocompress.planning.planner import Progress, plan_bond_dim
-from mpocompress.planning.ratio import Of, check_ratio, plan_ratio
+from mpocompress.planning.ratio import Of, check_of, check_ratio, plan_ratio
 from mpocompress.planning.sharing import Sharing
 from mpocompress.surgery import Inventory
 
@@ -93,25 +101,25 @@ class PlanOptions:
         return next(name for name in _TARGETS if name == given)
 
     def checked(self) -> "PlanOptions":
-        """The options with the size in bytes.
+        """The options with plain numbers, and the size in bytes.
 
         Raises:
             PlanError: none or several targets, or one that makes no sense.
+            BondDimError: `bond_dim` below 1.
+            LayoutError: `sites` below 1.
         """
         target = self.target
-        check_objective(self.objective, self.batch)
+        given = {name: getattr(self, name) for name in _NUMBERS}
+        read: dict[str, Any] = {
+            name: _NUMBERS[name](value) for name, value in given.items() if value is not None
+        }
+        check_objective(self.objective)
         if target == "ratio":
-            check_ratio(self.ratio or 0.0, self.of)
+            check_of(self.of)
         elif self.of != "model":
             raise PlanError(f"of {self.of!r} is for a ratio, but {target} was given. Drop it.")
         self._check_quantize(target)
-        if self.max_error is not None:
-            check_max_error(self.max_error)
-        if self.max_drop is not None:
-            check_max_drop(self.max_drop)
-        if self.max_size is not None:
-            return replace(self, max_size=parse_size(self.max_size))
-        return self
+        return replace(self, **read)
 
     def aim(self, latency: Latency | None = None) -> Objective:
         """The objective, with the table of measured times that "latency" needs."""
@@ -217,3 +225,13 @@ class PlanOptions:
 
 
 _TARGETS: tuple[Target, ...] = ("bond_dim", "ratio", "max_size", "max_error", "max_drop")
+# What reads each number. Plans and reports are JSON, which has no numbers of NumPy.
+_NUMBERS: dict[str, Callable[[Any], Any]] = {
+    "bond_dim": check_bond_dim,
+    "ratio": check_ratio,
+    "max_size": parse_size,
+    "max_error": check_max_error,
+    "max_drop": check_max_drop,
+    "batch": check_batch,
+    "sites": check_sites,
+}

@@ -1,12 +1,21 @@
 """The plan: what becomes of every weight, to read, edit, save as JSON and run."""
 
+import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from mpocompress.errors import PlanError
+from mpocompress.errors import LayoutError, PlanError
 from mpocompress.files import replacing
 from mpocompress.mpo import Layout
 from mpocompress.mpo.identity_gauge import Gauge, index_dtype, stored_parameters
@@ -17,12 +26,22 @@ from mpocompress.surgery.inventory import MULTIPLIED, RECURRENT
 
 FORMAT_VERSION = 1
 
-Pairs = tuple[tuple[PositiveInt, PositiveInt], ...]
+# Settings by which reports tell what a run had and did.
+_OF_RUNS = frozenset(
+    {"distill", "healing", "sweeps_on_loss", "rows_of_data", "fewest_rows_at_a_layer"}
+)
+
+# Sizes of tensors, which count in 64 bits.
+PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+# Layouts have some ten sites; contractions are planned for each.
+Pairs = Annotated[tuple[tuple[PositiveInt, PositiveInt], ...], Field(min_length=1, max_length=64)]
 Tiers = tuple[tuple[PositiveInt, Precision], ...]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class CandidateFigures(_Frozen):
@@ -35,16 +54,22 @@ class CandidateFigures(_Frozen):
 
     layout: Pairs
     bond_dims: tuple[PositiveInt, ...]
-    parameters: int
-    macs: int
-    relative_weight_error: float | None = None
+    parameters: NonNegativeInt
+    macs: NonNegativeInt
+    relative_weight_error: NonNegativeFloat | None = None
     chosen: bool = False
     gauge: Gauge = "none"
     precision: Precision = "float32"
     block: PositiveInt | None = None
     tiers: Tiers = ()
-    bytes: int | None = None
+    bytes: NonNegativeInt | None = None
     loss: float | None = None
+
+    @model_validator(mode="after")
+    def _check_bonds(self) -> Self:
+        if len(self.bond_dims) != len(self.layout) - 1:
+            raise ValueError(f"{len(self.layout)} sites have {len(self.layout) - 1} bonds")
+        return self
 
     @property
     def storage(self) -> str:
@@ -85,8 +110,8 @@ class LayerPrediction(_Frozen):
     """
 
     choice: str
-    seconds: float | None = None
-    dense_seconds: float | None = None
+    seconds: NonNegativeFloat | None = None
+    dense_seconds: NonNegativeFloat | None = None
     loss: float | None = None
 
 
@@ -110,6 +135,7 @@ class LayerPlan(_Frozen):
         block: columns that share a scale, for integers; None for all of a row.
         tiers: of a dense table: how many of its most frequent rows are stored in which precision,
             most frequent first, such as [[500, "int8"]]; the others are in `precision`.
+        selected: whether the include and exclude patterns meant it; edited, it changes nothing.
         corrects: of a kept linear layer: where there is data, its weight and bias take up what is
             lost before it, at no cost in size. It stays as it is where it has more than 8192
             features or outputs, shares its weight, or is not called exactly once by every batch,
@@ -131,6 +157,7 @@ class LayerPlan(_Frozen):
     precision: Precision = "float32"
     block: PositiveInt | None = None
     tiers: Tiers = ()
+    selected: bool = True
     corrects: bool = False
     candidates: tuple[CandidateFigures, ...] = ()
     predicted: LayerPrediction | None = None
@@ -214,6 +241,7 @@ class LayerPlan(_Frozen):
 
         Raises:
             PlanError: the layer is kept, or its entry is incomplete or does not fit its shape.
+            LayoutError: the layout is smaller than the shape.
         """
         if self.layout is None or self.bond_dims is None:
             raise PlanError(
@@ -236,7 +264,18 @@ class LayerPlan(_Frozen):
                 f"layer {self.name!r}: layout {layout} has {layout.num_sites - 1} bonds, but "
                 f"bond_dims {list(self.bond_dims)} has {len(self.bond_dims)} entries."
             )
-        return Layout.from_pairs(self.layout, pad=padded)
+        layout = Layout.from_pairs(self.layout, pad=padded)
+        try:
+            layout.check(self.shape)
+        except LayoutError as error:
+            raise LayoutError(f"layer {self.name!r}: {error}") from None
+        rows, columns = self.shape
+        if layout.out_features > 2 * rows or layout.in_features > 2 * columns:
+            raise PlanError(
+                f"layer {self.name!r}: layout {layout} pads {rows}x{columns} to more than twice as "
+                "much on a side. Take smaller sites."
+            )
+        return layout
 
 
 class Plan(_Frozen):
@@ -254,9 +293,32 @@ class Plan(_Frozen):
     format_version: int = FORMAT_VERSION
     settings: dict[str, Any] = Field(default_factory=dict)
     layers: tuple[LayerPlan, ...]
-    parameters_elsewhere: int | None = None
-    bytes_elsewhere: int | None = None
-    bytes_listed: int | None = None
+    parameters_elsewhere: NonNegativeInt | None = None
+    bytes_elsewhere: NonNegativeInt | None = None
+    bytes_listed: NonNegativeInt | None = None
+
+    @field_validator("settings", mode="after")
+    @classmethod
+    def _check_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(settings, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"settings must be plain JSON values: {error}") from error
+        return settings
+
+    @field_validator("layers", mode="after")
+    @classmethod
+    def _check_names(cls, layers: tuple[LayerPlan, ...]) -> tuple[LayerPlan, ...]:
+        names = Counter(layer.name for layer in layers)
+        twice = next((name for name, count in names.items() if count > 1), None)
+        if twice is not None:
+            raise ValueError(f"layer {twice!r} is listed {names[twice]} times")
+        return layers
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The settings, without what only a run can say: a plan may come from anywhere."""
+        return {name: value for name, value in self.settings.items() if name not in _OF_RUNS}
 
     def __iter__(self) -> Iterator[LayerPlan]:  # type: ignore[override]  # rows, not fields
         return iter(self.layers)
@@ -277,20 +339,25 @@ class Plan(_Frozen):
         Raises:
             PlanError: not a plan, of another format version, or with an impossible entry; the
                 first problem is named.
+            LayoutError: a layout that does not fit its shape.
         """
+        return cls._parse(text, "this")
+
+    @classmethod
+    def _parse(cls, text: str, place: str) -> "Plan":
         try:
             plan = cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "the file"
+            field = ".".join(str(part) for part in first["loc"]) or "the file"
             raise PlanError(
-                f"this is not a plan: {place}: {first['msg']}. Write one with plan(...).to_json() "
-                "and edit layouts, bond_dims and actions."
+                f"{place} is not a plan: {field}: {first['msg']}. Write one with plan(...).save() "
+                "or --dry-run --json, and edit layouts, bond_dims and actions."
             ) from None
         if plan.format_version != FORMAT_VERSION:
             raise PlanError(
-                f"plan format version {plan.format_version}; this release reads version "
-                f"{FORMAT_VERSION}. Make the plan again."
+                f"{place} has plan format version {plan.format_version}; this release reads "
+                f"version {FORMAT_VERSION}. Make the plan again."
             )
         for layer in plan.compressed:
             layer.sites()
@@ -311,12 +378,13 @@ class Plan(_Frozen):
 
         Raises:
             PlanError: the file cannot be read or is not a plan.
+            LayoutError: see `from_json`.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"cannot read the plan {str(path)!r}: {error}.") from None
-        return cls.from_json(text)
+        return cls._parse(text, repr(str(path)))
 
     def __str__(self) -> str:
         lines = []

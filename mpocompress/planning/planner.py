@@ -62,7 +62,7 @@ def plan_bond_dim(
         NoLayerMatched: a pattern matches nothing, or nothing in the model can be compressed.
         ConversionError: NaN or Inf in a selected weight.
     """
-    check_bond_dim(bond_dim)
+    bond_dim = check_bond_dim(bond_dim)
     check_gauge(gauge)
     objective = objective or Objective()
     selected = {site.name for site in select_sites(inventory, include, exclude)}

@@ -93,7 +93,7 @@ def predicted_totals(plan: Plan) -> Predicted:
         if layer.action == "compress"
     ]
     known = [loss for loss in losses if loss is not None]
-    error = sqrt(sum(known)) if known and len(known) == len(losses) else None
+    error = sqrt(max(sum(known), 0.0)) if known and len(known) == len(losses) else None
     stored = None
     if any(layer.rounds for layer in plan.compressed):  # models that are rounded are float32
         stored = sum(layer.bytes for layer in plan.layers)

@@ -9,19 +9,30 @@ from mpocompress.planning.allocation import least_numbers
 from mpocompress.planning.parts import Part
 from mpocompress.planning.plan import Plan
 from mpocompress.planning.sharing import Sharing
+from mpocompress.scalars import as_number
 
 Of = Literal["model", "layers"]
 """What a ratio counts: all parameters of the model, or those of the layers that get compressed."""
 
 
-def check_ratio(ratio: float, of: str) -> None:
-    """Refuse what is no ratio, and what it cannot count.
+def check_ratio(ratio: float) -> float:
+    """A ratio, as a plain number.
 
     Raises:
-        PlanError: not a finite number above 1, or `of` something else.
+        PlanError: not a finite number above 1.
     """
-    if not (isfinite(ratio) and ratio > 1):
+    number = as_number(ratio)
+    if not (isfinite(number) and number > 1):
         raise PlanError(f"ratio {ratio!r}: it is parameters before / after and above 1. Try 2.")
+    return number
+
+
+def check_of(of: str) -> None:
+    """Refuse what a ratio cannot count.
+
+    Raises:
+        PlanError: with what it can.
+    """
     if of not in get_args(Of):
         raise PlanError(f'of {of!r}: a ratio counts "model" or "layers".')
 
@@ -36,10 +47,11 @@ def plan_ratio(sharing: Sharing, ratio: float, *, of: Of = "model") -> Plan:
         of: "model" counts all parameters of the model, "layers" those of the compressed layers.
 
     Raises:
-        PlanError: see `check_ratio`.
+        PlanError: see `check_ratio` and `check_of`.
         BudgetError: it cannot be reached; the message says what can.
     """
-    check_ratio(ratio, of)
+    ratio = check_ratio(ratio)
+    check_of(of)
     total = sharing.inventory.parameters
 
     def allowed(dense: int) -> float:

@@ -21,7 +21,13 @@ from mpocompress.planning.allocation import (
     least_numbers,
 )
 from mpocompress.planning.bottleneck import find_bottleneck
-from mpocompress.planning.entries import compress_entry, keep_entry, why_kept, why_no_gain
+from mpocompress.planning.entries import (
+    compress_entry,
+    keep_entry,
+    why_kept,
+    why_no_gain,
+    why_nothing,
+)
 from mpocompress.planning.layout_rules import LayoutChoice, LayoutRules, describe_layout
 from mpocompress.planning.layouts import make_candidate
 from mpocompress.planning.objective import Objective
@@ -411,8 +417,7 @@ class Sharing:
                 f"({'; '.join(self._refused[:2])}). Leave the objective at size if fewer "
                 "parameters are wanted whatever they cost."
             )
-        reasons = sorted({entry.reason for entry in self.kept.values()})
-        because = f" ({'; '.join(reasons[:2])})" if reasons else ""
+        because = f" ({why_nothing(self.kept.values())})" if self.kept else ""
         return NoLayerMatched(
             f"nothing to compress: no selected layer gets smaller{because}. See "
             "`mpocompress inspect`."

@@ -1,5 +1,6 @@
 """What a run did, as data and as pages that can be shown."""
 
-from mpocompress.report.schema import CompressionReport, LayerReport, Parity, Source
+from mpocompress.report.layer import LayerReport
+from mpocompress.report.schema import CompressionReport, Parity, Source
 
 __all__ = ["CompressionReport", "LayerReport", "Parity", "Source"]

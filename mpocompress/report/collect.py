@@ -16,26 +16,14 @@ from mpocompress.mpo.spectra import entropy_nats
 from mpocompress.mpo.weight import Weight, as_mpo
 from mpocompress.planning import LayerPlan, Plan, chain_macs
 from mpocompress.planning.plan import CandidateFigures
-from mpocompress.report.schema import (
-    Candidate,
-    CompressionReport,
-    LayerReport,
-    Parity,
-    Scope,
-    Size,
-    Source,
-    Total,
-    Totals,
-)
-from mpocompress.report.wording import CORRECTED, UNCORRECTED
+from mpocompress.report.layer import Candidate, Change, LayerReport
+from mpocompress.report.quantities import Scope, Size, Total, Totals
+from mpocompress.report.schema import CompressionReport, Parity, Source
 from mpocompress.surgery import Inventory, KeptEntry, WeightSite
 from mpocompress.surgery.inventory import MULTIPLIED, RECURRENT
 
 if TYPE_CHECKING:
     from mpocompress.export.verify import ParityResult
-
-TRAINED_ALONG = "its values were trained along when the model was healed"
-SWEPT_ALONG = "its values were trained along in sweeps on the loss"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,11 +119,13 @@ def collect_report(
         if isinstance(entry, WeightSite):
             outcome = outcomes.get(entry.name)
             layer = _weight(entry, plans[entry.name], outcome)
-            if outcome is None and entry.name in corrected:
-                layer = layer.model_copy(update={"reason": _because(layer.reason, CORRECTED)})
-            if why := (uncorrected or {}).get(entry.name):
-                more = f"{UNCORRECTED}: {why}"
-                layer = layer.model_copy(update={"reason": _because(layer.reason, more)})
+            if outcome is None:
+                layer = layer.model_copy(
+                    update={
+                        "changes": ["corrected"] if entry.name in corrected else [],
+                        "uncorrected": (uncorrected or {}).get(entry.name),
+                    }
+                )
             layers.append(layer)
             after = entry.bytes if outcome is None else outcome.bytes
             sizes.append((outcome is not None, Size(dense=entry.bytes, compressed=after)))
@@ -163,19 +153,19 @@ def remeasure(
     inventory: Inventory | None,
     model: nn.Module,
     *,
-    trained: str,
+    trained: Change,
 ) -> CompressionReport:
     """The report of a model whose weights have moved since: every figure anew, on its cores.
 
     What would need statistics of activations is unknown now: `relative_output_error` becomes None,
-    and so does the bound on the weight error. A kept entry that moved says so in its reason.
+    and so does the bound on the weight error. A kept entry that moved says so in its `changes`.
 
     Args:
         report: from before; what is not about weights stays.
         before: the state of the compressed model that the report is about.
         inventory: of the dense model; without it errors of weights are unknown, too.
         model: the compressed model as it is now; bond dimensions may be others.
-        trained: how entries that were kept got other values.
+        trained: how entries that were kept got other values, "healed" or "swept".
     """
     dense = {} if inventory is None else {site.name or "(model)": site for site in inventory.sites}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -213,8 +203,8 @@ def remeasure(
             key in before and key in after and not torch.equal(before[key], after[key])
             for key in (layer.name, f"{name}.weight" if name else "weight")
         )
-        if layer.status == "kept" and moved and not layer.reason.endswith(trained):
-            layer = layer.model_copy(update={"reason": _because(layer.reason, trained)})
+        if layer.status == "kept" and moved and trained not in layer.changes:
+            layer = layer.model_copy(update={"changes": [*layer.changes, trained]})
         layers.append(layer)
     changed = [layer.status == "compressed" for layer in layers]
     in_bytes = report.totals.bytes
@@ -264,10 +254,6 @@ def parity_of(
         outputs=list(found.outputs),
         reference=reference,
     )
-
-
-def _because(reason: str, more: str) -> str:
-    return f"{reason.rstrip('.')}; {more}"
 
 
 def _scope(sizes: Sequence[Size], changed: Sequence[bool]) -> Scope:

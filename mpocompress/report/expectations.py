@@ -24,10 +24,17 @@ def comparison_rows(report: CompressionReport) -> list[list[str]]:
             comparison.quantity,
             _value(comparison, comparison.predicted),
             _value(comparison, comparison.measured),
-            comparison.note,
+            _note(comparison, report),
         ]
         for comparison in report.predictions
     ]
+
+
+def _note(comparison: Comparison, report: CompressionReport) -> str:
+    both = comparison.predicted is not None and comparison.measured is not None
+    if comparison.figure == "output_change" and both and report.corrected_layers:
+        return f"{comparison.note}; the prediction is without what dense layers took up"
+    return comparison.note
 
 
 def _figure(value: float, target: str) -> str:

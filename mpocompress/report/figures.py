@@ -26,7 +26,8 @@ from mpocompress.report.groups import (
     Group,
     parameter_groups,
 )
-from mpocompress.report.schema import CompressionReport, LayerReport
+from mpocompress.report.layer import LayerReport
+from mpocompress.report.schema import CompressionReport
 from mpocompress.report.wording import Code, count_short, visible
 
 PALETTE = {

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mpocompress.report.schema import CompressionReport, LayerReport
-from mpocompress.report.wording import Code, plural
+from mpocompress.report.layer import LayerReport
+from mpocompress.report.schema import CompressionReport
+from mpocompress.report.wording import Code, plural, reason_text
 
 # Colours in the picture: more groups than this are drawn as one.
 MAX_COMPRESSED_GROUPS = 6
@@ -92,7 +93,7 @@ def kept_groups(report: CompressionReport) -> tuple[KeptGroup, ...]:
     groups = []
     for kind, layers in by_kind.items():
         parameters = sum(layer.parameters.compressed for layer in layers)
-        reasons = {layer.reason for layer in layers}
+        reasons = {reason_text(layer) for layer in layers}
         groups.append(
             KeptGroup(
                 title=_count_kind(kind, len(layers)),

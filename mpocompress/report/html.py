@@ -6,7 +6,7 @@ from functools import cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from mpocompress.report import expectations, narrative, wording
+from mpocompress.report import cautions, expectations, narrative, verdicts, wording
 from mpocompress.report.figures import (
     group_colours,
     layers_with_spectra,
@@ -17,7 +17,8 @@ from mpocompress.report.figures import (
 )
 from mpocompress.report.glossary import GLOSSARY
 from mpocompress.report.groups import Group, kept_groups, parameter_groups
-from mpocompress.report.schema import CompressionReport, LayerReport
+from mpocompress.report.layer import LayerReport
+from mpocompress.report.schema import CompressionReport
 from mpocompress.report.tradeoffs import layers_with_curves, tradeoff_figure
 
 
@@ -44,10 +45,10 @@ def render_html(report: CompressionReport) -> str:
             done=narrative.what_was_done(report),
             verdicts=[
                 verdict
-                for verdict in (narrative.onnx_verdict(report), narrative.quality_verdict(report))
+                for verdict in (verdicts.onnx_verdict(report), verdicts.quality_verdict(report))
                 if verdict is not None
             ],
-            cautions=narrative.cautions(report),
+            cautions=cautions.cautions(report),
             picture_wide=_parameters_svg(report, groups, "wide", width=10.4, font_size=9.0),
             picture_narrow=_parameters_svg(report, groups, "narrow", width=4.4, font_size=9.5),
             groups=list(zip(groups, group_colours(groups), strict=True)),
@@ -155,15 +156,14 @@ def _environment() -> Environment:
         entropy=wording.entropy_text,
         effective=wording.effective_bond_dim_text,
         plural=wording.plural,
+        reason=wording.reason_text,
     )
     return environment
 
 
 def _name(text: str) -> Markup:
-    """A name in code that may break after dots and underscores; an option that may not break."""
+    """A name in code that may break after dots and underscores."""
     safe = str(escape(wording.visible(text)))
-    if text.startswith("--"):
-        return Markup(f'<code class="option">{safe}</code>')  # escaped above
     for mark in "._":
         safe = safe.replace(mark, f"{mark}<wbr>")
     return Markup(f"<code>{safe}</code>")  # escaped above
@@ -183,7 +183,12 @@ def _layout(layout: list[list[int]]) -> Markup:
 
 
 def _sentence(pieces: wording.Sentence) -> Markup:
-    return Markup("").join(
-        _name(piece.text) if isinstance(piece, wording.Code) else escape(wording.visible(piece))
-        for piece in pieces
-    )
+    return Markup("").join(_piece(piece) for piece in pieces)
+
+
+def _piece(piece: str | wording.Code) -> Markup:
+    if isinstance(piece, wording.Option):
+        return Markup('<code class="option">{}</code>').format(piece.text)
+    if isinstance(piece, wording.Code):
+        return _name(piece.text)
+    return escape(wording.visible(piece))

@@ -3,10 +3,11 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from mpocompress.report import expectations, narrative, wording
+from mpocompress.report import cautions, expectations, narrative, verdicts, wording
 from mpocompress.report.glossary import GLOSSARY
 from mpocompress.report.groups import kept_groups
-from mpocompress.report.schema import CompressionReport, LayerReport
+from mpocompress.report.layer import LayerReport
+from mpocompress.report.schema import CompressionReport
 
 # Kept weights are summed up by kind; more names than this are left to report.json.
 _MAX_KEPT_NAMES = 6
@@ -27,7 +28,7 @@ def render_markdown(report: CompressionReport) -> str:
                     fact.title,
                     f"**{fact.value}**",
                     fact.detail,
-                    fact.scope.removeprefix("compressed layers alone: "),
+                    fact.of_layers,
                 ]
                 for fact in narrative.facts(report)
             ],
@@ -38,7 +39,7 @@ def render_markdown(report: CompressionReport) -> str:
         " ".join(_sentence(part) for part in narrative.what_was_done(report)),
         *_section(
             "## What to know before you use it",
-            "\n".join(f"- {_sentence(caution)}" for caution in narrative.cautions(report)),
+            "\n".join(f"- {_sentence(caution)}" for caution in cautions.cautions(report)),
         ),
         *_section("## Predicted and measured", _expectations(report)),
         *_section("## Compressed layers", _layers(report.compressed_layers)),
@@ -60,7 +61,7 @@ def _expectations(report: CompressionReport) -> str:
 
 
 def _verdicts(report: CompressionReport) -> list[str]:
-    found = (narrative.onnx_verdict(report), narrative.quality_verdict(report))
+    found = (verdicts.onnx_verdict(report), verdicts.quality_verdict(report))
     return [
         f"**{_text(verdict.title)}** {_sentence(verdict.text)}"
         for verdict in found

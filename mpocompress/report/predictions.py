@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpocompress.planning import Plan, predicted_totals
-from mpocompress.report.schema import Budget, Comparison, CompressionReport
-from mpocompress.report.wording import CORRECTED, OUTPUT_CHANGE
+from mpocompress.report.schema import Budget, Comparison, CompressionReport, Predicted
 
 
 def with_budget(report: CompressionReport, met: Mapping[str, Any]) -> CompressionReport:
@@ -34,7 +33,9 @@ def with_comparisons(
     expected = predicted_totals(plan)
     found: list[Comparison] = []
 
-    def compare(quantity: str, unit: str, predicted: Any, measured: Any, note: str = "") -> None:
+    def compare(
+        figure: Predicted, quantity: str, unit: str, predicted: Any, measured: Any, note: str = ""
+    ) -> None:
         if predicted is not None or measured is not None:
             found.append(
                 Comparison(
@@ -43,23 +44,27 @@ def with_comparisons(
                     predicted=None if predicted is None else float(predicted),
                     measured=None if measured is None else float(measured),
                     note=note,
+                    figure=figure,
                 )
             )
 
     totals = report.totals
     compare(
+        "parameters",
         "parameters of the model",
         "",
         None if expected.parameters is None else expected.parameters[1],
         totals.parameters.model.compressed,
     )
     compare(
+        "bytes",
         "stored tensors of the model",
         "bytes",
         None if expected.bytes is None else expected.bytes[1],
         totals.bytes.model.compressed,
     )
     compare(
+        "macs",
         "multiply-adds of the planned layers for one row",
         "",
         expected.macs[1],
@@ -68,6 +73,7 @@ def with_comparisons(
     if expected.seconds is not None or seconds is not None:
         batch = plan.settings.get("batch", 1)
         compare(
+            "seconds",
             f"time of the planned layers for a batch of {batch} in ONNX Runtime",
             "seconds",
             None if expected.seconds is None else expected.seconds[1],
@@ -77,14 +83,13 @@ def with_comparisons(
             else f"dense: {seconds[0]:.3g} seconds; measured layer by layer at the exact bond "
             "dimensions",
         )
-    corrected = any(CORRECTED in layer.reason for layer in report.kept_layers)
-    taken_up = "; the prediction is without what dense layers took up" if corrected else ""
     compare(
-        OUTPUT_CHANGE,
+        "output_change",
+        "relative change of the model's outputs",
         "",
         expected.relative_output_error,
         relative_output_error,
-        "" if relative_output_error is None else f"measured on {measured_on}{taken_up}",
+        "" if relative_output_error is None else f"measured on {measured_on}",
     )
     return report.model_copy(update={"predictions": found})
 

@@ -1,22 +1,18 @@
 """The report of one run: what was compressed, how well, and where it lies.
 
-The models below are the schema of `report.json`, field by field. They are frozen and closed:
-a field that they do not know is an error, so that a file of another tool or of another format
-version never passes as one of ours. Rendering lives beside this module and is imported when it is
-asked for: reading a report needs neither jinja2 nor matplotlib.
+The models below, with those of `layer` and `quantities`, are the schema of `report.json`, field by
+field. They are frozen and closed: a field that they do not know is an error, so that a file of
+another tool or of another format version never passes as one of ours. Rendering lives beside this
+module and is imported when it is asked for: reading a report needs neither jinja2 nor matplotlib.
 """
 
 import json
-import math
 import re
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -26,6 +22,15 @@ from pydantic import (
 )
 
 from mpocompress.errors import ReportError
+from mpocompress.report.layer import LayerReport
+from mpocompress.report.quantities import (
+    Frozen,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Totals,
+    without_none,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,223 +40,22 @@ FORMAT_VERSION: Literal[1] = 1
 
 REPORT_FILE = "report.json"
 
-# Ratios are stored beside the two numbers that they come from; a reader may have rounded them.
-_RATIO_RTOL = 1e-6
-# Neighbouring singular values of a degenerate spectrum may come out of order by rounding.
-_ORDER_RTOL = 1e-5
 # A list of numbers that json.dumps spread over lines. A JSON string holds no raw line feed, so
 # this matches no text inside one.
 _SPREAD_NUMBERS = re.compile(r"\[\n\s+((?:[-+.\deE]+,?\s+)+)\]")
 
-# Numbers that can be drawn, and multiplied or divided by each other a few times.
-NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
-PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
-NonNegativeFloat = Annotated[float, Field(ge=0, le=1e300)]
-Nats = Annotated[float, Field(ge=0, le=600)]
-
-Site = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
-"""(out, in) of one site."""
+Predicted = Literal["parameters", "bytes", "macs", "seconds", "output_change"]
+"""What a plan predicts and a run measures; the last is the relative change of the outputs."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Source(_Frozen):
+class Source(Frozen):
     """Where the dense model came from: its name, and the file's SHA-256 in hex if it is a file."""
 
     name: str
     sha256: str | None = None
 
 
-class Size(_Frozen):
-    """One quantity before (dense) and after (compressed)."""
-
-    dense: NonNegativeInt
-    compressed: NonNegativeInt
-
-    @property
-    def ratio(self) -> float:
-        """Compression ratio, above 1 is smaller; 1 where there is nothing to count."""
-        return self.dense / self.compressed if self.compressed else 1.0
-
-
-class Total(_Frozen):
-    """One quantity before and after, summed up, with the compression ratio (above 1 is smaller)."""
-
-    dense: NonNegativeInt
-    compressed: NonNegativeInt
-    ratio: NonNegativeFloat
-
-    @classmethod
-    def of(cls, dense: int, compressed: int) -> Self:
-        """Make a total and its ratio; the ratio of nothing to nothing is 1."""
-        size = Size(dense=dense, compressed=compressed)
-        return cls(dense=dense, compressed=compressed, ratio=size.ratio)
-
-    @model_validator(mode="after")
-    def _check_ratio(self) -> Self:
-        if self.compressed == 0 and self.dense > 0:
-            raise ValueError(f"{self.dense} before and 0 after: nothing compresses to nothing")
-        expected = self.dense / self.compressed if self.compressed else 1.0
-        if not math.isclose(self.ratio, expected, rel_tol=_RATIO_RTOL):
-            raise ValueError(f"ratio {self.ratio} is not dense / compressed = {expected}")
-        return self
-
-
-class Scope(_Frozen):
-    """A total for the whole model, and one for only the layers that were compressed."""
-
-    model: Total
-    layers: Total
-
-
-class Totals(_Frozen):
-    """Before and after: parameters, stored tensor bytes, multiply-adds for one row per layer."""
-
-    parameters: Scope
-    bytes: Scope
-    macs: Scope
-
-
-def _without_none(found: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Without entries that say nothing: such reports read as they did before there were any."""
-    return {key: value for key, value in found.items() if key not in names or value is not None}
-
-
-class Candidate(_Frozen):
-    """What one layout would have given for a layer.
-
-    Args:
-        layout: (out, in) of each site.
-        bond_dims: of each bond.
-        parameters: stored numbers.
-        macs: multiply-adds for one input row.
-        relative_weight_error: see `LayerReport`.
-        chosen: whether it was taken.
-        precision: in which the numbers would be stored; None for the model's own.
-        bytes: in a file, where a precision is given.
-        output_change: norm of the predicted change of the model's outputs over their norm, if this
-            layer alone were compressed; None if it is not known.
-    """
-
-    layout: list[Site] = Field(min_length=1)
-    bond_dims: list[PositiveInt]
-    parameters: NonNegativeInt
-    macs: NonNegativeInt
-    relative_weight_error: NonNegativeFloat | None
-    chosen: bool
-    precision: str | None = None
-    bytes: NonNegativeInt | None = None
-    output_change: NonNegativeFloat | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_own_precision(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_none(handler(self), "precision", "bytes", "output_change")
-
-    @model_validator(mode="after")
-    def _check_bonds(self) -> Self:
-        _check_bond_count("bond_dims", self.bond_dims, self.layout)
-        return self
-
-
-class LayerReport(_Frozen):
-    """One weight: compressed, or kept as it was.
-
-    Args:
-        name: qualified name in the model.
-        also_known_as: other names of the same tensor, where it is shared.
-        kind: "linear", "matrix", "embedding", "conv", "norm", "bias", "buffer", "other", ...
-        status: "compressed" or "kept".
-        reason: one sentence on why this status, or why this layout.
-        shape: shape of the dense weight; (out, in) for a matrix.
-        layout: (out, in) of each site; None unless compressed.
-        bond_dims: of each bond, one fewer than sites; None unless compressed.
-        precision: in which the numbers are stored, such as "int4 in blocks of 32"; None for the
-            model's own.
-        parameters: stored numbers.
-        macs: multiply-adds for one input row.
-        relative_weight_error: `norm(W - W_mpo) / norm(W)`, Frobenius.
-        relative_output_error: the same of the layer's outputs; None without data.
-        entropies_nats: entanglement entropy at each bond, in nats.
-        schmidt_values: Schmidt spectrum at each bond: singular values, descending, not squared.
-        discarded_weight_bound: upper bound on the relative weight error, from what was cut away.
-        candidates: what each layout that was looked at would have given.
-        form: in the ONNX file: "chain", or "dense" where the cores become the dense weight at the
-            load; None without such a file.
-        form_rows: rows that the layer had when its forms were timed; None if they were not.
-        form_seconds: median time of the layer alone in ONNX Runtime, by form.
-    """
-
-    name: str = Field(min_length=1)
-    also_known_as: list[str] = []
-    kind: str
-    status: Literal["compressed", "kept"]
-    reason: str
-    shape: list[NonNegativeInt]
-    layout: list[Site] | None = None
-    bond_dims: list[PositiveInt] | None = None
-    precision: str | None = None
-    parameters: Size
-    macs: Size
-    relative_weight_error: NonNegativeFloat | None = None
-    relative_output_error: NonNegativeFloat | None = None
-    entropies_nats: list[Nats] | None = None
-    schmidt_values: list[list[NonNegativeFloat]] | None = None
-    discarded_weight_bound: NonNegativeFloat | None = None
-    candidates: list[Candidate] = []
-    form: Literal["chain", "dense"] | None = None
-    form_rows: PositiveInt | None = None
-    form_seconds: dict[str, NonNegativeFloat] = {}
-
-    @model_serializer(mode="wrap")
-    def _without_unknown_form(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Reports without an ONNX file read as they did before there were forms.
-        found: dict[str, Any] = handler(self)
-        if self.form is None:
-            for name in ("form", "form_rows", "form_seconds"):
-                found.pop(name, None)
-        return _without_none(found, "precision")
-
-    @field_validator("entropies_nats", mode="before")
-    @classmethod
-    def _round_up_to_zero(cls, value: Any) -> Any:
-        # The entropy of a product state is 0; rounding in a sum of p ln p may leave -1e-17.
-        if isinstance(value, list | tuple):
-            return [0.0 if isinstance(s, float) and -1e-9 < s < 0 else s for s in value]
-        return value
-
-    @model_validator(mode="after")
-    def _check_consistency(self) -> Self:
-        if self.status == "kept":
-            if self.layout is not None or self.bond_dims is not None:
-                raise ValueError("a kept layer has neither layout nor bond_dims")
-            if self.parameters.dense != self.parameters.compressed:
-                raise ValueError(
-                    f"kept, but {self.parameters.dense} parameters became "
-                    f"{self.parameters.compressed}"
-                )
-            return self
-        if not self.layout or self.bond_dims is None:
-            raise ValueError("a compressed layer needs a layout and bond_dims")
-        _check_bond_count("bond_dims", self.bond_dims, self.layout)
-        if self.entropies_nats is not None:
-            _check_bond_count("entropies_nats", self.entropies_nats, self.layout)
-        if self.schmidt_values is not None:
-            _check_bond_count("schmidt_values", self.schmidt_values, self.layout)
-            for bond, values in enumerate(self.schmidt_values):
-                _check_spectrum(bond, values)
-        return self
-
-    @property
-    def middle_entropy_nats(self) -> float | None:
-        """Entanglement entropy at the middle bond, in nats; None if unknown or without bonds."""
-        if not self.entropies_nats:
-            return None
-        return self.entropies_nats[len(self.entropies_nats) // 2]
-
-
-class Parity(_Frozen):
+class Parity(Frozen):
     """ONNX Runtime against what the file should compute, on the same inputs.
 
     Args:
@@ -285,7 +89,7 @@ class Parity(_Frozen):
         return fields
 
 
-class Budget(_Frozen):
+class Budget(Frozen):
     """A budget that was met by measuring.
 
     Args:
@@ -305,7 +109,7 @@ class Budget(_Frozen):
     trials: NonNegativeInt
 
 
-class Comparison(_Frozen):
+class Comparison(Frozen):
     """A figure that the plan predicted, and what was measured.
 
     Args:
@@ -314,6 +118,7 @@ class Comparison(_Frozen):
         predicted: by the plan; None if it was not, or was edited since.
         measured: on what came out; None if it was not.
         note: where or how it was measured.
+        figure: which one it is, for programs; None in reports from before it was stored.
     """
 
     quantity: str
@@ -321,9 +126,14 @@ class Comparison(_Frozen):
     predicted: NonNegativeFloat | None
     measured: NonNegativeFloat | None
     note: str = ""
+    figure: Predicted | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_unknown_figure(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_none(handler(self), "figure")
 
 
-class CompressionReport(_Frozen):
+class CompressionReport(Frozen):
     """All that was measured in one run, and its renderings.
 
     Args:
@@ -344,15 +154,15 @@ class CompressionReport(_Frozen):
     format_version: Literal[1] = FORMAT_VERSION
     tool_version: str
     source: Source
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default_factory=dict)
     totals: Totals
     layers: list[LayerReport]
     parity: Parity | None = None
-    files: dict[str, NonNegativeInt] = {}
+    files: dict[str, NonNegativeInt] = Field(default_factory=dict)
     onnx_note: str | None = None
     budget: Budget | None = None
-    predictions: list[Comparison] = []
-    seconds: dict[str, NonNegativeFloat] = {}
+    predictions: list[Comparison] = Field(default_factory=list)
+    seconds: dict[str, NonNegativeFloat] = Field(default_factory=dict)
 
     @field_validator("settings", mode="after")
     @classmethod
@@ -393,6 +203,22 @@ class CompressionReport(_Frozen):
     def kept_layers(self) -> list[LayerReport]:
         """The entries that were kept, in the model's order."""
         return [layer for layer in self.layers if layer.status == "kept"]
+
+    @property
+    def rounded_layers(self) -> list[LayerReport]:
+        """Layers whose numbers a file does not hold as the model does."""
+        return [layer for layer in self.compressed_layers if layer.precision is not None]
+
+    @property
+    def largest_bond_dim(self) -> int:
+        """Of all compressed layers; 0 where there are no bonds."""
+        bonds = (bond for layer in self.compressed_layers for bond in layer.bond_dims or ())
+        return max(bonds, default=0)
+
+    @property
+    def corrected_layers(self) -> list[LayerReport]:
+        """The kept entries that took up what is lost before them."""
+        return [layer for layer in self.kept_layers if "corrected" in layer.changes]
 
     def to_json(self) -> str:
         """Write the report as JSON: fields in the schema's order, indented, finite numbers only."""
@@ -496,25 +322,6 @@ class CompressionReport(_Frozen):
         from mpocompress.report.figures import overview_figure
 
         return overview_figure(self)
-
-
-def _check_bond_count(field: str, values: list[Any], layout: list[Site]) -> None:
-    if len(values) != len(layout) - 1:
-        raise ValueError(
-            f"{field} has {len(values)} entries, but {len(layout)} sites have "
-            f"{len(layout) - 1} bonds"
-        )
-
-
-def _check_spectrum(bond: int, values: list[float]) -> None:
-    if not values:
-        raise ValueError(f"schmidt_values of bond {bond} are empty")
-    slack = _ORDER_RTOL * max(values)
-    for position, (left, right) in enumerate(pairwise(values)):
-        if right > left + slack:
-            raise ValueError(
-                f"schmidt_values of bond {bond} do not descend: {left} at {position}, then {right}"
-            )
 
 
 def _refuse_constant(name: str) -> None:

@@ -9,7 +9,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from mpocompress.report.figures import PALETTE, default_style, group_colours, style_axes
 from mpocompress.report.groups import Group
-from mpocompress.report.schema import Candidate, LayerReport
+from mpocompress.report.layer import Candidate, LayerReport
 
 # Below this change of the outputs, which nobody would see, the axis ends.
 _LEAST_CHANGE = 1e-5

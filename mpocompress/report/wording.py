@@ -3,15 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from mpocompress.mpo import Layout
-from mpocompress.report.schema import Candidate, LayerReport
+from mpocompress.report.layer import Candidate, Change, LayerReport
 
-# The end of the reason of a layer that stays dense; the second is followed by why.
-CORRECTED = "its values took up what is lost before it"
-UNCORRECTED = "it was to take up what is lost before it and stays as it was"
-# What the plan predicts and the run measures of the answers.
-OUTPUT_CHANGE = "relative change of the model's outputs"
+_CHANGES: dict[Change, str] = {
+    "corrected": "its values took up what is lost before it",
+    "healed": "its values were trained along when the model was healed",
+    "swept": "its values were trained along in sweeps on the loss",
+}
 
 # Ratios this close to 1 are called unchanged: a bias more or less is not a difference.
 _UNCHANGED = 0.005
@@ -25,8 +26,16 @@ class Code:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Option(Code):
+    """An option of the command line, which no line may break."""
+
+
 Sentence = tuple[str | Code, ...]
 """Text with code in it; the pieces are joined as they are."""
+
+Tone = Literal["good", "same", "bad"]
+"""How a statement is coloured."""
 
 
 def visible(text: str) -> str:
@@ -41,6 +50,15 @@ def as_sentence(text: str) -> str:
     """Begin with a capital letter and end with a full stop."""
     text = text.strip()
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
+def reason_text(layer: LayerReport) -> str:
+    """Why a layer is what it is, and what became of its values where it was kept."""
+    more = [_CHANGES[change] for change in layer.changes]
+    if layer.uncorrected is not None:
+        stays = "it was to take up what is lost before it and stays as it was"
+        more.insert(0, f"{stays}: {layer.uncorrected}")
+    return "; ".join([layer.reason.rstrip("."), *more]) if more else layer.reason
 
 
 def plural(count: int, noun: str, plural_noun: str | None = None) -> str:

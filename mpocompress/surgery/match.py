@@ -49,7 +49,8 @@ def select(
     all_names = {name: (name, *aliases.get(name, ())) for name in names}
     if not all_names:
         raise NoLayerMatched(
-            f"nothing to choose from: there is no layer that can be converted{_listed(refused)}."
+            "nothing to choose from: there is no layer that can be converted"
+            f"{_listed(refused, include)}."
         )
 
     def hits(pattern: str, option: str) -> frozenset[str]:
@@ -123,28 +124,32 @@ def _what_instead(
     """What a pattern without a match met instead, and what to write."""
     if kept:
         return (
-            f"matches only what stays dense{_listed(kept)}. Layers that can be converted: "
-            f"{_quoted(names)}."
+            f"matches only what stays dense{_listed(kept, [pattern])}. Layers that can be "
+            f"converted: {_quoted(_nearest([pattern], names))}."
         )
     parents = {name[:end] for name in names for end, letter in enumerate(name) if letter == "."}
     if any(map(is_hit, parents)):
         below = f"{pattern}{'[.].*' if pattern.startswith(_REGEX) else '.*'}"
         return f"names a module, not a layer. For all layers below it write '{below}'."
-    return f"matches no layer. Nearest names: {_quoted(_nearest(pattern, [*names, *refused]))}."
+    near = _nearest([pattern], [*names, *refused])[:_NEAREST]
+    shown = [f"{label(n)} (stays dense: {refused[n]})" if n in refused else label(n) for n in near]
+    return f"matches no layer. Nearest names: {', '.join(shown)}."
 
 
-def _nearest(pattern: str, names: Iterable[str]) -> list[str]:
-    """The names most like a pattern, by the whole text or by the last component of both."""
-    text = pattern.removeprefix(_REGEX).strip("*^$.").lower()
-    tail = text.rpartition(".")[2]
+def _nearest(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
+    """The names, those first that are most like a pattern, as a whole or in the last component."""
+    texts = [pattern.removeprefix(_REGEX).strip("*^$.").lower() for pattern in patterns]
 
     def likeness(name: str) -> tuple[float, float]:
         lower = name.lower()
-        whole = SequenceMatcher(None, text, lower).ratio()
-        last = SequenceMatcher(None, tail, lower.rpartition(".")[2]).ratio()
-        return max(whole, last), whole
+        found = [(0.0, 0.0)]
+        for text in texts:
+            whole = SequenceMatcher(None, text, lower).ratio()
+            tails = text.rpartition(".")[2], lower.rpartition(".")[2]
+            found.append((max(whole, SequenceMatcher(None, *tails).ratio()), whole))
+        return max(found)
 
-    return sorted(dict.fromkeys(names), key=likeness, reverse=True)[:_NEAREST]
+    return sorted(dict.fromkeys(names), key=likeness, reverse=True)
 
 
 def _quoted(names: Sequence[str]) -> str:
@@ -152,10 +157,11 @@ def _quoted(names: Sequence[str]) -> str:
     return ", ".join(map(label, names[:_NEAREST])) + more
 
 
-def _listed(reasons: Mapping[str, str]) -> str:
-    """Some of the layers that stay dense, with the reasons, as the end of a sentence."""
+def _listed(reasons: Mapping[str, str], patterns: Sequence[str]) -> str:
+    """The layers that stay dense, nearest to the patterns, with the reasons: ends a sentence."""
     if not reasons:
         return ""
-    shown = [f"{label(name)} ({reason})" for name, reason in list(reasons.items())[:_NEAREST]]
+    near = _nearest(patterns, reasons)[:_NEAREST]
+    shown = [f"{label(name)} ({reasons[name]})" for name in near]
     more = f" and {len(reasons) - _NEAREST} more" if len(reasons) > _NEAREST else ""
     return ": " + ", ".join(shown) + more

@@ -6,9 +6,10 @@ from mpocompress.tuning.fitting.independent import fit_alone
 from mpocompress.tuning.fitting.plan import FitOptions, FittedWeight, SitePlan
 from mpocompress.tuning.fitting.sequential import fit_in_sequence
 from mpocompress.tuning.fitting.state import FitStore
-from mpocompress.tuning.healing.distill import DistillResult, check_apart, distill_
+from mpocompress.tuning.healing.distill import check_apart, distill_
 from mpocompress.tuning.healing.options import DistillOptions
 from mpocompress.tuning.healing.state import DistillRecord
+from mpocompress.tuning.healing.trainer import DistillResult
 from mpocompress.tuning.healing.trial import effect_alone
 from mpocompress.tuning.objectives import Distillation, Loss
 from mpocompress.tuning.statistics.gradients import LayerMoments, Statistics, take_statistics

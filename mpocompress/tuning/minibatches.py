@@ -8,11 +8,41 @@ import torch
 from torch import Tensor
 
 from mpocompress.errors import DataError
+from mpocompress.scalars import as_integer, as_number
 from mpocompress.tuning.lockstep import Call, rows_of
 
 # Without a batch size, batches of more rows than this are cut, into minibatches of the size below.
 LARGE_BATCH = 128
 MINIBATCH = 64
+
+
+def check_batch_size(batch_size: int | None) -> int | None:
+    """Rows of a minibatch, as a plain integer; None as it is.
+
+    Raises:
+        DataError: below 1, or no integer.
+    """
+    if batch_size is None:
+        return None
+    rows = as_integer(batch_size)
+    if rows is None or rows < 1:
+        raise DataError(f"batch_size {batch_size!r}: a batch has at least 1 row. Try 64.")
+    return rows
+
+
+def check_held_out(held_out: float) -> float:
+    """A share of the data, as a plain number.
+
+    Raises:
+        DataError: outside [0, 1), or no number.
+    """
+    share = as_number(held_out)
+    if not 0 <= share < 1:
+        raise DataError(
+            f"held_out {held_out!r}: the share of the data to hold out is at least 0 and "
+            "below 1. Try 0.1."
+        )
+    return share
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,13 +108,7 @@ class TrainingData:
     ) -> None:
         if not calls:
             raise DataError("there are no batches to train on.")
-        if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
-            raise DataError(f"batch_size {batch_size!r}: a batch has at least 1 row. Try 64.")
-        if not 0 <= held_out < 1:
-            raise DataError(
-                f"held_out {held_out!r}: the share of the data to hold out is at least 0 and "
-                "below 1. Try 0.1."
-            )
+        batch_size, held_out = check_batch_size(batch_size), check_held_out(held_out)
         self._seed = seed
         self._size = batch_size or MINIBATCH
         given = [

@@ -8,8 +8,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mpocompress.errors import DataError, check_count
+from mpocompress.errors import DataError
 from mpocompress.mpo import MPO, Layout
+from mpocompress.scalars import as_count, put_plain
 from mpocompress.surgery import WeightSite
 from mpocompress.tuning.fitting.rounding import Rounded, Storage
 from mpocompress.tuning.statistics.shrinkage import RIDGE
@@ -44,7 +45,7 @@ class FitOptions:
     output_metric: OutputMetric = "auto"
 
     def __post_init__(self) -> None:
-        check_count("sweeps", self.sweeps, 0, DataError)
+        put_plain(self, {"sweeps": as_count("sweeps", self.sweeps, 0, DataError)})
         if self.output_metric not in get_args(OutputMetric):
             raise DataError(
                 f"output_metric {self.output_metric!r} is none of "

@@ -4,8 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from mpocompress.errors import DataError, check_count
+from mpocompress.errors import DataError
+from mpocompress.scalars import as_count, as_number, as_seed, put_plain
 from mpocompress.tuning.healing.loss import OutputLoss, check_output_loss
+from mpocompress.tuning.minibatches import check_batch_size, check_held_out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,20 +51,29 @@ class DistillOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_count("blockwise_steps", self.blockwise_steps, 0, DataError)
         check_output_loss(self.output_loss)
-        rate = self.learning_rate
-        if rate != "auto" and (isinstance(rate, str) or not 0 < rate < math.inf):
-            raise DataError(
-                f"learning_rate {rate!r}: give a positive number or 'auto'. Try 1e-3, or 1e-4 for "
-                "a large pretrained model."
-            )
-        if not 0 <= self.hidden_weight < math.inf:
-            raise DataError(f"hidden_weight {self.hidden_weight!r}: a weight is 0 or more.")
-        if not self.clip_norm > 0:
-            raise DataError(f"clip_norm {self.clip_norm!r}: a norm to clip at is above 0.")
-        check_count("accumulate", self.accumulate, 1, DataError)
+        found: dict[str, object] = {
+            "blockwise_steps": as_count("blockwise_steps", self.blockwise_steps, 0, DataError),
+            "accumulate": as_count("accumulate", self.accumulate, 1, DataError),
+            "batch_size": check_batch_size(self.batch_size),
+            "held_out": check_held_out(self.held_out),
+            "hidden_weight": as_number(self.hidden_weight),
+            "clip_norm": as_number(self.clip_norm),
+            "seed": as_seed(self.seed),
+        }
         for name in ("evaluate_every", "patience"):
-            value = getattr(self, name)
-            if value is not None:
-                check_count(name, value, 1, DataError)
+            if (value := getattr(self, name)) is not None:
+                found[name] = as_count(name, value, 1, DataError)
+        rate = self.learning_rate
+        if rate != "auto":
+            found["learning_rate"] = as_number(rate)
+            if not 0 < as_number(rate) < math.inf:
+                raise DataError(
+                    f"learning_rate {rate!r}: give a positive number or 'auto'. Try 1e-3, or 1e-4 "
+                    "for a large pretrained model."
+                )
+        if not 0 <= as_number(self.hidden_weight) < math.inf:
+            raise DataError(f"hidden_weight {self.hidden_weight!r}: a weight is 0 or more.")
+        if not as_number(self.clip_norm) > 0:
+            raise DataError(f"clip_norm {self.clip_norm!r}: a norm to clip at is above 0.")
+        put_plain(self, found)

@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any, Literal, get_args
 
-from mpocompress.errors import DataError, check_count
+from mpocompress.errors import DataError
 from mpocompress.mpo.truncate import Truncation
+from mpocompress.scalars import as_count, as_number, as_seed, plain, put_plain
 
 Optimizer = Literal["adam", "sgd", "lbfgs"]
 GradientPath = Literal["manual", "autograd"]
@@ -41,16 +42,17 @@ class LocalOptions:
     gradient: GradientPath = "manual"
 
     def __post_init__(self) -> None:
-        check_count("local_steps", self.steps, 1, DataError)
+        found: dict[str, object] = {"steps": as_count("local_steps", self.steps, 1, DataError)}
         check_choice("optimizer", self.optimizer, get_args(Optimizer))
         check_choice("gradient", self.gradient, get_args(GradientPath))
-        if self.learning_rate is not None and not (
-            isfinite(self.learning_rate) and self.learning_rate > 0
-        ):
-            raise DataError(
-                f"learning_rate {self.learning_rate!r}: it is above 0. Try "
-                f"{_LEARNING_RATES[self.optimizer]} for {self.optimizer!r}."
-            )
+        if self.learning_rate is not None:
+            found["learning_rate"] = rate = as_number(self.learning_rate)
+            if not (isfinite(rate) and rate > 0):
+                raise DataError(
+                    f"learning_rate {self.learning_rate!r}: it is above 0. Try "
+                    f"{_LEARNING_RATES[self.optimizer]} for {self.optimizer!r}."
+                )
+        put_plain(self, found)
 
     @property
     def rate(self) -> float:
@@ -91,11 +93,15 @@ class LossSweepOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_count("sweeps", self.sweeps, 0, DataError)
-        check_choice("sites", self.sites, (1, 2))
+        found = {
+            "sweeps": as_count("sweeps", self.sweeps, 0, DataError),
+            "sites": check_choice("sites", self.sites, (1, 2)),
+            "seed": as_seed(self.seed),
+        }
         if self.eval_batches is not None:
-            check_count("eval_batches", self.eval_batches, 1, DataError)
-        Truncation(bond_dim=self.bond_dim, cutoff=self.cutoff)
+            found["eval_batches"] = as_count("eval_batches", self.eval_batches, 1, DataError)
+        limits = Truncation(bond_dim=self.bond_dim, cutoff=self.cutoff)
+        put_plain(self, {**found, "bond_dim": limits.bond_dim, "cutoff": limits.cutoff})
         if self.sites == 1 and (self.bond_dim is not None or self.cutoff > 0):
             raise DataError(
                 f"bond_dim {self.bond_dim} and cutoff {self.cutoff} are for two-site sweeps; with "
@@ -138,7 +144,13 @@ class LossSweepRecord:
     rejected: int
 
 
-def check_choice(name: str, value: Any, known: tuple[Any, ...]) -> None:
-    """Refuse what is not one of `known`."""
-    if isinstance(value, bool) or value not in known:
+def check_choice(name: str, value: Any, known: tuple[Any, ...]) -> Any:
+    """The one of `known` that a value equals.
+
+    Raises:
+        DataError: none; the message has all.
+    """
+    meant = plain(value)
+    if isinstance(meant, bool) or meant not in known:
         raise DataError(f"{name} {value!r}: there are {', '.join(map(repr, known))}.")
+    return known[known.index(meant)]

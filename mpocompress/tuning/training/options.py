@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from math import inf
 from typing import Literal, get_args
 
-from mpocompress.errors import DataError, check_count
+from mpocompress.errors import DataError
 from mpocompress.mpo.truncate import Truncation
+from mpocompress.scalars import as_count, as_number, as_seed, put_plain
+from mpocompress.tuning.minibatches import check_held_out
 from mpocompress.tuning.sweeps.options import GradientPath, check_choice
 
 Method = Literal["dmrg", "adam"]
@@ -68,17 +70,25 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, get_args(Method))
-        check_choice("sites", self.sites, get_args(Sites))
         check_choice("gradient", self.gradient, get_args(GradientPath))
+        limits = Truncation(bond_dim=self.bond_dim, cutoff=self.cutoff)
+        found: dict[str, object] = {
+            "sites": check_choice("sites", self.sites, get_args(Sites)),
+            "bond_dim": limits.bond_dim,
+            "cutoff": limits.cutoff,
+            "held_out": check_held_out(self.held_out),
+            "seed": as_seed(self.seed),
+        }
         for name in ("epochs", "batch_size", "local_steps"):
-            check_count(name, getattr(self, name), 1, DataError)
+            found[name] = as_count(name, getattr(self, name), 1, DataError)
         if self.patience is not None:
-            check_count("patience", self.patience, 1, DataError)
+            found["patience"] = as_count("patience", self.patience, 1, DataError)
         for name in ("learning_rate", "dense_learning_rate"):
-            rate = getattr(self, name)
-            if rate is not None and not 0 < rate < inf:
-                raise DataError(f"{name} {rate!r}: it is above 0. Try 1e-2.")
-        Truncation(bond_dim=self.bond_dim, cutoff=self.cutoff)
+            if (rate := getattr(self, name)) is not None:
+                found[name] = as_number(rate)
+                if not 0 < as_number(rate) < inf:
+                    raise DataError(f"{name} {rate!r}: it is above 0. Try 1e-2.")
+        put_plain(self, found)
         changes_bonds = self.method == "dmrg" and self.sites != 1
         if not changes_bonds and (self.bond_dim is not None or self.cutoff > 0):
             raise DataError(
