@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import log
 
 import torch
 from torch import Tensor
@@ -90,17 +91,16 @@ def gains_of_losses(share: Share, matters: float, losses: Mapping[int, float]) -
         (max_bond_dim + 1,) float64, on the scale of the losses, not rising but for the last entry:
         what is then still lost, and won by the dense layer.
     """
-    numbers_D = torch.tensor(
-        [float(share.numbers(bond)) for bond in range(share.max_bond_dim + 1)], dtype=torch.float64
-    )
+    numbers = [float(share.numbers(bond)) for bond in range(share.max_bond_dim + 1)]
+    numbers_D = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     (first, loss), *later = sorted(losses.items())
     least = torch.finfo(torch.float64).eps * matters
     loss = min(max(loss, least), matters)
     at_D = numbers_D / numbers_D[first]
     loss_D = matters * (loss / matters) ** at_D
     for bond, found in later[:1]:
-        power = (torch.tensor(max(found, least)) / loss).log() / at_D[bond].log()
-        loss_D = torch.where(at_D > 1, loss * at_D ** power.clamp_max(0.0), loss_D)
+        power = min(0.0, log(max(found, least) / loss) / log(float(at_D[bond])))
+        loss_D = torch.where(at_D > 1, loss * at_D**power, loss_D)
     gains_D = (loss_D[:-1] - loss_D[1:]).cummin(0).values
     return torch.cat([gains_D, loss_D[-1:]])
 
