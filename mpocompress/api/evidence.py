@@ -1,20 +1,25 @@
 """What data show of a dense model: statistics, what bonds are worth, layouts on trial."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 
 from torch import Tensor, nn
 
 from mpocompress.api.result import Clock
+from mpocompress.api.site_plans import correctable, site_plans
+from mpocompress.errors import PathsDifferError
 from mpocompress.loading import Batch
 from mpocompress.mpo import Layout
-from mpocompress.planning import Gains, Progress, Trial
+from mpocompress.planning import Gains, Plan, Progress, Trial
 from mpocompress.planning.storage_choice import StorageChoice
-from mpocompress.surgery import WeightSite, check_finite
+from mpocompress.surgery import WeightSite, check_finite, find_weights
 from mpocompress.tuning import (
     LayerMoments,
     OutputMetrics,
+    correction_plans,
     effect_alone,
+    effect_together,
     gain_of_bonds,
     later_calls,
     take_statistics,
@@ -61,6 +66,7 @@ class Evidence:
         self._seen: Sequence[Call] = ()
         self._gains: dict[WeightSite, Tensor | None] = {}
         self._trials: dict[tuple[WeightSite, Layout, tuple[int, ...]], Trial | None] = {}
+        self._plan_trials: dict[Hashable, float | None] = {}
         self._choices: dict[WeightSite, Sequence[StorageChoice]] = {}
 
     def take(self, sites: Sequence[WeightSite]) -> None:
@@ -126,6 +132,32 @@ class Evidence:
                 )
                 self._trials[key] = Trial(loss=change**2 * self.energy, distance=distance)
         return self._trials[key]
+
+    def plan_trial(self, plan: Plan) -> float | None:
+        """Mean of what healing would minimize, of the model as planned; None without statistics.
+
+        None, too, where rows behind a compressed router go elsewhere than in the dense model.
+        """
+        if not self._seen or self.moments is None:
+            return None
+        key = tuple((layer.name, layer.layout, layer.bond_dims) for layer in plan.compressed)
+        if key not in self._plan_trials:
+            if self._progress is not None:
+                self._progress("a plan on trial", 0, 1)
+            by_name = {site.name: site for site in find_weights(self._opened).sites}
+            planned = site_plans(plan, by_name)
+            kept = correctable(plan, by_name)
+            planned += correction_plans(self._opened, kept, planned, self._seen)
+            self._plan_trials[key] = None
+            with suppress(PathsDifferError):
+                _, self._plan_trials[key] = effect_together(
+                    self._opened,
+                    planned,
+                    self._seen,
+                    output_metrics=OutputMetrics(self.moments),
+                    later=later_calls([entry.site for entry in planned], self.moments),
+                )
+        return self._plan_trials[key]
 
     def made_trial(
         self, site: WeightSite, layout: Layout, bond_dims: tuple[int, ...]

@@ -9,10 +9,10 @@ from torch import nn
 
 from mpocompress.api.evidence import Evidence
 from mpocompress.api.result import Clock, CompressionResult
+from mpocompress.api.site_plans import correctable, site_plans
 from mpocompress.api.storage import (
     check_precision,
     record_stored_,
-    storage_of,
     stored_bytes,
 )
 from mpocompress.api.stored_weights import stored_weights
@@ -26,6 +26,7 @@ from mpocompress.planning import (
     Objective,
     Plan,
     PlanOptions,
+    PlanTrials,
     Progress,
     Sharing,
     Trials,
@@ -158,10 +159,19 @@ class Job:
     @property
     def trials(self) -> Trials | None:
         """What layers in other layouts do to the outputs; None where no trials are made."""
+        return self.evidence.trial if self._tries else None
+
+    @property
+    def plan_trials(self) -> PlanTrials | None:
+        """What whole plans do to them; None where no trials are made."""
+        return self.evidence.plan_trial if self._tries else None
+
+    @property
+    def _tries(self) -> bool:
         if not self.evidence.moments or self.options.target not in _TRIED_FOR:
-            return None
+            return False
         sites = select_sites(self.inventory, self.options.include, self.options.exclude)
-        return None if exact_takes_long(site.shape for site in sites) else self.evidence.trial
+        return not exact_takes_long(site.shape for site in sites)
 
     def take_statistics(self, sites: Sequence[WeightSite] | None = None) -> None:
         """Collect what the dense model shows of weights on the data; default: the selected ones."""
@@ -177,6 +187,7 @@ class Job:
                 objective=self.objective,
                 gains=self.evidence.gains,
                 trials=self.trials,
+                plan_trials=self.plan_trials,
                 tables=self.has_data,
                 progress=self.progress,
             )
@@ -201,6 +212,7 @@ class Job:
                 objective=self.objective,
                 gains=self.evidence.gains,
                 trials=self.trials,
+                plan_trials=self.plan_trials,
                 tables=self.has_data,
                 progress=self.progress,
             )
@@ -239,26 +251,14 @@ class Job:
                 self.model, self.opened, plan, self.evidence.moments
             )
             by_name = {site.name: site for site in find_weights(opened).sites}
-        planned = [
-            SitePlan(
-                site=by_name[layer.name],
-                layout=layer.sites(),
-                bond_dims=layer.sites().clip(layer.bond_dims or ()),
-                storage=storage_of(layer),
-            )
-            for layer in plan.compressed
-        ]
+        planned = site_plans(plan, by_name)
         for entry, layer in zip(planned, plan.compressed, strict=True):
             check_finite(entry.site)
             check_precision(entry.site, layer)
         gauges: dict[str, Gauge] = {layer.name: layer.gauge for layer in plan.compressed}
         corrections: list[SitePlan] = []
         if self.calls is not None:
-            kept = [
-                by_name[layer.name]
-                for layer in plan.layers
-                if layer.action == "keep" and layer.corrects and layer.name in by_name
-            ]
+            kept = correctable(plan, by_name)
             with self.clock("fitting"):
                 corrections = correction_plans(opened, kept, planned, self.calls)
         uncorrected: dict[WeightSite, str] = {}

@@ -4,7 +4,7 @@ from mpocompress.planning.layout_rules import LayoutChoice
 from mpocompress.planning.layouts import Candidate, candidate_layouts, chain_macs, choose
 from mpocompress.planning.objective import Latency, Objective, ObjectiveName
 from mpocompress.planning.options import PlanOptions
-from mpocompress.planning.parts import Gains, Trial, Trials
+from mpocompress.planning.parts import Gains, PlanTrials, Trial, Trials
 from mpocompress.planning.plan import CandidateFigures, LayerPlan, Plan
 from mpocompress.planning.planner import Progress, plan_bond_dim
 from mpocompress.planning.prediction import Predicted, predicted_totals, with_predictions
@@ -23,6 +23,7 @@ __all__ = [
     "Of",
     "Plan",
     "PlanOptions",
+    "PlanTrials",
     "Predicted",
     "Progress",
     "Sharing",

@@ -22,7 +22,7 @@ from mpocompress.planning.objective import (
     check_batch,
     check_objective,
 )
-from mpocompress.planning.parts import Gains, Trials
+from mpocompress.planning.parts import Gains, PlanTrials, Trials
 from mpocompress.planning.plan import Plan
 from mpocompress.planning.planner import Progress, plan_bond_dim
 from mpocompress.planning.ratio import Of, check_of, check_ratio, plan_ratio
@@ -132,6 +132,7 @@ class PlanOptions:
         objective: Objective,
         gains: Gains | None = None,
         trials: Trials | None = None,
+        plan_trials: PlanTrials | None = None,
         tables: bool = True,
         progress: Progress | None = None,
     ) -> Sharing:
@@ -144,6 +145,7 @@ class PlanOptions:
             inventory,
             gains=gains,
             trials=trials,
+            plan_trials=plan_trials,
             layout=self.layout,
             sites=self.sites,
             include=self.include,
@@ -163,12 +165,13 @@ class PlanOptions:
         objective: Objective | None = None,
         gains: Gains | None = None,
         trials: Trials | None = None,
+        plan_trials: PlanTrials | None = None,
         tables: bool = True,
         progress: Progress | None = None,
     ) -> Plan:
         """The plan for a bond dimension or a ratio; the other targets have to be measured.
 
-        See `Sharing` for `gains`, `trials` and `tables`.
+        See `Sharing` for `gains`, `trials`, `plan_trials` and `tables`.
 
         Raises:
             PlanError: another target, none, or several.
@@ -181,6 +184,7 @@ class PlanOptions:
                 objective=objective,
                 gains=gains,
                 trials=trials,
+                plan_trials=plan_trials,
                 tables=tables,
                 progress=progress,
             )

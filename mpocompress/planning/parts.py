@@ -11,6 +11,7 @@ from mpocompress.mpo import Layout
 from mpocompress.mpo.identity_gauge import Gauge, stored_parameters
 from mpocompress.planning.allocation import Share, spend
 from mpocompress.planning.bottleneck import Bottleneck
+from mpocompress.planning.plan import Plan
 from mpocompress.surgery import WeightSite
 
 Gains = Callable[[WeightSite], Tensor | None]
@@ -32,6 +33,9 @@ class Trial:
 
 Trials = Callable[[WeightSite, Layout, tuple[int, ...]], Trial | None]
 """Makes a trial of a layer in a layout at bond dimensions; None where none can be made."""
+
+PlanTrials = Callable[[Plan], float | None]
+"""Fits a whole plan on trial: mean of what healing would minimize; None where that cannot be."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -35,6 +35,7 @@ from mpocompress.planning.parts import (
     Bonds,
     Gains,
     Part,
+    PlanTrials,
     Trial,
     Trials,
     filled,
@@ -46,8 +47,8 @@ from mpocompress.planning.planner import Progress
 from mpocompress.surgery import Inventory, WeightSite, check_finite, select_sites
 from mpocompress.surgery.match import as_patterns
 
-# Trials are of single layers, on the data that is fitted to: what is hardly better may be worse.
-# With healing ahead, more sites are taken unless they are clearly worse: they heal better.
+# Trials of single layers leave out how these add up: what is hardly better may be worse. With
+# healing ahead, more sites are taken unless they are clearly worse: they heal better.
 _CLEARLY = 0.8
 # Bond dimensions of trials that tell how the loss of a layout falls: each takes about twice the
 # numbers of the one before.
@@ -76,6 +77,7 @@ class Sharing:
         inventory: of the model.
         gains: per layer, see `allocation`; layers without them share the uniform ratio.
         trials: makes trials where two factors are a bottleneck; None makes none.
+        plan_trials: likewise of the plans that compete then; None adds up what layers do.
         layout: "auto" is the layout ((out, 1), (1, in)), whose errors are known at every bond
             dimension, except where `bottleneck` finds a better one; otherwise one that is forced,
             as in `plan_bond_dim`.
@@ -99,6 +101,7 @@ class Sharing:
         *,
         gains: Gains | None = None,
         trials: Trials | None = None,
+        plan_trials: PlanTrials | None = None,
         layout: LayoutChoice = "auto",
         sites: int | None = None,
         include: Sequence[str] = (),
@@ -116,6 +119,7 @@ class Sharing:
         self.objective = objective or Objective()
         self._may_stay_dense = may_stay_dense
         self._trials = trials
+        self._plan_trials = plan_trials
         self._healed = healed
         # More sites cost more multiply-adds than parameters: they are for small size alone.
         self._widens = self.objective.name == "size" and (healed or trials is not None)
@@ -189,6 +193,7 @@ class Sharing:
         if borne_out == self.parts:
             return wide.plan
         # What layers in factors lose depends on how they share the budget, so whole plans compete.
+        wide = self._better_shared(wide, borne_out, allowed, why, unreachable)
         try:
             narrow = self._at(self.parts, allowed, why, unreachable)
         except BudgetError:
@@ -196,10 +201,10 @@ class Sharing:
         if not self._may_stay_dense and wide.dropped != narrow.dropped:
             # What is dropped is not counted then: the plan that compresses more is the smaller.
             return min(wide, narrow, key=lambda found: found.dropped).plan
-        wide_distance, narrow_distance = self._distances(wide, narrow)
+        wide_distance, narrow_distance, together = self._distances(wide, narrow)
         if isinf(wide_distance):  # too large for trials
             return wide.plan if self._healed else narrow.plan
-        limit = 1 / _CLEARLY if self._healed else _CLEARLY
+        limit = 1 / _CLEARLY if self._healed else 1.0 if together else _CLEARLY
         return wide.plan if wide_distance < limit * narrow_distance else narrow.plan
 
     def _at(
@@ -230,13 +235,52 @@ class Sharing:
         dropped = len(taking_part) - len(parts)
         return _Shared(plan=self.plan(entries), bonds=bonds, dropped=dropped)
 
-    def _distances(self, *plans: _Shared) -> list[float]:
-        """Of the layers that are not the same in all plans, added up; infinite if not known."""
-        same = set.intersection(*(set(found.bonds.items()) for found in plans))
-        return [
-            sum(self._distance(*choice) for choice in found.bonds.items() if choice not in same)
-            for found in plans
+    def _better_shared(
+        self,
+        wide: _Shared,
+        parts: Sequence[Part],
+        allowed: Callable[[int], float],
+        why: str,
+        unreachable: Callable[[Sequence[Part]], BudgetError],
+    ) -> _Shared:
+        """That plan, or the one in which the same layouts take the same share, by a trial of both.
+
+        What layers lose is weighed as if it added up; but what follows repairs some of it. Of a
+        digit classifier 20 times smaller, a dense head made good what its first layer lost.
+        """
+        if self._plan_trials is None or all(part.share.gains is None for part in parts):
+            return wide
+        alike = [
+            part
+            if part.bottleneck is None
+            else replace(part, share=replace(part.share, gains=None))
+            for part in parts
         ]
+        try:
+            other = self._at(alike, allowed, why, unreachable)
+        except BudgetError:
+            return wide
+        if not self._may_stay_dense and wide.dropped != other.dropped:
+            return wide
+        distance, other_distance, together = self._distances(wide, other)
+        return other if together and other_distance < distance else wide
+
+    def _distances(self, first: _Shared, second: _Shared) -> tuple[float, float, bool]:
+        """What healing would minimize, of two plans, and whether it is that of whole models.
+
+        Else it is that of the layers in which the plans differ, added up; infinite if not known.
+        """
+        if self._plan_trials is not None:
+            one = self._plan_trials(first.plan)
+            other = None if one is None else self._plan_trials(second.plan)
+            if one is not None and other is not None:
+                return one, other, True
+        same = set(first.bonds.items()) & set(second.bonds.items())
+        one, other = (
+            sum(self._distance(*choice) for choice in found.bonds.items() if choice not in same)
+            for found in (first, second)
+        )
+        return one, other, False
 
     def _distance(self, part: Part, bond_dims: tuple[int, ...] | None) -> float:
         if bond_dims is None:

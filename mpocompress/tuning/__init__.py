@@ -10,7 +10,7 @@ from mpocompress.tuning.healing.distill import check_apart, distill_
 from mpocompress.tuning.healing.options import DistillOptions
 from mpocompress.tuning.healing.state import DistillRecord
 from mpocompress.tuning.healing.trainer import DistillResult
-from mpocompress.tuning.healing.trial import effect_alone
+from mpocompress.tuning.healing.trial import effect_alone, effect_together
 from mpocompress.tuning.objectives import Distillation, Loss
 from mpocompress.tuning.statistics.gradients import LayerMoments, Statistics, take_statistics
 from mpocompress.tuning.statistics.later_calls import LaterCalls, later_calls
@@ -66,6 +66,7 @@ __all__ = [
     "output_error_curve",
     "output_errors",
     "effect_alone",
+    "effect_together",
     "supervised_loss",
     "sweep_on_loss",
     "take_statistics",

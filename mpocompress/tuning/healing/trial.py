@@ -1,4 +1,4 @@
-"""What one layer in a layout would do to the model's outputs: fitted, put in its place, measured.
+"""What layers in a layout would do to the model's outputs: fitted, put in their place, measured.
 
 The second-order prediction (see `statistics.sensitivity`) takes inputs and gradients as
 independent. Sweeps find what that overlooks: a layer of a digit classifier in four sites was
@@ -48,20 +48,51 @@ def effect_alone(
         sweeps: few: it is a trial.
 
     Returns:
+        See `effect_together`.
+    """
+    plan = SitePlan(site=site, layout=layout, bond_dims=tuple(bond_dims))
+    return effect_together(
+        model, [plan], calls, output_metrics=output_metrics, later=later, sweeps=sweeps
+    )
+
+
+def effect_together(
+    model: nn.Module,
+    planned: Sequence[SitePlan],
+    calls: Sequence[Call],
+    *,
+    output_metrics: Mapping[nn.Module, Tensor],
+    later: Mapping[WeightSite, LaterCalls] | None = None,
+    sweeps: int = 4,
+) -> tuple[float, float]:
+    """Fit weights one after the other, corrections of dense layers included, and run the model.
+
+    Args:
+        model: dense; only read.
+        planned: its weights, with their layouts.
+        calls: batches to fit and to measure on.
+        output_metrics: as in `fit_in_sequence`.
+        later: likewise.
+        sweeps: few: it is a trial.
+
+    Returns:
         Norm of the change of the model's outputs over their norm, and the mean of the loss that
         healing would have (`loss.output_loss`, "auto"), which sees what a change of logits
         does to probabilities.
+
+    Raises:
+        DataError: as `fit_in_sequence`.
     """
-    plan = SitePlan(site=site, layout=layout, bond_dims=tuple(bond_dims))
     fitted = fit_in_sequence(
         model,
-        [plan],
+        planned,
         calls,
         output_metrics=output_metrics,
         later=later,
         options=FitOptions(sweeps=sweeps),
     )
-    weights = {site: found.mpo for site, found in fitted.items()}
+    dense = {plan.site for plan in planned if plan.stays_dense}
+    weights = {site: found.mpo for site, found in fitted.items() if site not in dense}
     compressed = with_fitted(model, weights, fitted)
     vocabularies = vocabularies_of(model)
     change = OutputChange()
