@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import mpocompress as mpo
+from mpocompress.api.evidence import Evidence
 from mpocompress.errors import BudgetError, DataError, NoLayerMatched, PlanError
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.factorize import random_cores
@@ -24,6 +25,7 @@ from mpocompress.planning.allocation import (
 )
 from mpocompress.planning.parts import gains_of_losses
 from mpocompress.tuning import effect_alone, gain_of_bonds, take_statistics
+from mpocompress.tuning.healing.loss import output_loss
 
 
 def share(rows: int, columns: int, gauge: str = "none", gains: list[float] | None = None) -> Share:
@@ -223,6 +225,17 @@ def planted_sums_of_products() -> nn.Sequential:
     return model
 
 
+def planted_low_ranks() -> nn.Sequential:
+    """Layers that two factors of bond dimension 6 hold exactly."""
+    model = network()
+    generator = torch.Generator().manual_seed(8)
+    for index in (0, 2):
+        out, in_ = model[index].weight.shape
+        left, right = (torch.randn(n, 6, generator=generator) for n in (out, in_))
+        model[index].weight.data = left @ right.mT / (6 * in_) ** 0.5
+    return model
+
+
 def test_auto_takes_more_sites_where_two_factors_are_a_bottleneck():
     options = {"of": "layers", "data": inputs(), "include": ["0", "2"]}
     model = planted_sums_of_products()
@@ -244,7 +257,7 @@ def test_auto_takes_more_sites_where_two_factors_are_a_bottleneck():
     assert errors[0] < 0.3 * errors[1]
     # Two factors stay where they lose less, where a layout was asked for, and for speed.
     for other in (
-        mpo.plan(network(), ratio=3, **options),
+        mpo.plan(planted_low_ranks(), ratio=3, **options),
         mpo.plan(model, ratio=8, layout="svd", **options),
         mpo.plan(model, ratio=8, objective="macs", **options),
     ):
@@ -260,6 +273,40 @@ def _first_gain(model: nn.Module, name: str, data: list[torch.Tensor]) -> float:
     site = next(s for s in mpo.surgery.find_weights(model).sites if s.name == name)
     found = take_statistics(model, list(site.modules), calls, seed=0)
     return float(gain_of_bonds(site, found.layers)[0]) / found.output_energy
+
+
+@pytest.mark.parametrize("best", ["factors", "chains", None])
+def test_plans_that_compete_are_judged_as_wholes(monkeypatch, best):
+    asked = []
+
+    def of_plan(self, plan):
+        asked.append(plan)
+        kind = "factors" if all(len(layer.layout) == 2 for layer in plan.compressed) else "chains"
+        return None if best is None else 0.0 if kind == best else 1.0
+
+    monkeypatch.setattr(Evidence, "plan_trial", of_plan)
+    plan = mpo.plan(planted_sums_of_products(), ratio=8, of="layers", data=inputs())
+    sites = {len(layer.layout) for layer in plan.compressed}
+    assert sites == ({2} if best == "factors" else {4})  # the last layer is too narrow for both
+    assert asked
+
+
+def test_a_plan_on_trial_is_fitted_as_it_will_be(monkeypatch):
+    model, data = planted_sums_of_products(), inputs()
+    seen = {}
+    original = Evidence.plan_trial
+
+    def noted(self, plan):
+        seen[tuple(layer.bond_dims for layer in plan.compressed)] = original(self, plan)
+        return seen[tuple(layer.bond_dims for layer in plan.compressed)]
+
+    monkeypatch.setattr(Evidence, "plan_trial", noted)
+    result = mpo.compress(model, ratio=8, of="layers", data=data, sweeps=4)
+    trial = seen[tuple(layer.bond_dims for layer in result.plan.compressed)]
+    with torch.no_grad():
+        lost = [output_loss(result.model(x), model(x), None) for x in data]
+    assert trial == pytest.approx(float(torch.stack(lost).mean()), rel=0.2)
+    assert trial == min(seen.values())
 
 
 def test_layers_in_factors_get_what_more_sites_elsewhere_spare():

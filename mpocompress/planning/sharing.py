@@ -47,8 +47,8 @@ from mpocompress.planning.planner import Progress
 from mpocompress.surgery import Inventory, WeightSite, check_finite, select_sites
 from mpocompress.surgery.match import as_patterns
 
-# Trials of single layers leave out how these add up: what is hardly better may be worse. With
-# healing ahead, more sites are taken unless they are clearly worse: they heal better.
+# Trials are made on the data that is fitted to: what is hardly better may be worse, and is slower.
+# With healing ahead, more sites are taken unless they are clearly worse: they heal better.
 _CLEARLY = 0.8
 # Bond dimensions of trials that tell how the loss of a layout falls: each takes about twice the
 # numbers of the one before.
@@ -180,6 +180,14 @@ class Sharing:
             why: for the reason of each entry, such as "a ratio of 4".
             unreachable: the error if even bond dimension 1 everywhere takes more.
         """
+        return self._explained(self._best(allowed, why, unreachable), why)
+
+    def _best(
+        self,
+        allowed: Callable[[int], float],
+        why: str,
+        unreachable: Callable[[Sequence[Part]], BudgetError],
+    ) -> _Shared:
         kept = max(allowed(self.dense), 0.0) / max(self.dense, 1)
         wide_parts = [self._widened(part, kept) for part in self.parts]
         wide = self._at(wide_parts, allowed, why, unreachable)
@@ -191,21 +199,33 @@ class Sharing:
         if borne_out != wide_parts:
             wide = self._at(borne_out, allowed, why, unreachable)
         if borne_out == self.parts:
-            return wide.plan
+            return wide
         # What layers in factors lose depends on how they share the budget, so whole plans compete.
         wide = self._better_shared(wide, borne_out, allowed, why, unreachable)
         try:
             narrow = self._at(self.parts, allowed, why, unreachable)
         except BudgetError:
-            return wide.plan
+            return wide
         if not self._may_stay_dense and wide.dropped != narrow.dropped:
             # What is dropped is not counted then: the plan that compresses more is the smaller.
-            return min(wide, narrow, key=lambda found: found.dropped).plan
-        wide_distance, narrow_distance, together = self._distances(wide, narrow)
+            return min(wide, narrow, key=lambda found: found.dropped)
+        wide_distance, narrow_distance, _ = self._distances(wide, narrow)
         if isinf(wide_distance):  # too large for trials
-            return wide.plan if self._healed else narrow.plan
-        limit = 1 / _CLEARLY if self._healed else 1.0 if together else _CLEARLY
-        return wide.plan if wide_distance < limit * narrow_distance else narrow.plan
+            return wide if self._healed else narrow
+        limit = 1 / _CLEARLY if self._healed else _CLEARLY
+        return wide if wide_distance < limit * narrow_distance else narrow
+
+    def _explained(self, shared: _Shared, why: str) -> Plan:
+        """The plan; where layouts have more sites its reasons say what they lose on trial."""
+        told: dict[str, LayerPlan] = {}
+        for part, bond_dims in shared.bonds.items():
+            if part.bottleneck is None or bond_dims is None:
+                continue
+            trial = self._trial(part, bond_dims)
+            how = part.bottleneck.reason(None if trial is None else trial.loss)
+            told[part.site.name] = self.entry(part, bond_dims, _reason(why, how))
+        rows = tuple(told.get(layer.name, layer) for layer in shared.plan.layers)
+        return shared.plan.model_copy(update={"layers": rows})
 
     def _at(
         self,
@@ -227,11 +247,7 @@ class Sharing:
                 dense = "dense: more exact for about as many parameters"
                 entries[part.site] = keep_entry(part.site, dense)
                 continue
-            how = part.how
-            if part.bottleneck is not None:
-                trial = self._trial(part, bond_dims)
-                how = part.bottleneck.reason(None if trial is None else trial.loss)
-            entries[part.site] = self.entry(part, bond_dims, f"bond dimension from {why}, {how}")
+            entries[part.site] = self.entry(part, bond_dims, _reason(why, part.how))
         dropped = len(taking_part) - len(parts)
         return _Shared(plan=self.plan(entries), bonds=bonds, dropped=dropped)
 
@@ -466,6 +482,10 @@ class Sharing:
             f"nothing to compress: no selected layer gets smaller{because}. See "
             "`mpocompress inspect`."
         )
+
+
+def _reason(why: str, how: str) -> str:
+    return f"bond dimension from {why}, {how}"
 
 
 def _weighed(shares: Sequence[Share], budget: int) -> list[Share]:
