@@ -23,7 +23,7 @@ from mpocompress.planning.allocation import (
     allocate_uniform,
     least_numbers,
 )
-from mpocompress.planning.parts import gains_of_losses
+from mpocompress.planning.trials import gains_of_losses
 from mpocompress.tuning import effect_alone, gain_of_bonds, take_statistics
 from mpocompress.tuning.healing.loss import output_loss
 

@@ -4,12 +4,13 @@ from mpocompress.planning.layout_rules import LayoutChoice
 from mpocompress.planning.layouts import Candidate, candidate_layouts, chain_macs, choose
 from mpocompress.planning.objective import Latency, Objective, ObjectiveName
 from mpocompress.planning.options import PlanOptions
-from mpocompress.planning.parts import Gains, PlanTrials, Trial, Trials
+from mpocompress.planning.parts import Gains
 from mpocompress.planning.plan import CandidateFigures, LayerPlan, Plan
 from mpocompress.planning.planner import Progress, plan_bond_dim
 from mpocompress.planning.prediction import Predicted, predicted_totals, with_predictions
 from mpocompress.planning.ratio import Of, plan_ratio
 from mpocompress.planning.sharing import Sharing
+from mpocompress.planning.trials import PlanTrials, Trial, Trials
 
 __all__ = [
     "Candidate",

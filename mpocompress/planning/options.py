@@ -22,11 +22,12 @@ from mpocompress.planning.objective import (
     check_batch,
     check_objective,
 )
-from mpocompress.planning.parts import Gains, PlanTrials, Trials
+from mpocompress.planning.parts import Gains
 from mpocompress.planning.plan import Plan
 from mpocompress.planning.planner import Progress, plan_bond_dim
 from mpocompress.planning.ratio import Of, check_of, check_ratio, plan_ratio
 from mpocompress.planning.sharing import Sharing
+from mpocompress.planning.trials import PlanTrials, Trials
 from mpocompress.surgery import Inventory
 
 Target = Literal["bond_dim", "ratio", "max_size", "max_error", "max_drop"]

@@ -2,40 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import log
 
-import torch
 from torch import Tensor
 
 from mpocompress.mpo import Layout
 from mpocompress.mpo.identity_gauge import Gauge, stored_parameters
 from mpocompress.planning.allocation import Share, spend
 from mpocompress.planning.bottleneck import Bottleneck
-from mpocompress.planning.plan import Plan
 from mpocompress.surgery import WeightSite
 
 Gains = Callable[[WeightSite], Tensor | None]
 """What each further bond dimension of the layout ((out, 1), (1, in)) is worth, if known."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Trial:
-    """What a layer fitted in a layout, all else dense, does to the model's outputs.
-
-    Attributes:
-        loss: their squared change on the data, on the scale of the gains.
-        distance: mean of what healing would minimize; with logits it sees probabilities.
-    """
-
-    loss: float
-    distance: float
-
-
-Trials = Callable[[WeightSite, Layout, tuple[int, ...]], Trial | None]
-"""Makes a trial of a layer in a layout at bond dimensions; None where none can be made."""
-
-PlanTrials = Callable[[Plan], float | None]
-"""Fits a whole plan on trial: mean of what healing would minimize; None where that cannot be."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -78,35 +55,6 @@ def stored_at(layout: Layout, gauge: Gauge, bond_dim: int) -> int:
     """Numbers of a layout with one bond dimension for all bonds; none at 0."""
     bonds = layout.clip([bond_dim] * (layout.num_sites - 1))
     return stored_parameters(layout, bonds, gauge) if bond_dim > 0 else 0
-
-
-def gains_of_losses(share: Share, matters: float, losses: Mapping[int, float]) -> Tensor:
-    """What each bond dimension of a chain is worth, from what it loses at one or two of them.
-
-    From all that matters at bond dimension 0 the loss falls exponentially in the numbers stored,
-    and from the first known one on by the power of them that the two show.
-
-    Args:
-        share: of the layer in the layout of the chain.
-        matters: the loss without the layer, above 0.
-        losses: by bond dimension, at least 1.
-
-    Returns:
-        (max_bond_dim + 1,) float64, on the scale of the losses, not rising but for the last entry:
-        what is then still lost, and won by the dense layer.
-    """
-    numbers = [float(share.numbers(bond)) for bond in range(share.max_bond_dim + 1)]
-    numbers_D = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-    (first, loss), *later = sorted(losses.items())
-    least = torch.finfo(torch.float64).eps * matters
-    loss = min(max(loss, least), matters)
-    at_D = numbers_D / numbers_D[first]
-    loss_D = matters * (loss / matters) ** at_D
-    for bond, found in later[:1]:
-        power = min(0.0, log(max(found, least) / loss) / log(float(at_D[bond])))
-        loss_D = torch.where(at_D > 1, loss * at_D**power, loss_D)
-    gains_D = (loss_D[:-1] - loss_D[1:]).cummin(0).values
-    return torch.cat([gains_D, loss_D[-1:]])
 
 
 def filled(bonds: Bonds, budget: int, gauge: Gauge) -> Bonds:

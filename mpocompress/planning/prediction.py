@@ -16,8 +16,9 @@ from torch import Tensor
 from mpocompress.mpo.identity_gauge import stored_parameters
 from mpocompress.planning.layouts import make_candidate
 from mpocompress.planning.objective import Objective
-from mpocompress.planning.parts import Gains, Trials
+from mpocompress.planning.parts import Gains
 from mpocompress.planning.plan import CandidateFigures, LayerPlan, LayerPrediction, Plan
+from mpocompress.planning.trials import Trials
 from mpocompress.surgery import Inventory, WeightSite
 
 

@@ -5,11 +5,8 @@ accuracy) are met by walking along them.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
-from math import inf, isinf
-
-from torch import Tensor
 
 from mpocompress.errors import BudgetError, LayoutError, NoLayerMatched
 from mpocompress.mpo import Layout
@@ -35,39 +32,14 @@ from mpocompress.planning.parts import (
     Bonds,
     Gains,
     Part,
-    PlanTrials,
-    Trial,
-    Trials,
     filled,
-    gains_of_losses,
     stored_at,
 )
 from mpocompress.planning.plan import LayerPlan, Plan
 from mpocompress.planning.planner import Progress
+from mpocompress.planning.trials import Judge, PlanTrials, Shared, Trials
 from mpocompress.surgery import Inventory, WeightSite, check_finite, select_sites
 from mpocompress.surgery.match import as_patterns
-
-# Trials are made on the data that is fitted to: what is hardly better may be worse, and is slower.
-# With healing ahead, more sites are taken unless they are clearly worse: they heal better.
-_CLEARLY = 0.8
-# Bond dimensions of trials that tell how the loss of a layout falls: each takes about twice the
-# numbers of the one before.
-_TRIED = (1, 2, 3, 4, 6, 8, 11, 16, 23, 32)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Shared:
-    """A plan that may be taken.
-
-    Attributes:
-        plan: the rows.
-        bonds: of each weight that the budget is shared among.
-        dropped: how many weights stay dense because bond dimension 1 is not compact enough.
-    """
-
-    plan: Plan
-    bonds: Bonds
-    dropped: int
 
 
 class Sharing:
@@ -118,11 +90,9 @@ class Sharing:
         self.gauge: Gauge = gauge
         self.objective = objective or Objective()
         self._may_stay_dense = may_stay_dense
-        self._trials = trials
-        self._plan_trials = plan_trials
-        self._healed = healed
+        self._judge = Judge(trials, plan_trials, healed=healed)
         # More sites cost more multiply-adds than parameters: they are for small size alone.
-        self._widens = self.objective.name == "size" and (healed or trials is not None)
+        self._widens = self.objective.name == "size" and (healed or self._judge.tries)
         self.settings = {
             "layout": describe_layout(layout),
             "sites": sites,
@@ -187,13 +157,13 @@ class Sharing:
         allowed: Callable[[int], float],
         why: str,
         unreachable: Callable[[Sequence[Part]], BudgetError],
-    ) -> _Shared:
+    ) -> Shared:
         kept = max(allowed(self.dense), 0.0) / max(self.dense, 1)
         wide_parts = [self._widened(part, kept) for part in self.parts]
         wide = self._at(wide_parts, allowed, why, unreachable)
         # Trials are made at the bond dimensions of this plan; what they do not bear out goes.
         borne_out = [
-            part if self._is_worse(other, wide.bonds, part) else other
+            part if self._judge.is_worse(other, wide.bonds, part) else other
             for part, other in zip(self.parts, wide_parts, strict=True)
         ]
         if borne_out != wide_parts:
@@ -209,19 +179,15 @@ class Sharing:
         if not self._may_stay_dense and wide.dropped != narrow.dropped:
             # What is dropped is not counted then: the plan that compresses more is the smaller.
             return min(wide, narrow, key=lambda found: found.dropped)
-        wide_distance, narrow_distance, _ = self._distances(wide, narrow)
-        if isinf(wide_distance):  # too large for trials
-            return wide if self._healed else narrow
-        limit = 1 / _CLEARLY if self._healed else _CLEARLY
-        return wide if wide_distance < limit * narrow_distance else narrow
+        return wide if self._judge.prefers(wide, narrow) else narrow
 
-    def _explained(self, shared: _Shared, why: str) -> Plan:
+    def _explained(self, shared: Shared, why: str) -> Plan:
         """The plan; where layouts have more sites its reasons say what they lose on trial."""
         told: dict[str, LayerPlan] = {}
         for part, bond_dims in shared.bonds.items():
             if part.bottleneck is None or bond_dims is None:
                 continue
-            trial = self._trial(part, bond_dims)
+            trial = self._judge.trial(part, bond_dims)
             how = part.bottleneck.reason(None if trial is None else trial.loss)
             told[part.site.name] = self.entry(part, bond_dims, _reason(why, how))
         rows = tuple(told.get(layer.name, layer) for layer in shared.plan.layers)
@@ -233,7 +199,7 @@ class Sharing:
         allowed: Callable[[int], float],
         why: str,
         unreachable: Callable[[Sequence[Part]], BudgetError],
-    ) -> _Shared:
+    ) -> Shared:
         entries = dict(self.kept)
         parts, budget = self._fitting(taking_part, allowed, entries, unreachable)
         allocated = _allocate(self._shares(parts), budget)
@@ -249,22 +215,22 @@ class Sharing:
                 continue
             entries[part.site] = self.entry(part, bond_dims, _reason(why, part.how))
         dropped = len(taking_part) - len(parts)
-        return _Shared(plan=self.plan(entries), bonds=bonds, dropped=dropped)
+        return Shared(plan=self.plan(entries), bonds=bonds, dropped=dropped)
 
     def _better_shared(
         self,
-        wide: _Shared,
+        wide: Shared,
         parts: Sequence[Part],
         allowed: Callable[[int], float],
         why: str,
         unreachable: Callable[[Sequence[Part]], BudgetError],
-    ) -> _Shared:
+    ) -> Shared:
         """That plan, or the one in which the same layouts take the same share, by a trial of both.
 
         What layers lose is weighed as if it added up; but what follows repairs some of it. Of a
         digit classifier 20 times smaller, a dense head made good what its first layer lost.
         """
-        if self._plan_trials is None or all(part.share.gains is None for part in parts):
+        if not self._judge.tries_plans or all(part.share.gains is None for part in parts):
             return wide
         alike = [
             part
@@ -278,34 +244,7 @@ class Sharing:
             return wide
         if not self._may_stay_dense and wide.dropped != other.dropped:
             return wide
-        distance, other_distance, together = self._distances(wide, other)
-        return other if together and other_distance < distance else wide
-
-    def _distances(self, first: _Shared, second: _Shared) -> tuple[float, float, bool]:
-        """What healing would minimize, of two plans, and whether it is that of whole models.
-
-        Else it is that of the layers in which the plans differ, added up; infinite if not known.
-        """
-        if self._plan_trials is not None:
-            one = self._plan_trials(first.plan)
-            other = None if one is None else self._plan_trials(second.plan)
-            if one is not None and other is not None:
-                return one, other, True
-        same = set(first.bonds.items()) & set(second.bonds.items())
-        one, other = (
-            sum(self._distance(*choice) for choice in found.bonds.items() if choice not in same)
-            for found in (first, second)
-        )
-        return one, other, False
-
-    def _distance(self, part: Part, bond_dims: tuple[int, ...] | None) -> float:
-        if bond_dims is None:
-            return 0.0
-        trial = self._trial(part, bond_dims)
-        return inf if trial is None else trial.distance
-
-    def _trial(self, part: Part, bond_dims: tuple[int, ...]) -> Trial | None:
-        return None if self._trials is None else self._trials(part.site, part.layout, bond_dims)
+        return other if self._judge.is_better(other, wide) else wide
 
     def of_model(self, parameters: float, why: str) -> Plan:
         """The plan in which the whole model has no more than so many parameters."""
@@ -341,41 +280,8 @@ class Sharing:
         if other is None or other.share.within(kept * other.share.dense) < 1:
             return part
         wide = replace(other, bottleneck=found)
-        gains = self._gains_of_trials(wide, kept) if len(self.parts) > 1 else None
+        gains = self._judge.gains(wide, kept) if len(self.parts) > 1 else None
         return replace(wide, share=replace(wide.share, gains=gains))
-
-    def _gains_of_trials(self, part: Part, kept: float) -> Tensor | None:
-        """What bond dimensions of a layout in the place of a bottleneck are worth, if known.
-
-        From trials at two of a few bond dimensions, so that neighbouring budgets share them.
-        """
-        matters = None if part.bottleneck is None else part.bottleneck.matters
-        if matters is None:
-            return None
-        share = part.share
-        most = share.within(kept * share.dense)
-        losses: dict[int, float] = {}
-        for bond in [bond for bond in _TRIED if bond <= most][-2:]:
-            trial = self._trial(part, part.layout.clip([bond] * (part.layout.num_sites - 1)))
-            if trial is None:
-                return None
-            losses[bond] = trial.loss
-        return gains_of_losses(share, matters, losses)
-
-    def _is_worse(self, part: Part, bonds: Bonds, factors: Part) -> bool:
-        """Whether a layout in the place of a bottleneck is, by trials, or by the rule for healing.
-
-        One that is not part of the plan has nothing to be worse in.
-        """
-        found = part.bottleneck
-        if found is None or part not in bonds:
-            return False
-        distance = self._distance(part, bonds[part])
-        if isinf(distance):
-            return not self._healed
-        limit = 1 / _CLEARLY if self._healed else 1.0
-        narrow = factors.bond_dims(found.bond)
-        return found.bond > 0 and not distance < limit * self._distance(factors, narrow)
 
     def _part(self, site: WeightSite, layout: Layout, gains: Gains | None) -> Part | None:
         if (no_gain := why_no_gain(site)) is not None and self.objective.name != "size":
