@@ -399,6 +399,18 @@ def test_sizes_are_met_by_trials_too():
     assert 0.8 * dense // 4 < onnx_bytes(result.model) <= dense // 4
 
 
+def test_a_size_that_the_dense_model_has_is_no_crash_of_trials():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(28, 18), nn.ReLU(), nn.Linear(18, 28), nn.ReLU())
+    with pytest.raises(NoLayerMatched, match="Allow fewer bytes"):
+        mpo.compress(
+            model,
+            max_size="1MB",
+            data=[torch.randn(300, 28)],
+            onnx_bytes=lambda module: 4 * sum(p.numel() for p in module.parameters()),
+        )
+
+
 def test_a_trial_measures_what_the_layer_does_to_the_outputs():
     model = network().double()
     calls = list(mpo.loading.as_batches([x.double() for x in inputs()]))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import inf, isinf, log
+from math import inf, isinf, isnan, log
 
 import torch
 from torch import Tensor
@@ -87,11 +87,11 @@ class Judge:
         if not matters:
             return None
         share = part.share
-        most = share.within(kept * share.dense)
+        most = min(share.within(kept * share.dense), share.max_bond_dim)  # one more is dense
         losses: dict[int, float] = {}
         for bond in [bond for bond in _TRIED if bond <= most][-2:]:
             trial = self.trial(part, part.layout.clip([bond] * (part.layout.num_sites - 1)))
-            if trial is None:
+            if trial is None or isnan(trial.loss):
                 return None
             losses[bond] = trial.loss
         return gains_of_losses(share, matters, losses)
