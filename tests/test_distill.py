@@ -233,6 +233,24 @@ def test_balancing_changes_norms_and_no_function():
     torch.testing.assert_close(norms, norms[:1].expand(3), **F64["norm"])
 
 
+def test_frozen_cores_keep_their_values(dense, small):
+    data, layer = [rows(64, 16)], small[0]
+    with torch.no_grad():
+        layer.cores[0].mul_(8)
+        layer.cores[1].div_(8)
+    layer.cores[0].requires_grad_(False)
+    before = [core.detach().clone() for core in layer.cores]
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mpo.distill(small, reference=dense, data=data, steps=2, learning_rate=1e-3, progress=stop)
+    assert all(map(torch.equal, layer.cores, before))
+    mpo.distill(small, reference=dense, data=data, steps=2, learning_rate=1e-3)
+    assert torch.equal(layer.cores[0], before[0])
+
+
 def test_balancing_heeds_ties_and_leaves_zeros():
     first, second, third = (mpo.MPOLinear(8, 8, bond_dim=2) for _ in range(3))
     for position in range(2):

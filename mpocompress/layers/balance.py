@@ -14,9 +14,9 @@ def balance_cores_(model: nn.Module) -> int:
     """Bring each MPO layer into the symmetric gauge, with cores of equal Frobenius norms, in place.
 
     No matrix changes but for rounding; names, shapes and `requires_grad` stay, and so do ties.
-    Left as they are: layers that are rounded for a file, layers whose cores are computed from other
-    parameters, and layers that share some but not all of their cores with another layer, whose
-    matrix would change.
+    Left as they are: layers with frozen cores (`requires_grad` off), layers that are rounded for a
+    file, layers whose cores are computed from other parameters, and layers that share some but not
+    all of their cores with another layer, whose matrix would change.
 
     Returns:
         How many chains of cores were rescaled.
@@ -26,7 +26,7 @@ def balance_cores_(model: nn.Module) -> int:
         if not isinstance(module, MPOLayer) or module.stored is not None:
             continue
         cores = list(module.cores)
-        if all(isinstance(core, nn.Parameter) and core.is_leaf for core in cores):
+        if all(isinstance(c, nn.Parameter) and c.is_leaf and c.requires_grad for c in cores):
             chains[tuple(id(core) for core in cores)] = cores
     uses = Counter(core for chain in chains for core in chain)
     balanced = 0

@@ -47,7 +47,8 @@ def distill_(
     end; `requires_grad` stays as it is, gradients are gone. The cores are first brought into the
     symmetric gauge, out of the identity gauge if they are stored in it and back into it at the end,
     which changes no function. Of layers that are rounded for a file the scales are trained, and the
-    integers stay. If anything is raised, the model has its old weights.
+    integers stay. Frozen cores keep their values, and their layers the gauge that they have. If
+    anything is raised, the model has its old weights.
 
     Args:
         model: compressed, in float32 or float64; half types are refused, because steps of training
