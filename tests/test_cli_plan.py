@@ -91,7 +91,7 @@ def test_the_precisions_of_a_plan_are_those_of_its_file(here, capsys):
         for extra in ((), ("--dry-run",)):
             code, _, err = run(capsys, "graph.onnx", "--plan", "plan.json", *extra, "-o", "g")
             assert code == 2
-            assert "is for PyTorch models" in err
+            assert re.search("layer '0': .* is for PyTorch models", err)
 
 
 def test_what_decides_a_plan_is_refused_beside_one_by_name(here, capsys):
@@ -169,6 +169,15 @@ def test_what_is_no_plan_of_the_model_exits_2_and_says_why(here, capsys, case):
         assert "Traceback" not in err
         assert re.search(message, err), err
     assert {path.name for path in here.iterdir()} == before
+
+
+@pytest.mark.onnx
+def test_precisions_of_a_plan_need_no_onnx_file(here, capsys):
+    planned(capsys, "--max-size", "9kB", "--quantize", "auto", "--data", "data.npz")
+    torch.save(torch.load("model.pt", weights_only=False).state_dict(), "state.pt")
+    code, _, err = run(capsys, "state.pt", "--plan", "plan.json")
+    assert code == 0, err
+    assert not (here / "state-mpo/model.onnx").exists()  # a state dict cannot be run
 
 
 @pytest.mark.onnx

@@ -471,7 +471,7 @@ def test_what_cannot_be_compressed_leaves_nothing_behind(here, capsys):
         (("--distill", "5", "--data", "data.npz"), "gradients, which an ONNX graph does not have"),
         (("--quantize", "int8"), "--quantize int8 is for PyTorch models"),
         (("--form", "dense"), "--form dense is for PyTorch models"),
-        (("--objective", "latency"), "An ONNX graph takes --bond-dim or --ratio"),
+        (("--objective", "latency"), "An ONNX graph takes --bond-dim, --ratio or --plan"),
         (("--model", "a:b"), "--model a:b builds a PyTorch module"),
         (("--data", "none.npz"), "none.npz does not exist"),
     ):

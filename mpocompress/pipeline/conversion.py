@@ -46,11 +46,11 @@ def plan_model(
     Raises:
         MPOCompressError: bad input, see `load_source`, `load_onnx` and `plan`.
     """
-    given, request = read_plan(request)
+    asked, (given, request) = request, read_plan(request)
     if is_onnx(path):
         from mpocompress.api.graphs import calls_of_graph, check_plan, plan_graph
 
-        request.check_for_graph()
+        asked.check_for_graph()
         graph = open_graph(path, request.factory)
         data = None if request.data is None else load_batches(request.data)
         calls_of_graph(graph.source.model, data=data, shapes=request.inputs)  # or says why not
@@ -106,7 +106,7 @@ def convert(
                 "--resume keeps fitted layers and the state of healing, which an ONNX graph has "
                 "not: its layers are done in one short pass. Drop it."
             )
-        return _convert_graph(path, directory, request, plan, force=force, progress=progress)
+        return _convert_graph(path, directory, asked, plan, force=force, progress=progress)
     clock = api.Clock()
     # A run that began with `force` goes on with `resume` alone; a finished one is not replaced.
     state = RunState(directory, force=force) if resume else None
@@ -123,7 +123,7 @@ def convert(
             onnx_note = None
             if examples is None:
                 onnx_note = why_no_onnx(opened, request)
-                request.check_without_onnx(onnx_note)
+                asked.check_without_onnx(onnx_note)
             if state is not None:
                 state.begin(asked, model=opened.source.sha256)
         result = api.compress(

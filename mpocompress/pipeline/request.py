@@ -105,8 +105,8 @@ class Request:
         raise DataError(
             f"{f'{given} {chosen[given]}'.rstrip()} "
             f"{why if given == '--distill' else 'is for PyTorch models'}. "
-            "An ONNX graph takes --bond-dim or --ratio, and is written with float32 chains. Drop "
-            f"{given}, or compress the PyTorch model that the file was made of."
+            "An ONNX graph takes --bond-dim, --ratio or --plan, and is written with float32 "
+            f"chains. Drop {given}, or compress the PyTorch model that the file was made of."
         )
 
     def check_without_onnx(self, why: str) -> None:
