@@ -18,6 +18,7 @@ from mpocompress.loading import (
     load_source,
     parse_input_spec,
 )
+from mpocompress.loading.config_inputs import inputs_of_config
 
 
 @pytest.mark.parametrize(
@@ -495,6 +496,15 @@ def test_a_tokenizer_and_the_config_together(kind, encoder):
     assert set(example.kwargs) == {text.split()[0] for text in expected}
     assert {tensor.shape[0] for tensor in example.kwargs.values()} == {3}
     assert example.origin == f"the tokenizer of {encoder.name}"
+
+
+def test_an_end_that_a_config_has_not_is_no_token():
+    _, config, options, expected = OF_CONFIGS["clip"]
+    text = {**options["text_config"], "eos_token_id": -1, "pad_token_id": -1}
+    both = getattr(transformers, config)(text_config=text, vision_config=PICTURES)
+    found = inputs_of_config(transformers.CLIPModel(both))
+    assert list(found) == [name.split()[0] for name in expected]
+    assert 0 <= int(found["input_ids"].min()) <= int(found["input_ids"].max()) < 50
 
 
 def test_a_config_of_others_is_no_config():

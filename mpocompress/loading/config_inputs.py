@@ -65,7 +65,7 @@ def _tokens(
     ids = _indices(vocabulary, rows, length, generator)
     mask = torch.ones_like(ids)
     padding, end = (_number(config, _TEXT, name) for name in ("pad_token_id", "eos_token_id"))
-    if end is not None and end < vocabulary:
+    if end is not None and 0 <= end < vocabulary:
         ids[ids == end] = (end + 1) % vocabulary
         ids[:, -1] = end  # classifiers read their answer at the only end of each row
     if not masked:
