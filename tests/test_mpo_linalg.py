@@ -309,6 +309,15 @@ def test_values_of_large_matrices_are_those_of_an_svd(shape, dtype):
     assert bool((weights >= 0).all())
 
 
+def test_few_vectors_of_a_matrix_that_is_trained_have_gradients_and_no_warning(recwarn):
+    matrix = gaussian(160, 200, dtype=torch.float64).requires_grad_()
+    found = linalg.leading_svd(matrix, 40)
+    found.values_R.square().sum().backward()
+    assert not recwarn.list
+    projected = found.left_MR.detach() @ (found.left_MR.detach().mT @ matrix.detach())
+    assert_close(matrix.grad, 2 * projected, **TOL[torch.float64]["gradient"])
+
+
 def test_values_whose_squares_overflow_are_found():
     matrix = 1e200 * with_spectrum(torch.ones(150).double(), 150, 150, dtype=torch.float64)
     found = linalg.leading_svd(matrix, 40)

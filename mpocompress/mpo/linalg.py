@@ -267,7 +267,7 @@ def _gram_svd(matrix_MN: Tensor, rank: int) -> LeadingSVD | None:
         return None
     span_MR = vectors_MM[:, -rank:].to(matrix_MN.dtype)
     left_RR, values_R, right_RN = _svd_after_qr(span_MR.mT @ matrix_MN)
-    residual = float(weights_M[:-rank].clamp_min(0.0).sum())
+    residual = float(weights_M.detach()[:-rank].clamp_min(0.0).sum())
     left_MR, values_R, right_RN = fix_signs(span_MR @ left_RR, values_R, right_RN)
     return LeadingSVD(left_MR, values_R, right_RN, weight_of(values_R) + residual, residual)
 
