@@ -1,6 +1,6 @@
 """What data show of a dense model: statistics, what bonds are worth, layouts on trial."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -65,7 +65,7 @@ class Evidence:
         self._progress = progress
         self._seen: Sequence[Call] = ()
         self._gains: dict[WeightSite, Tensor | None] = {}
-        self._trials: dict[tuple[WeightSite, Layout, tuple[int, ...]], Trial | None] = {}
+        self._trials: dict[tuple[WeightSite, Layout, tuple[int, ...]], Trial] = {}
         self._plan_trials: dict[Hashable, float | None] = {}
         self._choices: dict[WeightSite, Sequence[StorageChoice]] = {}
 
@@ -114,23 +114,22 @@ class Evidence:
 
     def trial(self, site: WeightSite, layout: Layout, bond_dims: tuple[int, ...]) -> Trial | None:
         """What a layer alone, in a layout, does to the outputs; None without statistics."""
+        if not self._seen or self.moments is None or not self.energy:
+            return None
         key = (site, layout, bond_dims)
         if key not in self._trials:
-            self._trials[key] = None
-            if self._seen and self.energy:
-                if self._progress is not None:
-                    self._progress(f"{site.name}: {layout.num_sites} sites on trial", 0, 1)
-                moments: Mapping[nn.Module, LayerMoments] = self.moments or {}
-                change, distance = effect_alone(
-                    self._opened,
-                    site,
-                    layout,
-                    bond_dims,
-                    self._seen,
-                    output_metrics=OutputMetrics(moments),
-                    later=later_calls([site], moments),
-                )
-                self._trials[key] = Trial(loss=change**2 * self.energy, distance=distance)
+            if self._progress is not None:
+                self._progress(f"{site.name}: {layout.num_sites} sites on trial", 0, 1)
+            change, distance = effect_alone(
+                self._opened,
+                site,
+                layout,
+                bond_dims,
+                self._seen,
+                output_metrics=OutputMetrics(self.moments),
+                later=later_calls([site], self.moments),
+            )
+            self._trials[key] = Trial(loss=change**2 * self.energy, distance=distance)
         return self._trials[key]
 
     def plan_trial(self, plan: Plan) -> float | None:
@@ -162,7 +161,7 @@ class Evidence:
     def made_trial(
         self, site: WeightSite, layout: Layout, bond_dims: tuple[int, ...]
     ) -> Trial | None:
-        """The same, if it was made before."""
+        """What `trial` gave, if it was made before."""
         return self._trials.get((site, layout, bond_dims))
 
     def storage_choices(self, site: WeightSite) -> Sequence[StorageChoice]:
