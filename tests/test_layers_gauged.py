@@ -338,6 +338,25 @@ def test_plain_gauge_opens_all_cores_and_fixes_them_again():
     assert_close(model(x), after, **TOL[torch.float32]["apply"])
 
 
+@pytest.mark.parametrize("way", ["distill", "sweep", "train"])
+def test_frozen_numbers_in_a_gauge_keep_their_values(way):
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+    x = torch.randn(64, 16)
+    model = mpo.compress(dense, bond_dim=3, layout="svd", gauge="identity").model
+    frozen = next(model[0].cores.parameters()).requires_grad_(False)
+    before, other = frozen.clone(), model[2].to_dense().detach()
+    if way == "distill":
+        mpo.distill(model, reference=dense, data=[x], steps=3, learning_rate=1e-2)
+    elif way == "sweep":
+        mpo.sweep(model, reference=dense, data=[x], sweeps=2)
+    else:
+        mpo.train(model, (x, x[:, 0].gt(0).long()), epochs=2)
+    assert [layer.gauge for layer in (model[0], model[2])] == ["identity"] * 2
+    assert torch.equal(next(model[0].cores.parameters()), before)
+    assert not torch.equal(model[2].to_dense(), other)
+
+
 def test_sweep_on_the_loss_keeps_the_gauge():
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))

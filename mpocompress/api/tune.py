@@ -277,7 +277,7 @@ def sweep(
         model: with MPO layers, or the result of `compress`, whose model is changed and whose report
             is brought up to date, so that what `save` writes is true of the model as it is then.
             Frozen cores (`requires_grad` off) keep their values; the gauge of their layer then
-            stays as it is.
+            stays as it is, and in the identity gauge the layer is left out.
         reference: the dense model whose outputs are the target; not needed with a `loss` of yours,
             but a report then has no errors of weights any more.
         data: batches of forward arguments; a gradient step takes one.

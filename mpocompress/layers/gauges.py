@@ -14,7 +14,8 @@ def plain_gauge(model: nn.Module) -> Iterator[None]:
     """Within the block all entries of all cores are parameters; after it, gauges are fixed again.
 
     For what replaces or rescales whole cores, which a layer in the identity gauge only rebuilds.
-    Layers that share their cores go on sharing them.
+    Layers that share their cores go on sharing them. Where some numbers of a layer are frozen
+    (`requires_grad` off) it stays in its gauge: fixed again, they would be others.
 
     Args:
         model: changed in place; its function stays the same but for rounding.
@@ -23,7 +24,7 @@ def plain_gauge(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         if not isinstance(module, MPOLayer) or module.stored is not None:
             continue  # what is rounded for a file stays as it is
-        if isinstance(module.cores, GaugedCores):
+        if isinstance(module.cores, GaugedCores) and not _partly_frozen(module.cores):
             groups.setdefault(id(module.cores.last), []).append(module)
     for first, *others in groups.values():
         first.free_gauge_()
@@ -38,3 +39,7 @@ def plain_gauge(model: nn.Module) -> Iterator[None]:
             for layer in others:
                 layer.set_cores_(list(first.cores))  # bonds may have changed: plan anew
                 layer.cores = first.cores
+
+
+def _partly_frozen(cores: GaugedCores) -> bool:
+    return len({parameter.requires_grad for parameter in cores.parameters()}) > 1

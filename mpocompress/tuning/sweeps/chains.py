@@ -180,7 +180,7 @@ def find_chains(model: nn.Module, *, may_be_none: bool = False) -> dict[str, Cha
     rebuilt = []
     groups: dict[tuple[int, ...], list[tuple[str, MPOLinear]]] = {}
     for name, module in model.named_modules():
-        # In a gauge are rounded layers alone here, whose cores cannot be moved.
+        # In a gauge are only layers that are rounded, or frozen in part: no core can be moved.
         if not isinstance(module, MPOLinear) or module.gauge != "none":
             continue
         if id(module) in recurrent:
