@@ -178,7 +178,7 @@ class Planner:
         options = PlanOptions(max_size=1, quantize="auto", include=include)
         calls = list(as_batches(task.data))
         self.job = Job(task.model, options, calls=calls, sweeps=16, seed=seed)
-        self.job.keeps_statistics = True
+        self.job.evidence.is_kept = True
         self.job.take_statistics()
         self.statistics_seconds = time.perf_counter() - started
         self.sharing = self.job.byte_sharing()
