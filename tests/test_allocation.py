@@ -12,11 +12,12 @@ from torch import nn
 
 import mpocompress as mpo
 from mpocompress.api.evidence import Evidence
+from mpocompress.api.job import Job
 from mpocompress.errors import BudgetError, DataError, NoLayerMatched, PlanError
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.factorize import random_cores
 from mpocompress.mpo.factors import balanced_layout
-from mpocompress.planning import predicted_totals
+from mpocompress.planning import PlanOptions, predicted_totals
 from mpocompress.planning.allocation import (
     Share,
     allocate_by_sensitivity,
@@ -307,6 +308,33 @@ def test_a_plan_on_trial_is_fitted_as_it_will_be(monkeypatch):
         lost = [output_loss(result.model(x), model(x), None) for x in data]
     assert trial == pytest.approx(float(torch.stack(lost).mean()), rel=0.2)
     assert trial == min(seen.values())
+
+
+class TiedWords(nn.Module):
+    """Words in, logits of words out, by one table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.middle = nn.Embedding(96, 24), nn.Linear(24, 24)
+        self.head = nn.Linear(24, 96, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids):
+        return self.head(self.table(ids) + self.middle(self.table(ids)).tanh())
+
+
+def test_a_plan_on_trial_heeds_what_a_tied_head_makes_of_a_table():
+    torch.manual_seed(0)
+    model, ids = TiedWords().eval(), torch.randint(96, (40, 12))
+    calls = list(mpo.loading.as_batches([ids]))
+    job = Job(model, PlanOptions(bond_dim=6), calls=calls, sweeps=4, seed=0)
+    job.take_statistics()
+    plan = job.plan()
+    trial = job.evidence.plan_trial(plan)
+    built = job.build(plan).model
+    with torch.no_grad():
+        lost = output_loss(built(ids), model(ids), None, vocabularies=frozenset({96}))
+    assert trial == pytest.approx(float(lost), rel=1e-4)
 
 
 def test_layers_in_factors_get_what_more_sites_elsewhere_spare():

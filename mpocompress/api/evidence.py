@@ -23,6 +23,7 @@ from mpocompress.tuning import (
     gain_of_bonds,
     later_calls,
     take_statistics,
+    tied_heads,
 )
 from mpocompress.tuning.fitting.storage_choices import storage_choices
 from mpocompress.tuning.lockstep import Call
@@ -154,6 +155,7 @@ class Evidence:
                     planned,
                     self._seen,
                     output_metrics=OutputMetrics(self.moments),
+                    heads={e.site: tied_heads(e.site, self.moments) for e in planned},
                     later=later_calls([entry.site for entry in planned], self.moments),
                 )
         return self._plan_trials[key]

@@ -22,6 +22,7 @@ from mpocompress.tuning.lockstep import Call, floating_outputs, rows_of
 from mpocompress.tuning.padding import keep_mask
 from mpocompress.tuning.statistics.later_calls import LaterCalls
 from mpocompress.tuning.statistics.output_errors import OutputChange
+from mpocompress.tuning.statistics.tables import HeadUse
 
 
 def effect_alone(
@@ -62,6 +63,7 @@ def effect_together(
     calls: Sequence[Call],
     *,
     output_metrics: Mapping[nn.Module, Tensor],
+    heads: Mapping[WeightSite, Sequence[HeadUse]] | None = None,
     later: Mapping[WeightSite, LaterCalls] | None = None,
     sweeps: int = 4,
 ) -> tuple[float, float]:
@@ -72,6 +74,7 @@ def effect_together(
         planned: its weights, with their layouts.
         calls: batches to fit and to measure on.
         output_metrics: as in `fit_in_sequence`.
+        heads: likewise.
         later: likewise.
         sweeps: few: it is a trial.
 
@@ -88,6 +91,7 @@ def effect_together(
         planned,
         calls,
         output_metrics=output_metrics,
+        heads=heads,
         later=later,
         options=FitOptions(sweeps=sweeps),
     )
