@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the folder that the state of a run is kept in."""
 
 import os
 from collections.abc import Iterator
@@ -8,6 +8,20 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from mpocompress.errors import SaveError
+
+
+def make_state_folder(folder: Path) -> None:
+    """Make the folder that the state of a run is kept in, unless it is there.
+
+    Raises:
+        SaveError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(
+            f"cannot keep the state of the run in {str(folder)!r}: {error.strerror}."
+        ) from None
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from mpocompress.errors import ContractionError, DecompositionError, LayoutError
-from mpocompress.mpo import MPO, Layout, linalg
+from mpocompress.mpo import MPO, Layout
+from mpocompress.mpo.dominant_rows import DOMINANCE, dominant_rows
 from mpocompress.mpo.identity_gauge import (
     IdentityGauge,
     check_gauge,
@@ -62,7 +63,7 @@ def test_dense_matrix_count_and_size_of_the_entries(layout, seed, bond_dim):
     assert gauge.bond_dims == bonds
     count = sum(core.numel() for core in cores) - sum(bond**2 for bond in bonds)
     assert gauge.num_parameters == count == layout.degrees_of_freedom(bonds)
-    assert largest(gauge) <= linalg.DOMINANCE + 1e-9
+    assert largest(gauge) <= DOMINANCE + 1e-9
 
 
 @pytest.mark.parametrize("text", ["12x1,1x10", "1x10,12x1", "4x2,3x5", "2x2,6x5", "1x1,3x4"])
@@ -102,7 +103,7 @@ def test_ill_conditioned_spectra_keep_small_entries(decades):
     gauge = fix_identity_gauge(MPO.from_matrix(matrix, "40x1,1x30", bond_dim=20).cores)
     assert gauge.bond_dims == (20,)
     assert_close(gauge.to_dense(), matrix, **F64["dense"])
-    assert largest(gauge) <= linalg.DOMINANCE + 1e-9
+    assert largest(gauge) <= DOMINANCE + 1e-9
 
 
 def test_rows_that_mislead_elimination_are_no_trap():
@@ -111,16 +112,16 @@ def test_rows_that_mislead_elimination_are_no_trap():
     trap = torch.eye(size).tril() - torch.ones(size, size).tril(-1)
     trap[:, -1] = 1.0
     tall = torch.cat((trap, gaussian(10, size).float())).double()
-    pivots, coefficients = linalg.dominant_rows(torch.linalg.qr(tall).Q)
-    assert float(coefficients.abs().max()) <= linalg.DOMINANCE + 1e-9
+    pivots, coefficients = dominant_rows(torch.linalg.qr(tall).Q)
+    assert float(coefficients.abs().max()) <= DOMINANCE + 1e-9
     assert_close(coefficients @ tall[pivots], tall, **F64["dense"])
 
 
 def test_dependent_columns_have_no_dominant_rows():
     with pytest.raises(DecompositionError, match=r"no 3 rows .*\(5, 3\).*dependent"):
-        linalg.dominant_rows(torch.ones(5, 3, dtype=torch.float64))
+        dominant_rows(torch.ones(5, 3, dtype=torch.float64))
     with pytest.raises(DecompositionError, match=r"no 3 rows .*\(2, 3\)"):
-        linalg.dominant_rows(torch.ones(2, 3, dtype=torch.float64))
+        dominant_rows(torch.ones(2, 3, dtype=torch.float64))
 
 
 def test_bonds_that_carry_less_are_rounded():

@@ -13,7 +13,7 @@ from mpocompress.loading import Batch
 from mpocompress.mpo import Layout
 from mpocompress.planning import Gains, Plan, Progress, Trial
 from mpocompress.planning.storage_choice import StorageChoice
-from mpocompress.surgery import WeightSite, check_finite, find_weights
+from mpocompress.surgery import WeightSite, check_finite
 from mpocompress.tuning import (
     LayerMoments,
     OutputMetrics,
@@ -36,6 +36,7 @@ class Evidence:
 
     Args:
         opened: the dense model, with all modules opened that can be; only read.
+        sites: its weights.
         calls: batches; None without data.
         seed: of the random directions of the gradients.
         clock: for the time that statistics take.
@@ -50,6 +51,7 @@ class Evidence:
     def __init__(
         self,
         opened: nn.Module,
+        sites: Sequence[WeightSite],
         calls: Sequence[Batch] | None,
         *,
         seed: int,
@@ -60,6 +62,7 @@ class Evidence:
         self.is_kept = False
         self.energy: float | None = None
         self._opened = opened
+        self._sites = sites
         self._calls = calls
         self._seed = seed
         self._clock = clock
@@ -144,7 +147,7 @@ class Evidence:
         if key not in self._plan_trials:
             if self._progress is not None:
                 self._progress("a plan on trial", 0, 1)
-            by_name = {site.name: site for site in find_weights(self._opened).sites}
+            by_name = {site.name: site for site in self._sites}
             planned = site_plans(plan, by_name)
             kept = correctable(plan, by_name)
             planned += correction_plans(self._opened, kept, planned, self._seen)

@@ -144,7 +144,9 @@ class Job:
         self.progress = progress
         self.clock = Clock()
         self._latency = latency
-        self.evidence = Evidence(self.opened, calls, seed=seed, clock=self.clock, progress=progress)
+        self.evidence = Evidence(
+            self.opened, self.inventory.sites, calls, seed=seed, clock=self.clock, progress=progress
+        )
 
     @property
     def objective(self) -> Objective:

@@ -21,6 +21,7 @@ from mpocompress.errors import ContractionError, LayoutError
 from mpocompress.mpo import canonical, linalg
 from mpocompress.mpo.cores import Cores, check_cores, layout_of
 from mpocompress.mpo.dense import to_dense
+from mpocompress.mpo.dominant_rows import dominant_rows
 from mpocompress.mpo.layout import Layout
 
 Gauge = Literal["none", "identity"]
@@ -156,7 +157,7 @@ def fix_identity_gauge(
 
     The chain is made right canonical first, so that neither the pivots nor the free rows depend on
     the gauge that it comes in, however ill-conditioned. Pivots are chosen such that no free entry
-    is larger than `linalg.DOMINANCE`. A bond that carries less than its dimension (linearly
+    is larger than `dominant_rows.DOMINANCE`. A bond that carries less than its dimension (linearly
     dependent columns, or more of them than rows) is rounded to what it carries: what is cut is
     zero up to the rounding of float64.
 
@@ -188,7 +189,7 @@ def fix_identity_gauge(
     for site in range(len(moved) - 1):
         left, out, in_, right = moved[site].shape
         basis_XR, carry_RS = _independent_columns(moved[site].reshape(-1, right), tolerance)
-        pivots_R, core_XR = linalg.dominant_rows(basis_XR)
+        pivots_R, core_XR = dominant_rows(basis_XR)
         kept_X = torch.ones(left * out * in_, dtype=torch.bool, device=core_XR.device)
         kept_X[pivots_R] = False
         free.append(core_XR[kept_X].to(dtype))

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from mpocompress.errors import LoadError, SaveError
-from mpocompress.files import replacing
+from mpocompress.errors import LoadError
+from mpocompress.files import make_state_folder, replacing
 from mpocompress.loading.hashes import file_sha256
 from mpocompress.pipeline.request import Request
 from mpocompress.tuning.state_file import check_same_run
@@ -90,12 +90,7 @@ class RunState:
         if self._record is not None:
             check_same_run(self.folder, self._record.arguments, arguments)
         record = _Record(force=self.force, arguments=arguments)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SaveError(
-                f"cannot keep the state of the run in {str(self.folder)!r}: {error.strerror}."
-            ) from None
+        make_state_folder(self.folder)
         with replacing(self._file) as scratch:
             scratch.write_text(record.model_dump_json(indent=2), encoding="utf-8")
 

@@ -160,20 +160,21 @@ class Sharing:
     ) -> Shared:
         kept = max(allowed(self.dense), 0.0) / max(self.dense, 1)
         wide_parts = [self._widened(part, kept) for part in self.parts]
-        wide = self._at(wide_parts, allowed, why, unreachable)
+        make = partial(self._at, allowed=allowed, why=why, unreachable=unreachable)
+        wide = make(wide_parts)
         # Trials are made at the bond dimensions of this plan; what they do not bear out goes.
         borne_out = [
             part if self._judge.is_worse(other, wide.bonds, part) else other
             for part, other in zip(self.parts, wide_parts, strict=True)
         ]
         if borne_out != wide_parts:
-            wide = self._at(borne_out, allowed, why, unreachable)
+            wide = make(borne_out)
         if borne_out == self.parts:
             return wide
         # What layers in factors lose depends on how they share the budget, so whole plans compete.
-        wide = self._better_shared(wide, borne_out, allowed, why, unreachable)
+        wide = self._better_shared(wide, borne_out, make)
         try:
-            narrow = self._at(self.parts, allowed, why, unreachable)
+            narrow = make(self.parts)
         except BudgetError:
             return wide
         if not self._may_stay_dense and wide.dropped != narrow.dropped:
@@ -221,9 +222,7 @@ class Sharing:
         self,
         wide: Shared,
         parts: Sequence[Part],
-        allowed: Callable[[int], float],
-        why: str,
-        unreachable: Callable[[Sequence[Part]], BudgetError],
+        make: Callable[[Sequence[Part]], Shared],
     ) -> Shared:
         """That plan, or the one in which the same layouts take the same share, by a trial of both.
 
@@ -239,7 +238,7 @@ class Sharing:
             for part in parts
         ]
         try:
-            other = self._at(alike, allowed, why, unreachable)
+            other = make(alike)
         except BudgetError:
             return wide
         if not self._may_stay_dense and wide.dropped != other.dropped:

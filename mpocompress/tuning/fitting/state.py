@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from mpocompress.errors import SaveError
+from mpocompress.files import make_state_folder
 from mpocompress.mpo import MPO
 from mpocompress.surgery import WeightSite
 from mpocompress.tuning.fitting.plan import FitOptions, FittedWeight, SitePlan
@@ -63,12 +63,7 @@ class FitStore:
         Raises:
             SaveError: the folder cannot be made.
         """
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SaveError(
-                f"cannot keep the state of the run in {str(self._folder)!r}: {error.strerror}."
-            ) from None
+        make_state_folder(self._folder)
         # The order of the metrics is that of the model's modules, not that of a mapping.
         metrics = (output_metrics[m] for m in model.modules() if m in output_metrics)
         tensors = [*model.parameters(), *model.buffers(), *tensors_of(calls)]
