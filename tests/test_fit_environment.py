@@ -17,6 +17,7 @@ from mpocompress.mpo.local_solve import (
 )
 from mpocompress.mpo.truncate import Truncation
 from mpocompress.mpo.two_site import SplitMetric, split_pair
+from mpocompress.mpo.weighing import Exact
 from tests.fit_problems import moment
 from tests.planted import LAWS, SEEDS, chains, dense_twin, gaussian, kronecker, random_chain
 from tests.tolerances import TOL
@@ -113,7 +114,9 @@ def test_operator_problem_is_the_gram_problem():
     environments = Environments(cores, c, linear, cut=0)
     rhs = environments.rhs(1, 1)
     by_gram = GramProblem(rhs, environments.gram(1, 1))
-    by_operator = OperatorProblem(rhs, cores[0][0], cores[2][..., 0], c, None, by_gram.precondition)
+    by_operator = OperatorProblem(
+        rhs, cores[0][0], cores[2][..., 0], Exact(c, None), by_gram.precondition
+    )
     assert_relative(by_operator.apply(cores[1]), by_gram.apply(cores[1]))
     # The exact preconditioner needs one iteration.
     exact, iterated = by_gram.solve(cores[1]), by_operator.solve(cores[1])
@@ -133,13 +136,13 @@ def test_conjugate_gradients_reach_the_solution_of_a_coupled_output_metric():
     def precondition():
         return kronecker_preconditioner(environments.marginals(1, 1), None)
 
-    problem = OperatorProblem(rhs, cores[0][0], cores[2][..., 0], c, g, precondition)
+    problem = OperatorProblem(rhs, cores[0][0], cores[2][..., 0], Exact(c, g), precondition)
     theta, jac = jacobian(list(cores), 1, 1)
     gram = torch.einsum("oin,op,ij,pjm->nm", jac, g, c, jac)
     assert_relative(problem.apply(theta).reshape(-1), gram @ theta.reshape(-1))
     core, gains = theta, []
     for _ in range(20):
-        core, gain, iterations, residual = problem.solve(core)
+        core, gain, iterations, residual, _ = problem.solve(core)
         gains.append(gain)
         assert iterations <= 100
         assert residual < 1

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mpocompress.errors import DecompositionError
 from mpocompress.mpo.cholesky import cholesky_, solve_factored
+from mpocompress.mpo.weighing import Coarse, Exact
 
 # Relative to the median of the diagonal of the Gram matrix. It damps steps in what the
 # metric does not determine, and changes the others by this share of their condition number.
@@ -47,12 +48,15 @@ class Solution(NamedTuple):
 
     `gain` is by how much the objective fell, at least 0; `iterations` those of conjugate gradients,
     and `residual` what they left, relative to the right-hand side (0 for a direct solve).
+    `weighed_OI` is G W C of the chain with this core, where it is known: as long as W stays, the
+    next local problem begins with it, wherever the orthogonality center goes.
     """
 
     core_LOIR: Tensor
     gain: float
     iterations: int
     residual: float
+    weighed_OI: Tensor | None = None
 
 
 def damped_cholesky(gram_NN: Tensor, bonds: tuple[int, int] = (1, 1)) -> Tensor:
@@ -134,9 +138,17 @@ class GramProblem:
         """The best core given all others; the present one if nothing lowers the objective."""
         if not bool(self.gram_NN.diagonal().any()):
             return Solution(core_LOIR, 0.0, 0, 0.0)
-        applied_LOIR = self.apply(core_LOIR)
-        change_LOIR = self.precondition()(self.rhs_LOIR - applied_LOIR)
-        return _accept(self, core_LOIR, change_LOIR, applied_LOIR)[0]
+        residual_LOIR = self.rhs_LOIR - self.apply(core_LOIR)
+        change_LOIR = self.precondition()(residual_LOIR)
+        moved_LOIR = self.apply(change_LOIR)
+        gain = _gain(self, core_LOIR, change_LOIR, residual_LOIR, moved_LOIR)
+        return Solution(core_LOIR + change_LOIR if gain > 0 else core_LOIR, gain, 0, 0.0)
+
+    def rise(self, solution: Solution, change_LOIR: Tensor) -> tuple[float, Tensor | None]:
+        """By how much a change of a solved core raises the objective, and None for G W C."""
+        residual_LOIR = self.rhs_LOIR - self.apply(solution.core_LOIR)
+        moved_LOIR = self.apply(change_LOIR)
+        return float((change_LOIR * (moved_LOIR - 2 * residual_LOIR)).sum()), None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,101 +159,132 @@ class OperatorProblem:
         rhs_LOIR: right-hand side, of the shape of the open core.
         left_PAL: all cores to the left, merged.
         right_RQB: all cores to the right, merged.
-        input_II: C.
-        output_OO: G; None is the identity.
+        weighing: X to G X C.
         precondition: makes an approximate inverse of N.
+        weighed_OI: G W C of the chain as it stands, if it is known.
     """
 
     rhs_LOIR: Tensor
     left_PAL: Tensor
     right_RQB: Tensor
-    input_II: Tensor
-    output_OO: Tensor | None
+    weighing: Exact | Coarse
     precondition: Callable[[], Callable[[Tensor], Tensor]]
+    weighed_OI: Tensor | None = None
 
     def apply(self, core_LOIR: Tensor) -> Tensor:
         """N times a core: to the dense matrix, through the metric, and back."""
+        return self.seen(self.weigh(core_LOIR))
+
+    def weigh(self, core_LOIR: Tensor) -> Tensor:
+        """G W C of the chain with this core, (out, in)."""
         left, out, in_, right = core_LOIR.shape
         outs_left, ins_left, _ = self.left_PAL.shape
         _, outs_right, ins_right = self.right_RQB.shape
-        left_XL = self.left_PAL.reshape(-1, left)
-        right_RY = self.right_RQB.reshape(right, -1)
-        merged = (left_XL @ core_LOIR.reshape(left, -1)).reshape(-1, right) @ right_RY
+        merged = self.left_PAL.reshape(-1, left) @ core_LOIR.reshape(left, -1)
+        merged = merged.reshape(-1, right) @ self.right_RQB.reshape(right, -1)
         legs = merged.reshape(outs_left, ins_left, out, in_, outs_right, ins_right)
         legs = legs.permute(0, 2, 4, 1, 3, 5)  # outs, then ins
-        matrix_OI = legs.reshape(-1, self.input_II.shape[0]) @ self.input_II
-        if self.output_OO is not None:
-            matrix_OI = self.output_OO @ matrix_OI
-        legs = matrix_OI.reshape(legs.shape).permute(0, 3, 1, 4, 2, 5)
-        closed = legs.reshape(-1, outs_right * ins_right) @ right_RY.mT
-        closed = left_XL.mT @ closed.reshape(outs_left * ins_left, -1)
+        return self.weighing.apply(legs.reshape(outs_left * out * outs_right, -1))
+
+    def seen(self, matrix_OI: Tensor) -> Tensor:
+        """What of a dense matrix is seen from the open core: all other cores contracted with it."""
+        left, out, in_, right = self.rhs_LOIR.shape
+        outs_left, ins_left, _ = self.left_PAL.shape
+        _, outs_right, ins_right = self.right_RQB.shape
+        legs = matrix_OI.reshape(outs_left, out, outs_right, ins_left, in_, ins_right)
+        legs = legs.permute(0, 3, 1, 4, 2, 5)
+        closed = legs.reshape(-1, outs_right * ins_right) @ self.right_RQB.reshape(right, -1).mT
+        closed = self.left_PAL.reshape(-1, left).mT @ closed.reshape(outs_left * ins_left, -1)
         return closed.reshape(left, out, in_, right)
 
     def norm(self) -> float:
         """An upper bound of the norm of N."""
         left_XL = self.left_PAL.reshape(-1, self.left_PAL.shape[2])
         right_RY = self.right_RQB.reshape(self.right_RQB.shape[0], -1)
-        parts = [left_XL.mT @ left_XL, right_RY @ right_RY.mT, self.input_II]
-        if self.output_OO is not None:
-            parts.append(self.output_OO)
-        return prod(float(part.norm()) for part in parts)
+        parts = [left_XL.mT @ left_XL, right_RY @ right_RY.mT]
+        return self.weighing.norm * prod(float(part.norm()) for part in parts)
 
     def solve(self, core_LOIR: Tensor) -> Solution:
         """The best core given all others, with a residual a tenth of that of the present core.
 
         Preconditioned conjugate gradients from the present core, at most 100 iterations; wherever
         they stop, the objective is lower than before. As long as the residual is far from rounding,
-        products with N are made in float32: they only steer the search, and what it finds is judged
-        in float64, in which it goes on if that was not enough.
+        products with N are made with a cheaper metric: they only steer the search. What it finds is
+        judged by the exact one, with which it goes on if that was not enough.
         """
         preconditioner = self.precondition()
-        start_LOIR = self.apply(core_LOIR)
-        residual_LOIR = self.rhs_LOIR - start_LOIR
+        weighed_OI = self.weigh(core_LOIR) if self.weighed_OI is None else self.weighed_OI
+        residual_LOIR = self.rhs_LOIR - self.seen(weighed_OI)
         scale = float((self.rhs_LOIR * preconditioner(self.rhs_LOIR)).sum())
         conditioned = preconditioner(residual_LOIR)
         square = float((residual_LOIR * conditioned).sum())
-        coarse = core_LOIR.dtype == torch.float64 and square > _COARSE_ABOVE**2 * scale
-        if not coarse:
-            return self._judged(core_LOIR, start_LOIR, conditioned, preconditioner, scale)
-        change_LOIR, _, iterations = self.to(torch.float32).search(
+        start = Solution(core_LOIR, 0.0, 0, 0.0, weighed_OI)
+        if not square > _COARSE_ABOVE**2 * scale:
+            # So close to rounding, not even that of the solves before may stay in the residual.
+            if self.weighed_OI is not None:
+                start = start._replace(weighed_OI=self.weigh(core_LOIR))
+            return self._improved(start, preconditioner, scale)
+        change_LOIR, _, iterations = self._steering().search(
             residual_LOIR, conditioned, preconditioner, scale
         )
-        solution, applied_LOIR = _accept(self, core_LOIR, change_LOIR, start_LOIR)
+        solution = self._accept(start, change_LOIR, residual_LOIR)
+        solution = solution._replace(iterations=iterations)
         if solution.gain > 0:
-            residual_LOIR = self.rhs_LOIR - applied_LOIR
-            conditioned = preconditioner(residual_LOIR)
-            left = float((residual_LOIR * conditioned).sum())
+            residual_LOIR = self._residual(solution)
+            left = float((residual_LOIR * preconditioner(residual_LOIR)).sum())
             if left <= _COARSE_LEAVES**2 * square:
-                return solution._replace(iterations=iterations, residual=_relative(left, scale))
-        finer = self._judged(solution.core_LOIR, applied_LOIR, conditioned, preconditioner, scale)
-        return finer._replace(
-            gain=solution.gain + finer.gain, iterations=iterations + finer.iterations
-        )
+                return solution._replace(residual=_relative(left, scale))
+        return self._improved(solution, preconditioner, scale)
 
-    def _judged(
-        self,
-        core_LOIR: Tensor,
-        applied_LOIR: Tensor,
-        conditioned: Tensor,
-        preconditioner: Callable[[Tensor], Tensor],
-        scale: float,
-    ) -> Solution:
-        """What a search in this dtype makes of a core, N times which is at hand."""
-        change_LOIR, square, iterations = self.search(
-            self.rhs_LOIR - applied_LOIR, conditioned, preconditioner, scale
-        )
-        solution, _ = _accept(self, core_LOIR, change_LOIR, applied_LOIR)
-        return solution._replace(iterations=iterations, residual=_relative(square, scale))
+    def rise(self, solution: Solution, change_LOIR: Tensor) -> tuple[float, Tensor | None]:
+        """By how much a change of a solved core raises the objective, and G W C after it."""
+        change_OI = self.weigh(change_LOIR)
+        doubled_LOIR = 2 * self._residual(solution)
+        rise = float((change_LOIR * (self.seen(change_OI) - doubled_LOIR)).sum())
+        return rise, self._weighed(solution) + change_OI
 
-    def to(self, dtype: torch.dtype) -> "OperatorProblem":
-        """The same N in another dtype; the right-hand side stays as it is."""
+    def _steering(self) -> "OperatorProblem":
+        """The same with a metric that is cheaper; the right-hand side stays as it is."""
+        if not isinstance(self.weighing, Exact):
+            return self
+        weighing = self.weighing.steering
         return replace(
             self,
-            left_PAL=self.left_PAL.to(dtype),
-            right_RQB=self.right_RQB.to(dtype),
-            input_II=self.input_II.to(dtype),
-            output_OO=None if self.output_OO is None else self.output_OO.to(dtype),
+            left_PAL=self.left_PAL.to(weighing.dtype),
+            right_RQB=self.right_RQB.to(weighing.dtype),
+            weighing=weighing,
         )
+
+    def _weighed(self, solution: Solution) -> Tensor:
+        known_OI = solution.weighed_OI
+        return self.weigh(solution.core_LOIR) if known_OI is None else known_OI
+
+    def _residual(self, solution: Solution) -> Tensor:
+        return self.rhs_LOIR - self.seen(self._weighed(solution))
+
+    def _improved(
+        self, start: Solution, preconditioner: Callable[[Tensor], Tensor], scale: float
+    ) -> Solution:
+        """What a search with the exact metric makes of a core; gains and iterations add up."""
+        residual_LOIR = self._residual(start)
+        change_LOIR, square, iterations = self.search(
+            residual_LOIR, preconditioner(residual_LOIR), preconditioner, scale
+        )
+        solution = self._accept(start, change_LOIR, residual_LOIR)
+        return solution._replace(
+            gain=start.gain + solution.gain,
+            iterations=start.iterations + iterations,
+            residual=_relative(square, scale),
+        )
+
+    def _accept(self, start: Solution, change_LOIR: Tensor, residual_LOIR: Tensor) -> Solution:
+        change_OI = self.weigh(change_LOIR)
+        moved_LOIR = self.seen(change_OI)
+        gain = _gain(self, start.core_LOIR, change_LOIR, residual_LOIR, moved_LOIR)
+        if gain == 0.0:
+            return start._replace(gain=0.0)
+        weighed_OI = self._weighed(start) + change_OI
+        return Solution(start.core_LOIR + change_LOIR, gain, 0, 0.0, weighed_OI)
 
     def search(
         self,
@@ -261,7 +304,7 @@ class OperatorProblem:
         Returns:
             The change d, the square of what is left of the residual, and the iterations.
         """
-        dtype = self.input_II.dtype
+        dtype = self.weighing.dtype
         change_LOIR = torch.zeros_like(residual_LOIR)
         direction_LOIR = conditioned
         square = float((residual_LOIR * conditioned).sum())
@@ -291,26 +334,23 @@ def _relative(square: float, scale: float) -> float:
 LocalProblem = GramProblem | OperatorProblem
 
 
-def _accept(
-    problem: LocalProblem, core_LOIR: Tensor, change_LOIR: Tensor, applied_LOIR: Tensor
-) -> tuple[Solution, Tensor]:
-    """The changed core if its gain 2 <d, rhs - N x> - <d, N d> is real, else the present one.
+def _gain(
+    problem: LocalProblem,
+    core_LOIR: Tensor,
+    change_LOIR: Tensor,
+    residual_LOIR: Tensor,
+    moved_LOIR: Tensor,
+) -> float:
+    """The gain 2 <d, rhs - N x> - <d, N d> of a change d of a core x if it is real, else 0.
 
     The residual is a difference, and products with N are known to eps times its norm. In directions
     that the metric hardly determines, what solves for such noise is large; it must not pass for a
-    gain. `applied_LOIR` is N times the present core.
-
-    Returns:
-        The solution, and N times its core.
+    gain. `moved_LOIR` is N d.
     """
-    moved_LOIR = problem.apply(change_LOIR)
-    residual_LOIR = problem.rhs_LOIR - applied_LOIR
     gain = float((change_LOIR * (2 * residual_LOIR - moved_LOIR)).sum())
     change = float(change_LOIR.norm())
     parts = float(problem.rhs_LOIR.norm()) + problem.norm() * (float(core_LOIR.norm()) + change)
-    if not gain > torch.finfo(core_LOIR.dtype).eps * change * parts:
-        return Solution(core_LOIR, 0.0, 0, 0.0), applied_LOIR
-    return Solution(core_LOIR + change_LOIR, gain, 0, 0.0), applied_LOIR + moved_LOIR
+    return gain if gain > torch.finfo(core_LOIR.dtype).eps * change * parts else 0.0
 
 
 def kronecker_preconditioner(

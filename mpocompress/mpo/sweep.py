@@ -9,7 +9,7 @@ two-site sweep it rises at most by what the truncations cost, which is measured 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from itertools import pairwise
 from typing import Literal
 
@@ -28,6 +28,7 @@ from mpocompress.mpo.local_solve import (
 )
 from mpocompress.mpo.truncate import Truncation
 from mpocompress.mpo.two_site import SplitMetric, split_pair
+from mpocompress.mpo.weighing import Exact
 
 # Up to this size a Gram matrix is formed and factorized (n³/3 flops, n² numbers); larger local
 # problems take conjugate gradients. Pairs are larger and are solved only to be split again.
@@ -131,9 +132,17 @@ class Sweeper:
             cut=cut,
             out_weights=quadratic.out_weights,
         )
-        self.objective = self._measure(self._environments)
+        self._weighed_OI: Tensor | None = None  # G W C of the chain, where it is known
+        self.objective, self._weighed_OI = self._measure(self._environments)
         self.truncation = 0.0
         self.cg_iterations = 0
+
+    @cached_property
+    def _weighing(self) -> Exact:
+        output_OO, out_weights = self._quadratic.output_OO, self._quadratic.out_weights
+        if output_OO is None and out_weights is not None:
+            output_OO = reduce(torch.kron, out_weights)
+        return Exact(self._quadratic.input_II, output_OO)
 
     @property
     def cores(self) -> Cores:
@@ -165,12 +174,13 @@ class Sweeper:
         The environments that measure it are those that the next sweep to the right begins with.
         """
         environments = self._environments.with_cores(cores)
-        objective = self._measure(environments)
+        objective, weighed_OI = self._measure(environments)
         # The difference of large numbers: a fall below its rounding noise proves nothing.
         noise = 100 * torch.finfo(cores[0].dtype).eps * self._quadratic.weight
         if not objective < self.objective - noise:
             return False
         self._environments, self.objective = environments, objective
+        self._weighed_OI = weighed_OI
         return True
 
     def sweep_one_site(self, direction: Direction, *, turning: bool) -> None:
@@ -202,10 +212,18 @@ class Sweeper:
         for pair in pairs:
             self._solve_pair(pair, direction, limits[pair[0]])
 
-    def _measure(self, environments: Environments) -> float:
+    def _measure(self, environments: Environments) -> tuple[float, Tensor | None]:
+        """The objective of a chain, and G W C if that was made on the way."""
         problem, core = self._problem(environments, 0, 0), environments.core(0)
         linear = float((core * problem.rhs_LOIR).sum())
-        return self._quadratic.weight - 2 * linear + float((core * problem.apply(core)).sum())
+        weighed_OI = None
+        if isinstance(problem, GramProblem):
+            applied = problem.apply(core)
+        else:
+            weighed_OI = problem.weigh(core)
+            applied = problem.seen(weighed_OI)
+        objective = self._quadratic.weight - 2 * linear + float((core * applied).sum())
+        return objective, weighed_OI
 
     def _problem(self, environments: Environments, first: int, last: int) -> LocalProblem:
         quadratic, rhs_LOIR = self._quadratic, environments.rhs(first, last)
@@ -222,16 +240,13 @@ class Sweeper:
             bonds = (rhs_LOIR.shape[0], rhs_LOIR.shape[3])
             return kronecker_preconditioner(environments.marginals(first, last), weight_OO, bonds)
 
-        output_OO = quadratic.output_OO
-        if output_OO is None and quadratic.out_weights is not None:
-            output_OO = reduce(torch.kron, quadratic.out_weights)
         return OperatorProblem(
             rhs_LOIR,
             _merge_outside(environments.cores[:first], rhs_LOIR)[0],
             _merge_outside(environments.cores[last + 1 :], rhs_LOIR)[..., 0],
-            quadratic.input_II,
-            output_OO,
+            self._weighing,
             precondition,
+            self._weighed_OI if environments is self._environments else None,
         )
 
     def _out_weight(self, first: int, last: int) -> Tensor | None:
@@ -242,6 +257,7 @@ class Sweeper:
         environments = self._environments
         solution = self._problem(environments, site, site).solve(environments.core(site))
         environments.set_core(site, solution.core_LOIR)
+        self._weighed_OI = solution.weighed_OI
         self.objective -= solution.gain
         self.cg_iterations += solution.iterations
         if show:
@@ -250,7 +266,7 @@ class Sweeper:
     def _solve_pair(self, pair: tuple[int, int], direction: Direction, limits: Truncation) -> None:
         environments = self._environments
         first, last = pair
-        old = (environments.core(first), environments.core(last))
+        old, weighed_OI = (environments.core(first), environments.core(last)), self._weighed_OI
         problem = self._problem(environments, first, last)
         solution = problem.solve(merge_cores(old, (0, 1)))
         weights = self._quadratic.out_weights
@@ -264,8 +280,7 @@ class Sweeper:
             limits,
         )
         lost_LOIR = merge_cores((left, right), (0, 1)) - solution.core_LOIR
-        slope_LOIR = problem.rhs_LOIR - problem.apply(solution.core_LOIR)
-        rise = float((lost_LOIR * (problem.apply(lost_LOIR) - 2 * slope_LOIR)).sum())
+        rise, self._weighed_OI = problem.rise(solution, lost_LOIR)
         before = self.objective
         self.cg_iterations += solution.iterations
         self.objective += rise - solution.gain
@@ -278,6 +293,7 @@ class Sweeper:
         if self.objective > before and cut.bond_dim >= old[0].shape[3]:
             environments.set_core(first, old[0])
             environments.set_core(last, old[1])
+            self._weighed_OI = weighed_OI
             if direction == 1:
                 self._move_center(first, 1)
             self.objective, gain, rise = before, 0.0, 0.0
