@@ -84,7 +84,7 @@ def test_steered_fits_end_where_those_by_the_exact_metric_do(two_site, monkeypat
     monkeypatch.setattr("mpocompress.mpo.weighing._LEADING_FROM", 1_000)
     exact = fit(target, metric, LAYOUT, **options)
     assert steered.history != exact.history, "nothing was steered by a leading part"
-    assert steered.relative_error == pytest.approx(exact.relative_error, rel=0.01)
+    assert steered.relative_error <= 1.01 * exact.relative_error
     objectives = [record.objective for record in steered.history if not record.truncation]
     assert objectives == sorted(objectives, reverse=True)
     # What the sweeps add up is what the result has.
