@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import mpocompress as mpo
 from mpocompress.errors import DataError, NoLayerMatched
 from mpocompress.loading import load_source
+from tests.tolerances import TOL
 
 
 @dataclass
@@ -157,6 +158,65 @@ def test_rows_that_an_mpo_layer_mixes():
         40,
         32,
     )
+
+
+class Samples(nn.Module):
+    """A variational autoencoder: what it decodes is drawn at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(24, 64), nn.Linear(32, 24)
+        self.refine = nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, spread = self.encode(x).chunk(2, -1)
+        drawn = torch.relu(self.decode(mean + torch.exp(spread / 2) * torch.randn_like(mean)))
+        return self.refine(nn.functional.dropout(drawn, 0.2))
+
+
+def samples() -> tuple[Samples, list[Tensor]]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Samples(), batches()
+
+
+def same_draws(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        return model(x)
+
+
+def test_a_model_that_draws_at_random_is_fitted_to_what_it_does_with_the_same_draws():
+    dense, data = samples()
+    whole = mpo.compress(dense, data=data, bond_dim=64, if_smaller=False).model
+    for x in data:
+        expected, found = same_draws(dense, x), same_draws(whole, x)
+        torch.testing.assert_close(found, expected, **TOL[torch.float32]["apply"])
+
+
+def test_a_model_that_draws_at_random_is_tuned_on_the_same_draws():
+    dense, data = samples()
+    found = mpo.compress(dense, data=data, bond_dim=64, if_smaller=False).model
+    records = mpo.sweep(found, reference=dense, data=data, sweeps=1, local_steps=1)
+    assert records[0].loss_before < 1e-9
+    healed = mpo.distill(found, reference=dense, data=data, steps=1, output_loss="mse")
+    assert healed.start_loss < 1e-9
+
+
+def test_draws_of_a_model_follow_from_the_seed_and_those_of_others_from_theirs():
+    dense, data = samples()
+
+    def tuned(state: int) -> list[Tensor]:
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        found = mpo.compress(dense, data=data, ratio=2).model
+        mpo.sweep(found, reference=dense, data=data, sweeps=1)
+        mpo.distill(found, reference=dense, data=data, steps=3)
+        assert torch.equal(torch.get_rng_state(), before)
+        return [parameter.detach() for parameter in found.parameters()]
+
+    with torch.random.fork_rng():
+        assert all(map(torch.equal, tuned(2), tuned(3)))
 
 
 @pytest.mark.onnx

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import DataError, LoadError, MPOCompressError
-from mpocompress.layers.modes import evaluation_mode
+from mpocompress.layers.modes import cuda_devices, evaluation_mode, seeded
 from mpocompress.loading import Batch
 from mpocompress.tuning.lockstep import floating_outputs
 
@@ -150,13 +150,15 @@ def with_whole_batches(model: nn.Module, calls: Sequence[Batch]) -> list[Batch]:
         raise
     except Exception:  # whatever foreign code raises
         apart = []
-    if _stand_alone(whole, apart, last, count) or not _equal_all(whole, _call(model, first)):
+    if _stand_alone(whole, apart, last, count):
+        return list(calls)
+    if not _equal_all(whole, _call(model, first, seed=1)):
         return list(calls)
     return [replace(call, divisible=False) for call in calls]
 
 
-def _call(model: nn.Module, batch: Batch) -> list[Tensor]:
-    with evaluation_mode(model), torch.no_grad():
+def _call(model: nn.Module, batch: Batch, *, seed: int = 0) -> list[Tensor]:
+    with evaluation_mode(model), seeded(cuda_devices(model), seed), torch.no_grad():
         output: Any = model(*batch.args, **batch.kwargs)
     return floating_outputs(output)
 

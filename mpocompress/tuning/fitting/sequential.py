@@ -117,8 +117,11 @@ def _fit_in_sequence(
     by_module = {module: plan for plan in plans for module in plan.site.modules}
     fitted: dict[WeightSite, FittedWeight] = {}
     pairs = [
-        (Runner(model, call, StreamWatcher()), Runner(model, call, OperationRecorder()))
-        for call in calls
+        (
+            Runner(model, call, StreamWatcher(), seed=number),
+            Runner(model, call, OperationRecorder(), seed=number),
+        )
+        for number, call in enumerate(calls)
     ]
     dense_runners = {id(dense) for dense, _ in pairs}
     forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}

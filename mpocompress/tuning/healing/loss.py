@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import DataError
+from mpocompress.layers.modes import cuda_devices, seeded
 from mpocompress.tuning.healing.blocks import watched_outputs
 from mpocompress.tuning.lockstep import Call, floating_outputs
 from mpocompress.tuning.padding import keep_mask, real_rows
@@ -155,7 +156,9 @@ class Distance:
         self._kind = output_loss
         self._vocabularies = vocabularies_of(reference)
         self._hidden_weight = hidden_weight
+        self._devices = cuda_devices(reference)
         self._kept: dict[int, tuple[Any, Mapping[str, list[Tensor]]] | None] = {}
+        self._seeds: dict[int, int] = {}
         self._alive: list[Call] = []
         self._kept_bytes = 0
 
@@ -167,12 +170,17 @@ class Distance:
         """
         self._alive = list(calls)  # so that identity means identity
         self._kept = {id(call): None for call in self._alive}
+        self._seeds = {id(call): number for number, call in enumerate(self._alive)}
         self._kept_bytes = 0
 
-    def _dense(self, call: Call) -> tuple[Any, Mapping[str, list[Tensor]]]:
+    def _dense(self, call: Call, seed: int) -> tuple[Any, Mapping[str, list[Tensor]]]:
         found = self._kept.get(id(call))
         if found is None:
-            with torch.no_grad(), watched_outputs(self._reference, self._blocks) as hidden:
+            with (
+                torch.no_grad(),
+                watched_outputs(self._reference, self._blocks) as hidden,
+                seeded(self._devices, seed),
+            ):
                 found = (self._reference(*call.args, **call.kwargs), hidden)
             if id(call) in self._kept:
                 size = sum(tensor.nbytes for tensor in floating_outputs(found))
@@ -188,8 +196,13 @@ class Distance:
             DataError: outputs that cannot be compared.
         """
         keep = keep_mask(call.kwargs)
-        dense, dense_hidden = self._dense(call)
-        with watched_outputs(self._model, self._blocks) as our_hidden:
+        # What the dense model draws at random the compressed one draws, too: other numbers in every
+        # step, the same ones with a call whose outputs are kept.
+        seed = self._seeds.get(id(call))
+        if seed is None:
+            seed = int(torch.randint(2**62, (), device="cpu"))
+        dense, dense_hidden = self._dense(call, seed)
+        with watched_outputs(self._model, self._blocks) as our_hidden, seeded(self._devices, seed):
             ours = self._model(*call.args, **call.kwargs)
         loss = output_loss(ours, dense, keep, self._kind, vocabularies=self._vocabularies)
         hidden = _hidden_errors(our_hidden, dense_hidden, keep)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import DataError
-from mpocompress.layers.modes import evaluation_mode
+from mpocompress.layers.modes import cuda_devices, evaluation_mode, seeded
 from mpocompress.tuning.lockstep import Call, floating_outputs, rows_of
 from mpocompress.tuning.padding import keep_mask, real_rows
 
@@ -56,12 +56,13 @@ def output_errors(
     sums = {name: OutputChange() for name in layers}
     whole = OutputChange()
     rows = 0
+    devices = cuda_devices(dense)
     with evaluation_mode(dense), evaluation_mode(compressed), torch.no_grad():
-        for call in calls:
+        for number, call in enumerate(calls):
             keep = keep_mask(call.kwargs)
-            with _outputs_of(dense, layers) as ours:
+            with _outputs_of(dense, layers) as ours, seeded(devices, number):
                 expected = floating_outputs(dense(*call.args, **call.kwargs))
-            with _outputs_of(compressed, layers) as theirs:
+            with _outputs_of(compressed, layers) as theirs, seeded(devices, number):
                 found = floating_outputs(compressed(*call.args, **call.kwargs))
             for name in list(sums):
                 if [t.shape for t in ours[name]] != [t.shape for t in theirs[name]]:
