@@ -239,18 +239,104 @@ def test_errors_of_the_model_surface_in_the_caller_and_threads_end():
     assert all("forward" not in vars(module) for module in model.modules())
 
 
-def test_batches_that_take_different_paths_are_refused():
-    class Fork(nn.Module):
-        def __init__(self) -> None:
+class Branches(nn.Module):
+    """Layers that a batch calls in an order of its own: its first entries are their numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # The last one called is the first that the model has.
+        self.head = nn.Linear(16, 16)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number in x[0, :3].int().tolist():
+            if number >= 0:
+                x = x + torch.tanh(self.layers[number](x))
+        return self.head(x)
+
+
+def along(*paths: tuple[int, int, int]) -> list[Tensor]:
+    data = [inputs(40, 16, seed=number) for number in range(len(paths))]
+    for x, path in zip(data, paths, strict=True):
+        x[0, :3] = torch.tensor(path)
+    return data
+
+
+def test_layers_are_fitted_on_the_batches_that_call_them():
+    torch.manual_seed(0)
+    model = Branches().eval()
+    data = along((0, 1, 2), (1, -1, -1), (-1, -1, -1), (0, 2, -1))
+    result = mpo.compress(model, bond_dim=4, layout="balanced", data=data)
+    rows = {layer.name: layer.relative_output_error for layer in result.report.layers}
+    assert all(rows[name] is not None for name in ("head", "layers.0", "layers.1", "layers.2"))
+    whole = mpo.compress(model, bond_dim=256, layout="balanced", data=data, if_smaller=False).model
+    plain = mpo.compress(model, bond_dim=4, layout="balanced").model
+    for x in data:
+        expected = model(x)
+        torch.testing.assert_close(whole(x), expected, **TOL[torch.float32]["apply"])
+        ours, others = ((found(x) - expected).norm() for found in (result.model, plain))
+        assert ours < others
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        ([(-1, -1, -1), (0, 1, 2)], ["layers.0", "layers.1", "layers.2", "head"]),
+        ([(2, -1, -1), (1, 2, -1), (0, 1, -1)], ["layers.0", "layers.1", "layers.2", "head"]),
+        ([(2, 1, 0), (1, -1, -1)], ["layers.2", "layers.1", "layers.0", "head"]),
+        # One way round and the other.
+        ([(0, 1, -1), (1, 0, 2)], ["layers.0", "layers.1", "layers.2", "head"]),
+    ],
+)
+def test_no_layer_is_fitted_before_all_batches_wait_there(paths, expected):
+    order: list[str] = []
+    model = Branches()
+    mpo.compress(
+        model,
+        mpo.plan(model, bond_dim=2, layout="balanced"),
+        data=along(*paths),
+        progress=lambda what, done, total: order.append(what),
+    )
+    assert [name for name in dict.fromkeys(order) if name in expected] == expected
+
+
+def test_layers_that_only_empty_batches_reach_are_truncated():
+    class Routed(nn.Module):
+        def __init__(self, skips: bool) -> None:
             super().__init__()
-            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.skips = skips
+            self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.a(x) if bool(x[0, 0] > 0) else self.b(x)
+            y = torch.zeros_like(x)
+            for number, expert in enumerate(self.experts):
+                rows = (x[:, 0].clamp(0, 2).int() == number).nonzero()[:, 0]
+                if len(rows) or not self.skips:
+                    y = y.index_add(0, rows, expert(x[rows]))
+            return y
 
-    data = [torch.ones(2, 16), -torch.ones(2, 16)]
-    with pytest.raises(DataError, match="different paths"):
-        mpo.compress(Fork(), bond_dim=2, data=data)
+    data = [x.clamp_max(0.9) for x in along((0, 0, 0), (0, 0, 0), (0, 0, 0))]
+    data[1][5, 0] = 2.0  # the last expert has a single row, the second none
+    for skips in (False, True):
+        result = mpo.compress(Routed(skips), bond_dim=2, layout="balanced", data=data)
+        found = {layer.name: layer.relative_output_error for layer in result.report.layers}
+        assert found["experts.1"] is None
+        assert found["experts.0"] is not None
+        assert found["experts.2"] is not None
+
+
+def test_data_that_is_padding_throughout_is_refused():
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.layer(x) * attention_mask[..., None]
+
+    data = [{"x": inputs(40, 16).reshape(8, 5, 16), "attention_mask": torch.zeros(8, 5).long()}]
+    with pytest.raises(DataError, match="marks everything as padding"):
+        mpo.compress(Masked(), bond_dim=2, data=data)
 
 
 @pytest.mark.parametrize("masked", [False, True])

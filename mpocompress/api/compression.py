@@ -230,8 +230,8 @@ def compress(
         PlanError: neither plan nor a way to make one, both, or a plan of another model.
         BudgetError: a budget cannot be met, or was not.
         NoLayerMatched: the plan compresses nothing.
-        DataError: data that does not fit the model, batches that take different paths,
-            `distill` without data, or the state of a run with other arguments.
+        DataError: data that does not fit the model or reaches no layer, `distill` without data, or
+            the state of a run with other arguments.
         LoadError: a truncated state.
         SaveError: the state cannot be written.
         MPOCompressError: see `plan`.

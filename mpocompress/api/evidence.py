@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mpocompress.api.result import Clock
 from mpocompress.api.site_plans import correctable, site_plans
-from mpocompress.errors import PathsDifferError
+from mpocompress.errors import NoRowsError
 from mpocompress.loading import Batch
 from mpocompress.mpo import Layout
 from mpocompress.planning import Gains, Plan, Progress, Trial
@@ -139,7 +139,7 @@ class Evidence:
     def plan_trial(self, plan: Plan) -> float | None:
         """Mean of what healing would minimize, of the model as planned; None without statistics.
 
-        None, too, where rows behind a compressed router go elsewhere than in the dense model.
+        None, too, where these reach none of the planned layers.
         """
         if not self._seen or self.moments is None:
             return None
@@ -152,7 +152,7 @@ class Evidence:
             kept = correctable(plan, by_name)
             planned += correction_plans(self._opened, kept, planned, self._seen)
             self._plan_trials[key] = None
-            with suppress(PathsDifferError):
+            with suppress(NoRowsError):
                 _, self._plan_trials[key] = effect_together(
                     self._opened,
                     planned,

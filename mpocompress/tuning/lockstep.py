@@ -217,6 +217,11 @@ class OperationRecorder(TorchDispatchMode):
         self._inside = False
         self._outputs: dict[int, weakref.ref[Tensor]] = {}
 
+    @property
+    def count(self) -> int:
+        """How many operations have been numbered."""
+        return self._count
+
     @contextmanager
     def as_one(self) -> Iterator[None]:
         """Do not number the operations within."""

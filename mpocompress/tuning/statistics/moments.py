@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpocompress.errors import DataError, PathsDifferError
+from mpocompress.errors import DataError, NoRowsError
 
 # Products of so many rows are formed in float32 and summed in float64: the rounding of a sum then
 # does not grow with the amount of data, at the speed of a float32 product.
@@ -155,7 +155,7 @@ class CrossMoment:
                     f"{self.rows} rows of activations were only counted; take statistics of these "
                     "inputs, too."
                 )
-            raise PathsDifferError(
+            raise NoRowsError(
                 "no rows of activations were seen: the data is empty, or its mask marks everything "
                 "as padding."
             )
