@@ -56,6 +56,10 @@ class NoRowsError(DataError):
     """Batches of which no row, padding aside, reaches a layer."""
 
 
+class OutputsDifferError(DataError):
+    """Outputs that differ in number or shape, of two models that are compared."""
+
+
 class SaveError(MPOCompressError, OSError):
     """The output cannot be written."""
 

@@ -143,6 +143,40 @@ def test_a_detector_that_finds_nothing(tmp_path):
     mpo.verify(tmp_path / "model.onnx", model, data).raise_if_failed()
 
 
+class Thresholded(nn.Module):
+    """Gives those rows whose score is high, in one tensor or in one for each picture."""
+
+    def __init__(self, listed: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 64), nn.Linear(64, 32)
+        self.listed = listed
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        found = self.second(torch.relu(self.first(x)))
+        kept = found[found.amax(-1) > found.amax(-1).median()] if self.listed else found
+        return list(kept[kept[:, 0] > 0]) if self.listed else kept[kept[:, 0] > 0]
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_detector_that_finds_other_things_once_it_is_compressed(listed):
+    torch.manual_seed(0)
+    dense, data = Thresholded(listed), [*batches(), *batches()]
+    for options in ({"bond_dim": 2}, {"ratio": 3}):
+        result = mpo.compress(dense, data=data, **options)
+        (change,) = (c for c in result.report.predictions if c.figure == "output_change")
+        assert change.measured is None
+        assert "depends on their values" in change.note
+        assert "depends on their values" in result.report.to_markdown()
+        assert "depends on their values" in result.report.to_html()
+    mpo.sweep(
+        result, reference=dense, data=data, sweeps=1, loss=lambda m, b: m.first(*b.args).var()
+    )
+    with pytest.raises(DataError, match="what it decides by"):
+        mpo.compress(dense, data=data, max_error=0.5)
+    with pytest.raises(DataError, match="what it decides by"):
+        mpo.distill(result, reference=dense, data=data, steps=2)
+
+
 class MixesRows(nn.Module):
     def __init__(self) -> None:
         super().__init__()

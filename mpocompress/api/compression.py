@@ -19,7 +19,13 @@ from mpocompress.api.result import CompressionResult
 from mpocompress.api.size_budget import OnnxBytes
 from mpocompress.api.targets import Aim, Task, meet
 from mpocompress.api.tune import heal
-from mpocompress.errors import BudgetError, DataError, NoLayerMatched, PlanError
+from mpocompress.errors import (
+    BudgetError,
+    DataError,
+    NoLayerMatched,
+    OutputsDifferError,
+    PlanError,
+)
 from mpocompress.loading import Batch
 from mpocompress.mpo.identity_gauge import Gauge
 from mpocompress.planning import (
@@ -294,16 +300,27 @@ def compress(
     if task.fit is not None and distill:
         met = _heal(job, task, result, built, met, distill)
     report = result.report if met is None else with_budget(result.report, asdict(met))
-    sample = None if task.fit is None else few_rows(task.held or task.fit)
-    error = None if sample is None else output_errors(job.opened, built.model, (), sample).model
+    error, note = _output_change(job, built, task)
     report = with_comparisons(
         report,
         aim.plan,
         relative_output_error=error,
-        measured_on="rows held out from fitting" if task.held else "rows that were fitted on",
+        note=note,
         seconds=job.measured_seconds(aim.plan),
     )
     return CompressionResult(model=result.model, report=report, plan=aim.plan)
+
+
+def _output_change(job: Job, built: Built, task: Task) -> tuple[float | None, str]:
+    """Relative change of the model's outputs, None without data, and on what it was measured."""
+    if task.fit is None:
+        return None, ""
+    try:
+        error = output_errors(job.opened, built.model, (), few_rows(task.held or task.fit)).model
+    except OutputsDifferError:
+        return None, "not measured: how many outputs there are depends on their values"
+    rows = "rows held out from fitting" if task.held else "rows that were fitted on"
+    return error, f"measured on {rows}"
 
 
 def _job(

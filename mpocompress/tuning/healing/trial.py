@@ -85,6 +85,7 @@ def effect_together(
 
     Raises:
         DataError: as `fit_in_sequence`.
+        OutputsDifferError: how many outputs there are depends on their values.
     """
     fitted = fit_in_sequence(
         model,
@@ -112,7 +113,5 @@ def effect_together(
             lost = output_loss(ours, dense, keep, vocabularies=vocabularies)
             loss += rows_of(call) * float(lost)
             rows += rows_of(call)
-            outputs = (floating_outputs(found) for found in (dense, ours))
-            for expected, found in zip(*outputs, strict=True):
-                change.add(expected, found, keep)
+            change.add_all(floating_outputs(dense), floating_outputs(ours), keep)
     return change.relative, loss / rows
