@@ -89,6 +89,18 @@ def test_moments_are_additive_and_exact():
         torch.testing.assert_close(right, y.mean(0), **F64["dense"])
 
 
+def test_moments_are_as_exact_where_a_forward_has_autocast_on():
+    x, y = inputs(300, 24), inputs(300, 8, seed=1)
+    found = []
+    for enabled in (False, True):
+        own, cross = CrossMoment(), CrossMoment()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            own.add(x, x)
+            cross.add(x, y)
+        found.append((*own.mean(centered=True), *cross.mean(centered=False)))
+    assert all(map(torch.equal, *found))
+
+
 def test_rows_that_are_joined_are_all_rows_in_order():
     pieces = [(inputs(n, 5, seed=n), inputs(n, 3, seed=n)) for n in (1500, 700, 1, 4000, 30)]
     joined = list(joined_rows(pieces))

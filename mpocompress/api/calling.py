@@ -1,10 +1,11 @@
-"""Whether a model takes the user's batches, and whether their rows can be taken apart."""
+"""How models are called: whether they take the batches, and whether rows can be taken apart."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from mpocompress.layers.modes import cuda_devices, evaluation_mode, seeded
 from mpocompress.loading import Batch
 from mpocompress.tuning.lockstep import floating_outputs
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 # Two passes over the same rows differ by rounding that depends on how many there are.
 _SAME = 1e-3
 # Rows of a pass that is made only to see whether it can be made.
@@ -22,6 +26,25 @@ _FEW = 4
 
 class _InputChangedError(DataError):
     """A forward writes to what it is given."""
+
+
+def by_itself(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, run without the caller's inference mode and autocast.
+
+    The one takes gradients away, the other rounds every product to half precision, those of moments
+    and of decompositions, too. What a model's own forward switches on stays.
+    """
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        with (
+            torch.inference_mode(False),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            return function(*args, **kwargs)
+
+    return called
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

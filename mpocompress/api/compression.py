@@ -6,11 +6,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from mpocompress.api.budgets import Met
-from mpocompress.api.calling import uncompiled
+from mpocompress.api.calling import by_itself, uncompiled
 from mpocompress.api.data import calls_of, few_rows
 from mpocompress.api.drop_budget import EvalFn
 from mpocompress.api.error_budget import measured_errors
@@ -47,7 +46,7 @@ from mpocompress.tuning import DistillOptions, output_errors
 from mpocompress.tuning.healing.distill import check_trainable
 
 
-@torch.inference_mode(False)
+@by_itself
 def plan(
     model: nn.Module,
     *,
@@ -160,7 +159,7 @@ def plan(
     return meet(job, task).plan
 
 
-@torch.inference_mode(False)
+@by_itself
 def compress(
     model: nn.Module,
     plan: Plan | None = None,

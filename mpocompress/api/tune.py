@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mpocompress.api.calling import uncompiled, with_whole_batches
+from mpocompress.api.calling import by_itself, uncompiled, with_whole_batches
 from mpocompress.api.data import calls_of, few_rows
 from mpocompress.api.result import Clock, CompressionResult
 from mpocompress.errors import DataError, OutputsDifferError
@@ -42,7 +42,7 @@ from mpocompress.tuning.healing.loss import OutputLoss
 from mpocompress.tuning.sweeps.options import GradientPath, Optimizer
 
 
-@torch.inference_mode(False)
+@by_itself
 def distill(
     result: CompressionResult | nn.Module,
     *,
@@ -252,7 +252,7 @@ def _of_trained(
     return [anew(found) for found in report.predictions]
 
 
-@torch.inference_mode(False)
+@by_itself
 def sweep(
     model: nn.Module | CompressionResult,
     *,
