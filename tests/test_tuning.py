@@ -194,7 +194,12 @@ def test_padding_does_not_count():
     x = torch.arange(18.0).reshape(2, 3, 3)
     assert torch.equal(real_rows(x, keep), x.reshape(6, 3)[[0, 1, 3]])
     assert torch.equal(keep_mask({"key_padding_mask": mask == 0}), mask.bool())
-    assert keep_mask({"attention_mask": mask.float()}) is None
+    assert torch.equal(keep_mask({"attention_mask": mask.float()}), mask.bool())
+    added = torch.where(mask == 1, 0.0, -1e4)
+    for name in ("attention_mask", "mask", "key_padding_mask"):
+        assert keep_mask({name: added}) is None
+        assert keep_mask({name: torch.zeros(2, 3)}) is None
+    assert keep_mask({"key_padding_mask": mask.float()}) is None
     assert real_rows(x[:, 0], keep).shape == (2, 3)
 
 
@@ -619,15 +624,23 @@ def test_bias_takes_up_the_mean_of_the_error():
     assert float(lost.abs().max()) < 1e-3
 
 
-def test_padding_is_not_fitted():
+@pytest.mark.parametrize(
+    "batch_of",
+    [
+        lambda x, mask: {"x": x, "attention_mask": mask},
+        lambda x, mask: {"x": x, "attention_mask": mask.float()},
+        lambda x, mask: (x, mask),
+    ],
+    ids=["named", "floating", "positional"],
+)
+def test_padding_is_not_fitted(batch_of):
     model = Block().eval()
     x = inputs(80, 24).reshape(8, 10, 24)
     mask = (torch.arange(10) < 5).expand(8, 10).long()
     noisy = x.clone()
     noisy[:, 5:] = 100 * torch.randn(8, 5, 24, generator=torch.Generator().manual_seed(5))
     results = [
-        mpo.compress(model, bond_dim=4, layout="svd", data=[{"x": v, "attention_mask": mask}])
-        for v in (x, noisy)
+        mpo.compress(model, bond_dim=4, layout="svd", data=[batch_of(v, mask)]) for v in (x, noisy)
     ]
     clean, other = (result.model.state_dict() for result in results)
     for name in clean:
