@@ -177,6 +177,29 @@ def test_a_detector_that_finds_other_things_once_it_is_compressed(listed):
         mpo.distill(result, reference=dense, data=data, steps=2)
 
 
+class PerExample(nn.Module):
+    def __init__(self, transform: str) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 64), nn.Linear(64, 32)
+        self.transform = transform
+
+    def forward(self, x: Tensor) -> Tensor:
+        def one(row: Tensor) -> Tensor:
+            return self.second(torch.tanh(self.first(row)))
+
+        if self.transform == "vmap":
+            return torch.vmap(one)(x)
+        return torch.func.grad(lambda rows: one(rows).square().sum())(x)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad"])
+def test_layers_inside_of_function_transforms(transform):
+    dense, data = PerExample(transform), batches()
+    assert mpo.compress(dense, bond_dim=4).model(data[0]).shape == dense(data[0]).shape
+    with pytest.raises(DataError, match="compress without data"):
+        mpo.compress(dense, bond_dim=4, data=data)
+
+
 class MixesRows(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -43,6 +43,11 @@ def is_of_changes_in_place(error: RuntimeError) -> bool:
     return "modified by an inplace operation" in str(error)
 
 
+def is_of_function_transforms(error: RuntimeError) -> bool:
+    """Whether something was asked of a tensor that `torch.func` does not allow in a transform."""
+    return "functorch transform" in str(error) or "etc) transform" in str(error)
+
+
 def in_full(gradient: Tensor) -> Tensor:
     """The gradient itself or, of a table that gives the rows that were looked up, all of it."""
     return gradient.to_dense() if gradient.is_sparse else gradient
