@@ -52,8 +52,12 @@ class DataError(MPOCompressError, ValueError):
     """Batches or example inputs that do not fit the model."""
 
 
-class PathsDifferError(DataError):
-    """Batches that take different paths through a model, or of which no row reaches a layer."""
+class NoRowsError(DataError):
+    """Batches of which no row, padding aside, reaches a layer."""
+
+
+class OutputsDifferError(DataError):
+    """Outputs that differ in number or shape, of two models that are compared."""
 
 
 class SaveError(MPOCompressError, OSError):

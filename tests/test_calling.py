@@ -319,6 +319,20 @@ def test_scripted_parts_are_left_alone():
     assert len(result.report.compressed_layers) == 1
 
 
+def test_autocast_of_the_caller_changes_nothing():
+    model, data = net(), [rows(64, 32, seed=seed) for seed in range(4)]
+
+    def tuned() -> list[Tensor]:
+        found = mpo.compress(model, data=data, ratio=2).model
+        mpo.sweep(found, reference=model, data=data, sweeps=1)
+        mpo.distill(found, reference=model, data=data, steps=2)
+        return [parameter.detach() for parameter in found.parameters()]
+
+    expected = tuned()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, tuned(), expected))
+
+
 def test_models_and_labels_of_inference_mode():
     with torch.inference_mode():
         made = net()

@@ -308,6 +308,31 @@ def test_models_that_write_in_place_are_computed_in_full():
                 assert torch.equal(prefix.run(0, lambda: model(x).sum()), expected)
 
 
+def test_models_that_write_in_place_for_some_batches_only_are_computed_in_full():
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.layer = nn.Linear(6, 24).double(), mpo_linear((2, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            if x.abs().max() > 100:
+                h *= 0.5
+            return self.layer(h)
+
+    torch.manual_seed(0)
+    model = InPlace()
+    calls = [x * scale for x, scale in zip(batches(3), (1, 1000, 1000), strict=True)]
+    with torch.no_grad():
+        prefix = FrozenPrefix(model, [model.layer])
+        with prefix.installed():
+            for number in (0, 1, 2, 0, 1, 2):
+                expected = model(calls[number]).sum()
+                assert torch.equal(
+                    prefix.run(number, lambda x=calls[number]: model(x).sum()), expected
+                )
+
+
 # -- losses
 
 

@@ -89,6 +89,18 @@ def test_moments_are_additive_and_exact():
         torch.testing.assert_close(right, y.mean(0), **F64["dense"])
 
 
+def test_moments_are_as_exact_where_a_forward_has_autocast_on():
+    x, y = inputs(300, 24), inputs(300, 8, seed=1)
+    found = []
+    for enabled in (False, True):
+        own, cross = CrossMoment(), CrossMoment()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            own.add(x, x)
+            cross.add(x, y)
+        found.append((*own.mean(centered=True), *cross.mean(centered=False)))
+    assert all(map(torch.equal, *found))
+
+
 def test_rows_that_are_joined_are_all_rows_in_order():
     pieces = [(inputs(n, 5, seed=n), inputs(n, 3, seed=n)) for n in (1500, 700, 1, 4000, 30)]
     joined = list(joined_rows(pieces))
@@ -182,7 +194,12 @@ def test_padding_does_not_count():
     x = torch.arange(18.0).reshape(2, 3, 3)
     assert torch.equal(real_rows(x, keep), x.reshape(6, 3)[[0, 1, 3]])
     assert torch.equal(keep_mask({"key_padding_mask": mask == 0}), mask.bool())
-    assert keep_mask({"attention_mask": mask.float()}) is None
+    assert torch.equal(keep_mask({"attention_mask": mask.float()}), mask.bool())
+    added = torch.where(mask == 1, 0.0, -1e4)
+    for name in ("attention_mask", "mask", "key_padding_mask"):
+        assert keep_mask({name: added}) is None
+        assert keep_mask({name: torch.zeros(2, 3)}) is None
+    assert keep_mask({"key_padding_mask": mask.float()}) is None
     assert real_rows(x[:, 0], keep).shape == (2, 3)
 
 
@@ -239,18 +256,104 @@ def test_errors_of_the_model_surface_in_the_caller_and_threads_end():
     assert all("forward" not in vars(module) for module in model.modules())
 
 
-def test_batches_that_take_different_paths_are_refused():
-    class Fork(nn.Module):
-        def __init__(self) -> None:
+class Branches(nn.Module):
+    """Layers that a batch calls in an order of its own: its first entries are their numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # The last one called is the first that the model has.
+        self.head = nn.Linear(16, 16)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number in x[0, :3].int().tolist():
+            if number >= 0:
+                x = x + torch.tanh(self.layers[number](x))
+        return self.head(x)
+
+
+def along(*paths: tuple[int, int, int]) -> list[Tensor]:
+    data = [inputs(40, 16, seed=number) for number in range(len(paths))]
+    for x, path in zip(data, paths, strict=True):
+        x[0, :3] = torch.tensor(path)
+    return data
+
+
+def test_layers_are_fitted_on_the_batches_that_call_them():
+    torch.manual_seed(0)
+    model = Branches().eval()
+    data = along((0, 1, 2), (1, -1, -1), (-1, -1, -1), (0, 2, -1))
+    result = mpo.compress(model, bond_dim=4, layout="balanced", data=data)
+    rows = {layer.name: layer.relative_output_error for layer in result.report.layers}
+    assert all(rows[name] is not None for name in ("head", "layers.0", "layers.1", "layers.2"))
+    whole = mpo.compress(model, bond_dim=256, layout="balanced", data=data, if_smaller=False).model
+    plain = mpo.compress(model, bond_dim=4, layout="balanced").model
+    for x in data:
+        expected = model(x)
+        torch.testing.assert_close(whole(x), expected, **TOL[torch.float32]["apply"])
+        ours, others = ((found(x) - expected).norm() for found in (result.model, plain))
+        assert ours < others
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        ([(-1, -1, -1), (0, 1, 2)], ["layers.0", "layers.1", "layers.2", "head"]),
+        ([(2, -1, -1), (1, 2, -1), (0, 1, -1)], ["layers.0", "layers.1", "layers.2", "head"]),
+        ([(2, 1, 0), (1, -1, -1)], ["layers.2", "layers.1", "layers.0", "head"]),
+        # One way round and the other.
+        ([(0, 1, -1), (1, 0, 2)], ["layers.0", "layers.1", "layers.2", "head"]),
+    ],
+)
+def test_no_layer_is_fitted_before_all_batches_wait_there(paths, expected):
+    order: list[str] = []
+    model = Branches()
+    mpo.compress(
+        model,
+        mpo.plan(model, bond_dim=2, layout="balanced"),
+        data=along(*paths),
+        progress=lambda what, done, total: order.append(what),
+    )
+    assert [name for name in dict.fromkeys(order) if name in expected] == expected
+
+
+def test_layers_that_only_empty_batches_reach_are_truncated():
+    class Routed(nn.Module):
+        def __init__(self, skips: bool) -> None:
             super().__init__()
-            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.skips = skips
+            self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.a(x) if bool(x[0, 0] > 0) else self.b(x)
+            y = torch.zeros_like(x)
+            for number, expert in enumerate(self.experts):
+                rows = (x[:, 0].clamp(0, 2).int() == number).nonzero()[:, 0]
+                if len(rows) or not self.skips:
+                    y = y.index_add(0, rows, expert(x[rows]))
+            return y
 
-    data = [torch.ones(2, 16), -torch.ones(2, 16)]
-    with pytest.raises(DataError, match="different paths"):
-        mpo.compress(Fork(), bond_dim=2, data=data)
+    data = [x.clamp_max(0.9) for x in along((0, 0, 0), (0, 0, 0), (0, 0, 0))]
+    data[1][5, 0] = 2.0  # the last expert has a single row, the second none
+    for skips in (False, True):
+        result = mpo.compress(Routed(skips), bond_dim=2, layout="balanced", data=data)
+        found = {layer.name: layer.relative_output_error for layer in result.report.layers}
+        assert found["experts.1"] is None
+        assert found["experts.0"] is not None
+        assert found["experts.2"] is not None
+
+
+def test_data_that_is_padding_throughout_is_refused():
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.layer(x) * attention_mask[..., None]
+
+    data = [{"x": inputs(40, 16).reshape(8, 5, 16), "attention_mask": torch.zeros(8, 5).long()}]
+    with pytest.raises(DataError, match="marks everything as padding"):
+        mpo.compress(Masked(), bond_dim=2, data=data)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -521,15 +624,23 @@ def test_bias_takes_up_the_mean_of_the_error():
     assert float(lost.abs().max()) < 1e-3
 
 
-def test_padding_is_not_fitted():
+@pytest.mark.parametrize(
+    "batch_of",
+    [
+        lambda x, mask: {"x": x, "attention_mask": mask},
+        lambda x, mask: {"x": x, "attention_mask": mask.float()},
+        lambda x, mask: (x, mask),
+    ],
+    ids=["named", "floating", "positional"],
+)
+def test_padding_is_not_fitted(batch_of):
     model = Block().eval()
     x = inputs(80, 24).reshape(8, 10, 24)
     mask = (torch.arange(10) < 5).expand(8, 10).long()
     noisy = x.clone()
     noisy[:, 5:] = 100 * torch.randn(8, 5, 24, generator=torch.Generator().manual_seed(5))
     results = [
-        mpo.compress(model, bond_dim=4, layout="svd", data=[{"x": v, "attention_mask": mask}])
-        for v in (x, noisy)
+        mpo.compress(model, bond_dim=4, layout="svd", data=[batch_of(v, mask)]) for v in (x, noisy)
     ]
     clean, other = (result.model.state_dict() for result in results)
     for name in clean:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import mpocompress as mpo
 from mpocompress.errors import DataError, NoLayerMatched
 from mpocompress.loading import load_source
+from tests.tolerances import TOL
 
 
 @dataclass
@@ -142,6 +143,63 @@ def test_a_detector_that_finds_nothing(tmp_path):
     mpo.verify(tmp_path / "model.onnx", model, data).raise_if_failed()
 
 
+class Thresholded(nn.Module):
+    """Gives those rows whose score is high, in one tensor or in one for each picture."""
+
+    def __init__(self, listed: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 64), nn.Linear(64, 32)
+        self.listed = listed
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        found = self.second(torch.relu(self.first(x)))
+        kept = found[found.amax(-1) > found.amax(-1).median()] if self.listed else found
+        return list(kept[kept[:, 0] > 0]) if self.listed else kept[kept[:, 0] > 0]
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_detector_that_finds_other_things_once_it_is_compressed(listed):
+    torch.manual_seed(0)
+    dense, data = Thresholded(listed), [*batches(), *batches()]
+    for options in ({"bond_dim": 2}, {"ratio": 3}):
+        result = mpo.compress(dense, data=data, **options)
+        (change,) = (c for c in result.report.predictions if c.figure == "output_change")
+        assert change.measured is None
+        assert "depends on their values" in change.note
+        assert "depends on their values" in result.report.to_markdown()
+        assert "depends on their values" in result.report.to_html()
+    mpo.sweep(
+        result, reference=dense, data=data, sweeps=1, loss=lambda m, b: m.first(*b.args).var()
+    )
+    with pytest.raises(DataError, match="what it decides by"):
+        mpo.compress(dense, data=data, max_error=0.5)
+    with pytest.raises(DataError, match="what it decides by"):
+        mpo.distill(result, reference=dense, data=data, steps=2)
+
+
+class PerExample(nn.Module):
+    def __init__(self, transform: str) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 64), nn.Linear(64, 32)
+        self.transform = transform
+
+    def forward(self, x: Tensor) -> Tensor:
+        def one(row: Tensor) -> Tensor:
+            return self.second(torch.tanh(self.first(row)))
+
+        if self.transform == "vmap":
+            return torch.vmap(one)(x)
+        return torch.func.grad(lambda rows: one(rows).square().sum())(x)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad"])
+def test_layers_inside_of_function_transforms(transform):
+    dense, data = PerExample(transform), batches()
+    assert mpo.compress(dense, bond_dim=4).model(data[0]).shape == dense(data[0]).shape
+    with pytest.raises(DataError, match="compress without data"):
+        mpo.compress(dense, bond_dim=4, data=data)
+
+
 class MixesRows(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -157,6 +215,65 @@ def test_rows_that_an_mpo_layer_mixes():
         40,
         32,
     )
+
+
+class Samples(nn.Module):
+    """A variational autoencoder: what it decodes is drawn at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(24, 64), nn.Linear(32, 24)
+        self.refine = nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, spread = self.encode(x).chunk(2, -1)
+        drawn = torch.relu(self.decode(mean + torch.exp(spread / 2) * torch.randn_like(mean)))
+        return self.refine(nn.functional.dropout(drawn, 0.2))
+
+
+def samples() -> tuple[Samples, list[Tensor]]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Samples(), batches()
+
+
+def same_draws(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        return model(x)
+
+
+def test_a_model_that_draws_at_random_is_fitted_to_what_it_does_with_the_same_draws():
+    dense, data = samples()
+    whole = mpo.compress(dense, data=data, bond_dim=64, if_smaller=False).model
+    for x in data:
+        expected, found = same_draws(dense, x), same_draws(whole, x)
+        torch.testing.assert_close(found, expected, **TOL[torch.float32]["apply"])
+
+
+def test_a_model_that_draws_at_random_is_tuned_on_the_same_draws():
+    dense, data = samples()
+    found = mpo.compress(dense, data=data, bond_dim=64, if_smaller=False).model
+    records = mpo.sweep(found, reference=dense, data=data, sweeps=1, local_steps=1)
+    assert records[0].loss_before < 1e-9
+    healed = mpo.distill(found, reference=dense, data=data, steps=1, output_loss="mse")
+    assert healed.start_loss < 1e-9
+
+
+def test_draws_of_a_model_follow_from_the_seed_and_those_of_others_from_theirs():
+    dense, data = samples()
+
+    def tuned(state: int) -> list[Tensor]:
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        found = mpo.compress(dense, data=data, ratio=2).model
+        mpo.sweep(found, reference=dense, data=data, sweeps=1)
+        mpo.distill(found, reference=dense, data=data, steps=3)
+        assert torch.equal(torch.get_rng_state(), before)
+        return [parameter.detach() for parameter in found.parameters()]
+
+    with torch.random.fork_rng():
+        assert all(map(torch.equal, tuned(2), tuned(3)))
 
 
 @pytest.mark.onnx

@@ -1,18 +1,22 @@
-"""Whether a model takes the user's batches, and whether their rows can be taken apart."""
+"""How models are called: whether they take the batches, and whether rows can be taken apart."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import DataError, LoadError, MPOCompressError
-from mpocompress.layers.modes import evaluation_mode
+from mpocompress.layers.modes import cuda_devices, evaluation_mode, seeded
 from mpocompress.loading import Batch
 from mpocompress.tuning.lockstep import floating_outputs
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Two passes over the same rows differ by rounding that depends on how many there are.
 _SAME = 1e-3
@@ -22,6 +26,25 @@ _FEW = 4
 
 class _InputChangedError(DataError):
     """A forward writes to what it is given."""
+
+
+def by_itself(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, run without the caller's inference mode and autocast.
+
+    The one takes gradients away, the other rounds every product to half precision, those of moments
+    and of decompositions, too. What a model's own forward switches on stays.
+    """
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        with (
+            torch.inference_mode(False),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            return function(*args, **kwargs)
+
+    return called
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -150,13 +173,15 @@ def with_whole_batches(model: nn.Module, calls: Sequence[Batch]) -> list[Batch]:
         raise
     except Exception:  # whatever foreign code raises
         apart = []
-    if _stand_alone(whole, apart, last, count) or not _equal_all(whole, _call(model, first)):
+    if _stand_alone(whole, apart, last, count):
+        return list(calls)
+    if not _equal_all(whole, _call(model, first, seed=1)):
         return list(calls)
     return [replace(call, divisible=False) for call in calls]
 
 
-def _call(model: nn.Module, batch: Batch) -> list[Tensor]:
-    with evaluation_mode(model), torch.no_grad():
+def _call(model: nn.Module, batch: Batch, *, seed: int = 0) -> list[Tensor]:
+    with evaluation_mode(model), seeded(cuda_devices(model), seed), torch.no_grad():
         output: Any = model(*batch.args, **batch.kwargs)
     return floating_outputs(output)
 

@@ -6,11 +6,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from mpocompress.api.budgets import Met
-from mpocompress.api.calling import uncompiled
+from mpocompress.api.calling import by_itself, uncompiled
 from mpocompress.api.data import calls_of, few_rows
 from mpocompress.api.drop_budget import EvalFn
 from mpocompress.api.error_budget import measured_errors
@@ -19,7 +18,13 @@ from mpocompress.api.result import CompressionResult
 from mpocompress.api.size_budget import OnnxBytes
 from mpocompress.api.targets import Aim, Task, meet
 from mpocompress.api.tune import heal
-from mpocompress.errors import BudgetError, DataError, NoLayerMatched, PlanError
+from mpocompress.errors import (
+    BudgetError,
+    DataError,
+    NoLayerMatched,
+    OutputsDifferError,
+    PlanError,
+)
 from mpocompress.loading import Batch
 from mpocompress.mpo.identity_gauge import Gauge
 from mpocompress.planning import (
@@ -41,7 +46,7 @@ from mpocompress.tuning import DistillOptions, output_errors
 from mpocompress.tuning.healing.distill import check_trainable
 
 
-@torch.inference_mode(False)
+@by_itself
 def plan(
     model: nn.Module,
     *,
@@ -154,7 +159,7 @@ def plan(
     return meet(job, task).plan
 
 
-@torch.inference_mode(False)
+@by_itself
 def compress(
     model: nn.Module,
     plan: Plan | None = None,
@@ -230,8 +235,8 @@ def compress(
         PlanError: neither plan nor a way to make one, both, or a plan of another model.
         BudgetError: a budget cannot be met, or was not.
         NoLayerMatched: the plan compresses nothing.
-        DataError: data that does not fit the model, batches that take different paths,
-            `distill` without data, or the state of a run with other arguments.
+        DataError: data that does not fit the model or reaches no layer, `distill` without data, or
+            the state of a run with other arguments.
         LoadError: a truncated state.
         SaveError: the state cannot be written.
         MPOCompressError: see `plan`.
@@ -294,16 +299,27 @@ def compress(
     if task.fit is not None and distill:
         met = _heal(job, task, result, built, met, distill)
     report = result.report if met is None else with_budget(result.report, asdict(met))
-    sample = None if task.fit is None else few_rows(task.held or task.fit)
-    error = None if sample is None else output_errors(job.opened, built.model, (), sample).model
+    error, note = _output_change(job, built, task)
     report = with_comparisons(
         report,
         aim.plan,
         relative_output_error=error,
-        measured_on="rows held out from fitting" if task.held else "rows that were fitted on",
+        note=note,
         seconds=job.measured_seconds(aim.plan),
     )
     return CompressionResult(model=result.model, report=report, plan=aim.plan)
+
+
+def _output_change(job: Job, built: Built, task: Task) -> tuple[float | None, str]:
+    """Relative change of the model's outputs, None without data, and on what it was measured."""
+    if task.fit is None:
+        return None, ""
+    try:
+        error = output_errors(job.opened, built.model, (), few_rows(task.held or task.fit)).model
+    except OutputsDifferError:
+        return None, "not measured: how many outputs there are depends on their values"
+    rows = "rows held out from fitting" if task.held else "rows that were fitted on"
+    return error, f"measured on {rows}"
 
 
 def _job(

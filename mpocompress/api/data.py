@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mpocompress.api.calling import check_calls
 from mpocompress.errors import DataError
 from mpocompress.loading import Batch, as_batches
+from mpocompress.tuning.padding import MASK_NAMES
 
 _FEW_ROWS = 256
 
@@ -33,7 +34,7 @@ def calls_of(data: Any, model: nn.Module) -> list[Batch]:
         calls = list(batches)
     else:
         calls = [batch.to(parameter.device) for batch in batches.cast(parameter.dtype)]
-    calls = [_of_autograd(call) for call in calls]
+    calls = [_with_named_mask(_of_autograd(call), model) for call in calls]
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise DataError(
             f"parameters of {type(model).__name__} were made under torch.inference_mode(), so that "
@@ -51,6 +52,21 @@ def _of_autograd(batch: Batch) -> Batch:
         return batch
     labels = None if batch.labels is None else batch.labels.clone()
     return replace(batch.map_inputs(torch.clone), labels=labels)
+
+
+def _with_named_mask(batch: Batch, model: nn.Module) -> Batch:
+    """The batch by names, if its positional arguments have a mask: it is known by its name."""
+    try:
+        signature = inspect.signature(model.forward)
+        bound = signature.bind(*batch.args, **batch.kwargs)
+    except (TypeError, ValueError):  # `check_calls` will tell
+        return batch
+    kinds = {signature.parameters[name].kind for name in bound.arguments}
+    by_name = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+    positional = list(bound.arguments)[: len(batch.args)]
+    if not (kinds <= by_name and MASK_NAMES.intersection(positional)):
+        return batch
+    return replace(batch, args=(), kwargs=dict(bound.arguments))
 
 
 def forward_arguments(model: nn.Module, batch: Batch) -> tuple[Tensor, ...] | dict[str, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mpocompress.api.result import Clock
 from mpocompress.api.site_plans import correctable, site_plans
-from mpocompress.errors import PathsDifferError
+from mpocompress.errors import NoRowsError, OutputsDifferError
 from mpocompress.loading import Batch
 from mpocompress.mpo import Layout
 from mpocompress.planning import Gains, Plan, Progress, Trial
@@ -69,7 +69,7 @@ class Evidence:
         self._progress = progress
         self._seen: Sequence[Call] = ()
         self._gains: dict[WeightSite, Tensor | None] = {}
-        self._trials: dict[tuple[WeightSite, Layout, tuple[int, ...]], Trial] = {}
+        self._trials: dict[tuple[WeightSite, Layout, tuple[int, ...]], Trial | None] = {}
         self._plan_trials: dict[Hashable, float | None] = {}
         self._choices: dict[WeightSite, Sequence[StorageChoice]] = {}
 
@@ -117,29 +117,35 @@ class Evidence:
         return known
 
     def trial(self, site: WeightSite, layout: Layout, bond_dims: tuple[int, ...]) -> Trial | None:
-        """What a layer alone, in a layout, does to the outputs; None without statistics."""
+        """What a layer alone, in a layout, does to the outputs; None without statistics.
+
+        None, too, where values decide how many outputs there are.
+        """
         if not self._seen or self.moments is None or not self.energy:
             return None
         key = (site, layout, bond_dims)
         if key not in self._trials:
             if self._progress is not None:
                 self._progress(f"{site.name}: {layout.num_sites} sites on trial", 0, 1)
-            change, distance = effect_alone(
-                self._opened,
-                site,
-                layout,
-                bond_dims,
-                self._seen,
-                output_metrics=OutputMetrics(self.moments),
-                later=later_calls([site], self.moments),
-            )
-            self._trials[key] = Trial(loss=change**2 * self.energy, distance=distance)
+            self._trials[key] = None
+            with suppress(OutputsDifferError):
+                change, distance = effect_alone(
+                    self._opened,
+                    site,
+                    layout,
+                    bond_dims,
+                    self._seen,
+                    output_metrics=OutputMetrics(self.moments),
+                    later=later_calls([site], self.moments),
+                )
+                self._trials[key] = Trial(loss=change**2 * self.energy, distance=distance)
         return self._trials[key]
 
     def plan_trial(self, plan: Plan) -> float | None:
         """Mean of what healing would minimize, of the model as planned; None without statistics.
 
-        None, too, where rows behind a compressed router go elsewhere than in the dense model.
+        None, too, where these reach none of the planned layers, or values decide how many outputs
+        there are.
         """
         if not self._seen or self.moments is None:
             return None
@@ -152,7 +158,7 @@ class Evidence:
             kept = correctable(plan, by_name)
             planned += correction_plans(self._opened, kept, planned, self._seen)
             self._plan_trials[key] = None
-            with suppress(PathsDifferError):
+            with suppress(NoRowsError, OutputsDifferError):
                 _, self._plan_trials[key] = effect_together(
                     self._opened,
                     planned,

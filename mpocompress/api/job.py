@@ -16,7 +16,6 @@ from mpocompress.api.storage import (
     stored_bytes,
 )
 from mpocompress.api.stored_weights import stored_weights
-from mpocompress.errors import PathsDifferError
 from mpocompress.loading import Batch
 from mpocompress.mpo import Layout
 from mpocompress.mpo.identity_gauge import Gauge
@@ -263,15 +262,13 @@ class Job:
             kept = correctable(plan, by_name)
             with self.clock("fitting"):
                 corrections = correction_plans(opened, kept, planned, self.calls)
-        uncorrected: dict[WeightSite, str] = {}
-        try:
-            fitted = self._fit(opened, [*planned, *corrections], moments)
-        except PathsDifferError as error:
-            if not corrections:
-                raise
-            # Behind a compressed router rows may go elsewhere than in the dense model.
-            uncorrected = {entry.site: str(error) for entry in corrections}
-            fitted = self._fit(opened, planned, moments)
+        fitted = self._fit(opened, [*planned, *corrections], moments)
+        # Behind a compressed router rows may go elsewhere than in the dense model.
+        uncorrected = {
+            entry.site: "once layers are compressed, no batch calls it any more"
+            for entry in corrections
+            if entry.site not in fitted
+        }
         with self.clock("factorization"):
             stored = stored_weights(
                 planned, fitted, gauges=gauges, seed=self.seed, progress=self.progress

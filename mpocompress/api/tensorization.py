@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from mpocompress.api.calling import by_itself
 from mpocompress.errors import LayoutError, NoLayerMatched
 from mpocompress.layers.linear import check_gain
 from mpocompress.mpo import MPO, Layout
@@ -20,7 +21,7 @@ from mpocompress.surgery import (
 )
 
 
-@torch.inference_mode(False)
+@by_itself
 def tensorize(
     model: nn.Module,
     *,

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mpocompress.api.calling import uncompiled, with_whole_batches
+from mpocompress.api.calling import by_itself, uncompiled, with_whole_batches
 from mpocompress.api.data import calls_of, few_rows
 from mpocompress.api.result import Clock, CompressionResult
-from mpocompress.errors import DataError
+from mpocompress.errors import DataError, OutputsDifferError
 from mpocompress.layers import MPOLayer
 from mpocompress.layers.gauges import plain_gauge
 from mpocompress.loading import Batch
@@ -42,7 +42,7 @@ from mpocompress.tuning.healing.loss import OutputLoss
 from mpocompress.tuning.sweeps.options import GradientPath, Optimizer
 
 
-@torch.inference_mode(False)
+@by_itself
 def distill(
     result: CompressionResult | nn.Module,
     *,
@@ -241,14 +241,18 @@ def _of_trained(
         ours, theirs = model, reference
         if {p.dtype for p in model.parameters()} != {p.dtype for p in reference.parameters()}:
             ours, theirs, calls_seen = in_float32(model, reference, calls_seen)
-        change = output_errors(theirs, ours, (), calls_seen).model
+        try:
+            change = output_errors(theirs, ours, (), calls_seen).model
+        except OutputsDifferError:
+            note = f"not measured since the model was {trained}: their number depends on values"
+            return found.model_copy(update={"measured": None, "note": note})
         note = f"measured on rows that were {trained} on"
         return found.model_copy(update={"measured": change, "note": note})
 
     return [anew(found) for found in report.predictions]
 
 
-@torch.inference_mode(False)
+@by_itself
 def sweep(
     model: nn.Module | CompressionResult,
     *,

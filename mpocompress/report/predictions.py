@@ -17,7 +17,7 @@ def with_comparisons(
     plan: Plan,
     *,
     relative_output_error: float | None,
-    measured_on: str,
+    note: str = "",
     seconds: tuple[float, float] | None,
 ) -> CompressionReport:
     """The report with predictions of the plan beside measurements.
@@ -26,7 +26,7 @@ def with_comparisons(
         report: of what was compressed.
         plan: that was executed.
         relative_output_error: of the model's outputs, measured; None without data.
-        measured_on: on what, in words.
+        note: on what it was measured, or why it was not, in words.
         seconds: of a batch through the listed layers, dense and compressed, timed at their exact
             bond dimensions; None if not asked for.
     """
@@ -36,7 +36,7 @@ def with_comparisons(
     def compare(
         figure: Predicted, quantity: str, unit: str, predicted: Any, measured: Any, note: str = ""
     ) -> None:
-        if predicted is not None or measured is not None:
+        if predicted is not None or measured is not None or note:
             found.append(
                 Comparison(
                     quantity=quantity,
@@ -89,7 +89,7 @@ def with_comparisons(
         "",
         expected.relative_output_error,
         relative_output_error,
-        "" if relative_output_error is None else f"measured on {measured_on}",
+        note,
     )
     return report.model_copy(update={"predictions": found})
 

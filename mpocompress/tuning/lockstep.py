@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpocompress.errors import DataError
+from mpocompress.layers.modes import cuda_devices, seeded
 
 
 class Call(Protocol):
@@ -68,9 +69,13 @@ class Runner:
         model: in evaluation mode; may be shared with other runners.
         call: the batch.
         recorder: of the operations.
+        seed: of what the model draws from torch's global generators: runners with equal seeds draw
+            the same numbers, whatever others draw between two stops.
     """
 
-    def __init__(self, model: nn.Module, call: Call, recorder: "OperationRecorder") -> None:
+    def __init__(
+        self, model: nn.Module, call: Call, recorder: "OperationRecorder", *, seed: int = 0
+    ) -> None:
         self.arrival: Arrival | None = None
         self.error: BaseException | None = None
         self.output: Any = None
@@ -82,19 +87,24 @@ class Runner:
         self._stopped = threading.Semaphore(0)
         self._abandoned = False
         self._thread = threading.Thread(target=self._run, daemon=True)
+        self._seed = seed
+        self._devices = cuda_devices(model)
+        self._generators: list[Tensor] = []
 
     def start(self) -> None:
         """Run to the first stop."""
-        self._thread.start()
-        self._stopped.acquire()
+        with self._own_random_numbers():
+            self._thread.start()
+            self._stopped.acquire()
         self._raise()
 
     def resume(self, compute: Callable[[Tensor], Tensor]) -> None:
         """Let `compute` stand for the layer where this runner waits; run to the next stop."""
         self._compute = compute
         self.arrival = None
-        self._go.release()
-        self._stopped.acquire()
+        with self._own_random_numbers():
+            self._go.release()
+            self._stopped.acquire()
         self._raise()
 
     def abandon(self) -> None:
@@ -133,6 +143,18 @@ class Runner:
             self.error = error
         finally:
             self._stopped.release()
+
+    @contextmanager
+    def _own_random_numbers(self) -> Iterator[None]:
+        """Within the block the global generators go on where this runner has left them."""
+        with seeded(self._devices, self._seed):
+            if self._generators:
+                torch.set_rng_state(self._generators[0])
+            for state, device in zip(self._generators[1:], self._devices, strict=False):
+                torch.cuda.set_rng_state(state, device)
+            yield
+            states = (torch.cuda.get_rng_state(device) for device in self._devices)
+            self._generators = [torch.get_rng_state(), *states]
 
     def _raise(self) -> None:
         if self.error is not None:
@@ -194,6 +216,11 @@ class OperationRecorder(TorchDispatchMode):
         self._count = 0
         self._inside = False
         self._outputs: dict[int, weakref.ref[Tensor]] = {}
+
+    @property
+    def count(self) -> int:
+        """How many operations have been numbered."""
+        return self._count
 
     @contextmanager
     def as_one(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import DataError
-from mpocompress.layers.modes import evaluation_mode
+from mpocompress.layers.modes import cuda_devices, evaluation_mode, seeded
 from mpocompress.tuning.lockstep import Call, floating_outputs
 from mpocompress.tuning.padding import keep_mask, real_rows
 
@@ -43,6 +43,11 @@ def is_of_changes_in_place(error: RuntimeError) -> bool:
     return "modified by an inplace operation" in str(error)
 
 
+def is_of_function_transforms(error: RuntimeError) -> bool:
+    """Whether something was asked of a tensor that `torch.func` does not allow in a transform."""
+    return "functorch transform" in str(error) or "etc) transform" in str(error)
+
+
 def in_full(gradient: Tensor) -> Tensor:
     """The gradient itself or, of a table that gives the rows that were looked up, all of it."""
     return gradient.to_dense() if gradient.is_sparse else gradient
@@ -53,7 +58,8 @@ class Distillation:
 
     Args:
         reference: the dense model; run once a batch, in evaluation mode, and left as it was.
-        calls: batches; what the reference gives on them is kept.
+        calls: batches; what the reference gives on them is kept. Whatever it draws at random in
+            one of them the model draws, too.
         kind: "outputs", the squared error of every floating output divided by its squared norm,
             averaged over the outputs; or "logits", the Kullback-Leibler divergence of the
             reference's class probabilities from the model's, in nats, averaged over the rows.
@@ -75,19 +81,22 @@ class Distillation:
                 "(Kullback-Leibler). Or give a function loss(model, batch)."
             )
         self._kind = kind
-        self._targets: dict[int, tuple[Call, list[Tensor]]] = {}
+        self._devices = cuda_devices(reference)
+        self._targets: dict[int, tuple[Call, int, list[Tensor]]] = {}
         with evaluation_mode(reference), torch.no_grad():
-            for call in calls:
-                # A copy: the model may go on to write into what it returned.
-                rows = [rows.clone() for rows in self._rows(reference, call)]
-                self._targets[id(call)] = (call, rows)
+            for number, call in enumerate(calls):
+                with seeded(self._devices, number):
+                    # A copy: the model may go on to write into what it returned.
+                    rows = [rows.clone() for rows in self._rows(reference, call)]
+                self._targets[id(call)] = (call, number, rows)
 
     def __call__(self, model: nn.Module, call: Call) -> Tensor:
         """The loss on one of the batches, a scalar."""
         if id(call) not in self._targets:
             raise DataError("this batch is not one of those that the reference was run on.")
-        _, targets = self._targets[id(call)]
-        found = list(self._rows(model, call))
+        _, number, targets = self._targets[id(call)]
+        with seeded(self._devices, number):
+            found = list(self._rows(model, call))
         shapes = [[tuple(rows.shape) for rows in side] for side in (found, targets)]
         if shapes[0] != shapes[1]:
             raise DataError(

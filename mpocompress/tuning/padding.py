@@ -14,6 +14,7 @@ _MASKS = (
     ("padding_mask", False),
     ("mask", True),
 )
+MASK_NAMES = frozenset(name for name, _ in _MASKS)
 # What arguments of a decoder are called.
 _DECODER = ("decoder_", "tgt")
 
@@ -46,7 +47,9 @@ def keep_mask(arguments: Mapping[str, object]) -> Tensor | None:
     """
     for name, keeps in _MASKS:
         mask = arguments.get(name)
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.is_floating_point():
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            continue
+        if mask.is_floating_point() and not (keeps and _has_only_zeros_and_ones(mask)):
             continue
         if name == "mask" and _is_causal(mask):
             continue
@@ -56,6 +59,11 @@ def keep_mask(arguments: Mapping[str, object]) -> Tensor | None:
         )
         return None if tied else (mask != 0) if keeps else (mask == 0)
     return None
+
+
+def _has_only_zeros_and_ones(mask: Tensor) -> bool:
+    """Whether a floating mask marks tokens: one that is added to scores has no ones."""
+    return bool((mask == 1).any()) and bool(((mask == 0) | (mask == 1)).all())
 
 
 def _leads(value: Tensor, mask: Tensor) -> bool:

@@ -5,17 +5,23 @@ the dense layer's outputs: min E |y - W^ x^ - b^|^2. With second moments that is
 a metric: the target T = E[y x^T] E[x^ x^T]^-1 in the metric C = E[x^ x^T]. Where the output is
 added to a residual stream h, y also contains h - h^: each block repairs what those before it broke.
 A weight that is called more than once is fitted at its first call, see `later_calls` for the rest.
+
+Batches need not call the same layers: experts without rows are skipped, deep layers are left out. A
+layer is fitted on the batches that call it, once all of them wait there.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
-from mpocompress.errors import DataError, MPOCompressError, PathsDifferError
-from mpocompress.layers.modes import evaluation_mode
+from mpocompress.errors import DataError, MPOCompressError, NoRowsError
+from mpocompress.layers.modes import cuda_devices, evaluation_mode, seeded
 from mpocompress.layers.opened import layers_called
 from mpocompress.mpo.contract import apply_cores
 from mpocompress.surgery import WeightSite
@@ -74,10 +80,10 @@ def fit_in_sequence(
         progress: called with the layer, how many are done, and of how many.
 
     Returns:
-        The fitted weights; those that the data does not reach are missing.
+        The fitted weights; those that no row of the data reaches are missing.
 
     Raises:
-        DataError: no data, batches that take different paths through the model, or NaN activations.
+        DataError: no data, no row that is not padding, or NaN activations.
         LoadError: a layer of the store that is truncated.
         SaveError: the store cannot be written.
     """
@@ -116,16 +122,27 @@ def _fit_in_sequence(
         options = replace(options, output_metric=metric)
     by_module = {module: plan for plan in plans for module in plan.site.modules}
     fitted: dict[WeightSite, FittedWeight] = {}
+    without_rows: set[WeightSite] = set()
+    ranks: dict[nn.Module, int] = {}
     pairs = [
-        (Runner(model, call, StreamWatcher()), Runner(model, call, OperationRecorder()))
-        for call in calls
+        (
+            Runner(model, call, StreamWatcher(), seed=number),
+            Runner(model, call, OperationRecorder(), seed=number),
+        )
+        for number, call in enumerate(calls)
     ]
     dense_runners = {id(dense) for dense, _ in pairs}
     forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
 
+    def is_done(layer: nn.Module) -> bool:
+        site = by_module[layer].site
+        return site in fitted or site in without_rows
+
     def compressed_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
         if layer not in forwards:
             plan = by_module[layer]
+            if plan.site in without_rows:
+                return _dense_forward(layer)
             done = fitted[plan.site]
             same = plan.stays_dense and not is_corrected(plan.site, done)
             # What is as it was gives what it gave, to the bit.
@@ -133,8 +150,7 @@ def _fit_in_sequence(
         return forwards[layer]
 
     def compute(layer: nn.Module, runner: Runner, value: Tensor) -> Tensor:
-        done = fitted.get(by_module[layer].site)
-        if done is None:
+        if not is_done(layer):
             return runner.stop_at(layer, value)
         # Used again: a shared layer, or one tied to a layer that has been fitted.
         is_dense = id(runner) in dense_runners
@@ -155,7 +171,11 @@ def _fit_in_sequence(
         for pair in pairs:
             for runner in pair:
                 runner.start()
-        while (layer := _common_layer(pairs)) is not None:
+        while waiting := _layers_waited_at(pairs):
+            if len(waiting) > 1 and not ranks:
+                ranks = _ranks(model, list(by_module), calls)
+            # What no batch calls in the dense model comes last.
+            layer = min(waiting, key=lambda found: ranks.get(found, len(ranks)))
             plan = by_module[layer]
             if progress is not None:
                 progress(plan.site.name, len(fitted), len(plans))
@@ -169,52 +189,70 @@ def _fit_in_sequence(
                         if again is not None:
                             counts = again.pooled_counts(counts)
                         tied = heads.get(plan.site, ())
-                        done = fit_looked_up(plan, counts, output_metric, tied, options)
+                        if counts.rows:
+                            done = fit_looked_up(plan, counts, output_metric, tied, options)
                     else:
                         folds = collector.collect(layer, places)
-                        done = fit_layer(layer, plan, folds, again, output_metric, options, shared)
+                        if any(fold.inputs.rows for fold in folds):
+                            done = fit_layer(
+                                layer, plan, folds, again, output_metric, options, shared
+                            )
                 except MPOCompressError as error:
                     raise type(error)(f"layer {plan.site.label}: {error}") from error
-                if store is not None:
+                if store is not None and done is not None:
                     store.put(plan, done)
-            fitted[plan.site] = done
+            if done is None:
+                without_rows.add(plan.site)
+            else:
+                fitted[plan.site] = done
             del places
             for dense, compressed in pairs:
-                compressed.resume(compressed_forward(layer))
-                # Being one layer ahead, it may wait at one that is tied to what was just fitted.
-                while dense.arrival and by_module[dense.arrival.layer].site in fitted:
+                # They may wait at a layer that is tied to what was just fitted, too.
+                while compressed.arrival and is_done(compressed.arrival.layer):
+                    compressed.resume(compressed_forward(compressed.arrival.layer))
+                while dense.arrival and is_done(dense.arrival.layer):
                     dense.resume(_dense_forward(dense.arrival.layer))
+    if without_rows and not fitted:
+        raise NoRowsError(
+            "no row of the data reaches a layer that is to be fitted: its mask marks everything as "
+            "padding, or the model leaves these layers out."
+        )
     return fitted
 
 
 def _place(
     layer: nn.Module, pair: tuple[Runner, Runner], repair_streams: bool, copies: bool
-) -> Place:
+) -> Place | None:
     """Read where a pair waits, and let the dense runner go on to the next layer.
 
     It runs one layer ahead: only what follows the layer tells which stream its output goes into.
+
+    Returns:
+        None, and nothing goes on, if not both wait at this layer.
 
     Raises:
         _OverwrittenError: on its way it has changed what it was to be read, and there is no copy.
     """
     dense, ours = pair
-    if dense.arrival is None or ours.arrival is None:
-        raise PathsDifferError("a batch ended before it reached the layer that others wait at.")
-    dense_input, our_input = dense.arrival.input, ours.arrival.input
-    if copies:
-        dense_input = dense_input.clone()
+    at, ours_at = dense.arrival, ours.arrival
+    if at is None or ours_at is None or not at.layer is layer is ours_at.layer:
+        return None
+    dense_input = at.input.clone() if copies else at.input
     version = version_of(dense_input)
+    # Behind a compressed router one model may have called what the other has not; the numbers of
+    # their operations then say nothing.
+    aligned = dense.recorder.count == ours.recorder.count
     dense.resume(_dense_forward(layer))
     if version_of(dense_input) != version:
         raise _OverwrittenError
     streams = None
     watcher = dense.recorder
-    if repair_streams and isinstance(watcher, StreamWatcher):
+    if repair_streams and aligned and isinstance(watcher, StreamWatcher):
         found = watcher.take_stream(layer)
         our_stream = None if found is None else ours.recorder.output(found[0])
         if found is not None and our_stream is not None and found[1].shape == our_stream.shape:
             streams = (found[1], our_stream)
-    return Place(dense_input, our_input, streams)
+    return Place(dense_input, ours_at.input, streams)
 
 
 def _dense_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -250,19 +288,50 @@ def _compressed_forward(layer: nn.Module, fitted: FittedWeight) -> Callable[[Ten
 Pair = tuple[Runner, Runner]
 
 
-def _common_layer(pairs: Sequence[Pair]) -> nn.Module | None:
-    """The layer at which all runners wait; None once all have finished."""
-    layers = {
-        None if runner.arrival is None else runner.arrival.layer
-        for pair in pairs
-        for runner in pair
-    }
-    if len(layers) > 1:
-        raise PathsDifferError(
-            "batches take different paths through the model, so its layers cannot be fitted in "
-            "sequence. Fit the layers of one path at a time (include)."
-        )
-    return layers.pop()
+def _layers_waited_at(pairs: Sequence[Pair]) -> list[nn.Module]:
+    """Each once, in the order of the batches; none when all have finished."""
+    arrivals = (runner.arrival for pair in pairs for runner in pair)
+    return list(dict.fromkeys(arrival.layer for arrival in arrivals if arrival is not None))
+
+
+def _ranks(
+    model: nn.Module, layers: Sequence[nn.Module], calls: Sequence[Call]
+) -> dict[nn.Module, int]:
+    """An order in which no batch calls a layer for the first time after a later one.
+
+    Where there is none, as some batches call two layers one way round and some the other, that of
+    their latest places in any batch.
+
+    Args:
+        model: dense; it is run on all batches.
+        layers: to be ordered.
+        calls: batches.
+    """
+    order: TopologicalSorter[nn.Module] = TopologicalSorter()
+    path: dict[nn.Module, None] = {}
+    latest: dict[nn.Module, int] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda called, _args: path.setdefault(called))
+        for layer in layers
+    ]
+    try:
+        with torch.no_grad():
+            for number, call in enumerate(calls):
+                path.clear()
+                with seeded(cuda_devices(model), number):
+                    model(*call.args, **call.kwargs)
+                for place, layer in enumerate(path):
+                    latest[layer] = max(place, latest.get(layer, 0))
+                for before, after in pairwise(path):
+                    order.add(after, before)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    try:
+        found = list(order.static_order())
+    except CycleError:
+        found = sorted(latest, key=lambda layer: latest[layer])
+    return {layer: place for place, layer in enumerate(found)}
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from mpocompress.errors import DataError
+from mpocompress.errors import DataError, OutputsDifferError
+from mpocompress.layers.modes import cuda_devices, seeded
 from mpocompress.tuning.healing.blocks import watched_outputs
 from mpocompress.tuning.lockstep import Call, floating_outputs
 from mpocompress.tuning.padding import keep_mask, real_rows
@@ -24,6 +25,10 @@ MAX_CLASSES = 1000
 _TINY = 1e-12
 # What stands beside logits and is no answer, by the end of its name.
 _NO_ANSWERS = ("hidden_state", "hidden_states", "attentions", "loss")
+_NOT_COMPARABLE = (
+    "give the dense model that was compressed. Where values decide how many outputs there are, as "
+    "in a detector, let the model return what it decides by."
+)
 # Of what the dense model did with batches that come again.
 _KEPT_BYTES = 2**31
 
@@ -64,8 +69,8 @@ def output_loss(
         vocabularies: how many words the model's tables have.
 
     Raises:
-        DataError: outputs of unlike structure or shape, none that is floating, or "kl" where
-            nothing can be logits.
+        OutputsDifferError: outputs of unlike structure or shape, or none that is floating.
+        DataError: "kl" where nothing can be logits.
     """
     check_output_loss(kind)
     dense_logits, our_logits = (
@@ -83,9 +88,9 @@ def output_loss(
         return terms[0]
     our_leaves, leaves = _compared(ours), _compared(dense)
     if len(our_leaves) != len(leaves) or not leaves:
-        raise DataError(
+        raise OutputsDifferError(
             f"the compressed model has {len(our_leaves)} floating outputs and the reference "
-            f"{len(leaves)}; give the dense model that was compressed."
+            f"{len(leaves)}; {_NOT_COMPARABLE}"
         )
     pairs = list(zip(our_leaves, leaves, strict=True))
     measure = _one_minus_cosine if kind == "cosine" else normalized_error
@@ -124,7 +129,7 @@ def normalized_error(ours: Tensor, dense: Tensor, keep: Tensor | None) -> Tensor
     """E|y - y^|^2 / E|y|^2 over the rows that are not padding.
 
     Raises:
-        DataError: unlike shapes.
+        OutputsDifferError: unlike shapes.
     """
     ours_NK, dense_NK = _rows(ours, dense, keep)
     return (ours_NK - dense_NK).square().sum() / dense_NK.square().sum().clamp_min(_TINY)
@@ -155,7 +160,9 @@ class Distance:
         self._kind = output_loss
         self._vocabularies = vocabularies_of(reference)
         self._hidden_weight = hidden_weight
+        self._devices = cuda_devices(reference)
         self._kept: dict[int, tuple[Any, Mapping[str, list[Tensor]]] | None] = {}
+        self._seeds: dict[int, int] = {}
         self._alive: list[Call] = []
         self._kept_bytes = 0
 
@@ -167,12 +174,17 @@ class Distance:
         """
         self._alive = list(calls)  # so that identity means identity
         self._kept = {id(call): None for call in self._alive}
+        self._seeds = {id(call): number for number, call in enumerate(self._alive)}
         self._kept_bytes = 0
 
-    def _dense(self, call: Call) -> tuple[Any, Mapping[str, list[Tensor]]]:
+    def _dense(self, call: Call, seed: int) -> tuple[Any, Mapping[str, list[Tensor]]]:
         found = self._kept.get(id(call))
         if found is None:
-            with torch.no_grad(), watched_outputs(self._reference, self._blocks) as hidden:
+            with (
+                torch.no_grad(),
+                watched_outputs(self._reference, self._blocks) as hidden,
+                seeded(self._devices, seed),
+            ):
                 found = (self._reference(*call.args, **call.kwargs), hidden)
             if id(call) in self._kept:
                 size = sum(tensor.nbytes for tensor in floating_outputs(found))
@@ -188,8 +200,13 @@ class Distance:
             DataError: outputs that cannot be compared.
         """
         keep = keep_mask(call.kwargs)
-        dense, dense_hidden = self._dense(call)
-        with watched_outputs(self._model, self._blocks) as our_hidden:
+        # What the dense model draws at random the compressed one draws, too: other numbers in every
+        # step, the same ones with a call whose outputs are kept.
+        seed = self._seeds.get(id(call))
+        if seed is None:
+            seed = int(torch.randint(2**62, (), device="cpu"))
+        dense, dense_hidden = self._dense(call, seed)
+        with watched_outputs(self._model, self._blocks) as our_hidden, seeded(self._devices, seed):
             ours = self._model(*call.args, **call.kwargs)
         loss = output_loss(ours, dense, keep, self._kind, vocabularies=self._vocabularies)
         hidden = _hidden_errors(our_hidden, dense_hidden, keep)
@@ -222,9 +239,9 @@ def _logits(output: Any, asked_for: bool, vocabularies: Collection[int]) -> Tens
 
 def _rows(ours: Tensor, dense: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     if ours.shape != dense.shape:
-        raise DataError(
+        raise OutputsDifferError(
             f"an output has shape {tuple(ours.shape)} in the compressed model and "
-            f"{tuple(dense.shape)} in the reference; give the dense model that was compressed."
+            f"{tuple(dense.shape)} in the reference; {_NOT_COMPARABLE}"
         )
     if dense.ndim < 2:
         ours, dense = ours.reshape(-1, 1), dense.reshape(-1, 1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import DataError
+from mpocompress.layers.modes import cuda_devices, seeded
 from mpocompress.tuning.healing.learning_rates import LEARNING_RATES, peak_from_trials, trial_steps
 from mpocompress.tuning.healing.loss import Distance
 from mpocompress.tuning.healing.optimizer import HealingOptimizer
@@ -86,6 +87,7 @@ class Trainer:
         progress: Callable[[str, int, int], None] | None,
     ) -> None:
         self._model = model
+        self._devices = cuda_devices(model)
         self._parameters = parameters
         self._data = data
         self._loss = held_out_loss
@@ -171,11 +173,12 @@ class Trainer:
         batches = [self._data.minibatch(many * step + place) for place in range(many)]
         rows = sum(batch.rows for batch in batches)
         total = 0.0
-        for batch in batches:
-            loss = phase.loss(batch) * (batch.rows / rows)
-            if loss.requires_grad:
-                _backward(loss)
-            total += float(loss.detach())
+        with seeded(self._devices, step):
+            for batch in batches:
+                loss = phase.loss(batch) * (batch.rows / rows)
+                if loss.requires_grad:
+                    _backward(loss)
+                total += float(loss.detach())
         if all(parameter.grad is None for parameter in self._parameters):
             raise DataError(
                 "no gradient reaches the parameters of the model: its forward may run under "

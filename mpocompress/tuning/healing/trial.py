@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mpocompress.layers.modes import evaluation_mode
+from mpocompress.layers.modes import cuda_devices, evaluation_mode, seeded
 from mpocompress.mpo import Layout
 from mpocompress.surgery import WeightSite
 from mpocompress.tuning.fitting.fitted_model import with_fitted
@@ -85,6 +85,7 @@ def effect_together(
 
     Raises:
         DataError: as `fit_in_sequence`.
+        OutputsDifferError: how many outputs there are depends on their values.
     """
     fitted = fit_in_sequence(
         model,
@@ -101,14 +102,16 @@ def effect_together(
     vocabularies = vocabularies_of(model)
     change = OutputChange()
     loss, rows = 0.0, 0
+    devices = cuda_devices(model)
     with evaluation_mode(model), evaluation_mode(compressed), torch.no_grad():
-        for call in calls:
+        for number, call in enumerate(calls):
             keep = keep_mask(call.kwargs)
-            dense, ours = (found(*call.args, **call.kwargs) for found in (model, compressed))
+            with seeded(devices, number):
+                dense = model(*call.args, **call.kwargs)
+            with seeded(devices, number):
+                ours = compressed(*call.args, **call.kwargs)
             lost = output_loss(ours, dense, keep, vocabularies=vocabularies)
             loss += rows_of(call) * float(lost)
             rows += rows_of(call)
-            outputs = (floating_outputs(found) for found in (dense, ours))
-            for expected, found in zip(*outputs, strict=True):
-                change.add(expected, found, keep)
+            change.add_all(floating_outputs(dense), floating_outputs(ours), keep)
     return change.relative, loss / rows

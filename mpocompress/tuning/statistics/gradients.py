@@ -21,7 +21,7 @@ from mpocompress.layers.modes import evaluation_mode
 from mpocompress.layers.opened import layers_called
 from mpocompress.mpo import linalg
 from mpocompress.tuning.lockstep import Call, floating_outputs, version_of
-from mpocompress.tuning.objectives import is_of_changes_in_place
+from mpocompress.tuning.objectives import is_of_changes_in_place, is_of_function_transforms
 from mpocompress.tuning.padding import keep_mask, real_indices, real_rows
 from mpocompress.tuning.statistics.layer_rows import (
     adapter_of,
@@ -115,11 +115,18 @@ def take_statistics(
         inputs_of: layers whose inputs are wanted; of others they are only counted. Default: all.
 
     Raises:
-        DataError: the model has no floating output, or its gradients are not finite.
+        DataError: the model has no floating output, its gradients are not finite, or layers are
+            called inside of transforms of torch.func.
     """
     try:
         return _statistics(model, layers, calls, seed, all_data, inputs_of)
     except RuntimeError as error:
+        if is_of_function_transforms(error):
+            raise DataError(
+                f"forward of {type(model).__name__} calls layers inside of transforms of "
+                "torch.func, such as vmap or grad, where their inputs and gradients cannot be "
+                "seen. Call the layers on whole batches, or compress without data."
+            ) from error
         if not is_of_changes_in_place(error):
             raise
     # As x += layer(x) does, which runs but cannot be trained: what gradients need is copied.

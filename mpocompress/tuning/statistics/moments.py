@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpocompress.errors import DataError, PathsDifferError
+from mpocompress.errors import DataError, NoRowsError
 
 # Products of so many rows are formed in float32 and summed in float64: the rounding of a sum then
 # does not grow with the amount of data, at the speed of a float32 product.
@@ -48,8 +48,13 @@ class CrossMoment:
         Raises:
             DataError: NaN or Inf in a product.
         """
-        own = left_NI is right_NJ
-        left_NI, right_NJ = left_NI.detach(), right_NJ.detach()
+        # A forward may have switched autocast on, which would round products to half precision.
+        with torch.autocast(left_NI.device.type, enabled=False):
+            self._add(left_NI.detach(), right_NJ.detach(), own=left_NI is right_NJ)
+        if self._sums is not None and not self._sums.is_finite():
+            raise DataError("activations with NaN or Inf; check the data and the model.")
+
+    def _add(self, left_NI: Tensor, right_NJ: Tensor, *, own: bool) -> None:
         for left_nI, right_nJ in zip(left_NI.split(_CHUNK), right_NJ.split(_CHUNK), strict=True):
             if left_nI.shape[0] == 0:
                 continue
@@ -63,8 +68,6 @@ class CrossMoment:
             else:
                 sums.add(left_nI, right_nJ - sums.right_shift_J.to(right_nJ.dtype))
             self.rows += left_nI.shape[0]
-        if self._sums is not None and not self._sums.is_finite():
-            raise DataError("activations with NaN or Inf; check the data and the model.")
 
     @property
     def features(self) -> int:
@@ -155,7 +158,7 @@ class CrossMoment:
                     f"{self.rows} rows of activations were only counted; take statistics of these "
                     "inputs, too."
                 )
-            raise PathsDifferError(
+            raise NoRowsError(
                 "no rows of activations were seen: the data is empty, or its mask marks everything "
                 "as padding."
             )

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpocompress.errors import DataError
-from mpocompress.layers.modes import evaluation_mode
+from mpocompress.errors import DataError, OutputsDifferError
+from mpocompress.layers.modes import cuda_devices, evaluation_mode, seeded
 from mpocompress.tuning.lockstep import Call, floating_outputs, rows_of
 from mpocompress.tuning.padding import keep_mask, real_rows
 
@@ -51,17 +51,19 @@ def output_errors(
         calls: batches.
 
     Raises:
-        DataError: no batches, or outputs of the models of other shapes.
+        DataError: no batches.
+        OutputsDifferError: outputs of the models of other shapes.
     """
     sums = {name: OutputChange() for name in layers}
     whole = OutputChange()
     rows = 0
+    devices = cuda_devices(dense)
     with evaluation_mode(dense), evaluation_mode(compressed), torch.no_grad():
-        for call in calls:
+        for number, call in enumerate(calls):
             keep = keep_mask(call.kwargs)
-            with _outputs_of(dense, layers) as ours:
+            with _outputs_of(dense, layers) as ours, seeded(devices, number):
                 expected = floating_outputs(dense(*call.args, **call.kwargs))
-            with _outputs_of(compressed, layers) as theirs:
+            with _outputs_of(compressed, layers) as theirs, seeded(devices, number):
                 found = floating_outputs(compressed(*call.args, **call.kwargs))
             for name in list(sums):
                 if [t.shape for t in ours[name]] != [t.shape for t in theirs[name]]:
@@ -69,8 +71,7 @@ def output_errors(
                     continue
                 for left, right in zip(ours[name], theirs[name], strict=True):
                     sums[name].add(left, right, keep)
-            for left, right in zip(expected, found, strict=True):
-                whole.add(left, right, keep)
+            whole.add_all(expected, found, keep)
             rows += rows_of(call)
     if not rows:
         raise DataError("there are no batches to compare outputs on.")
@@ -95,17 +96,27 @@ class OutputChange:
         self.difference = 0.0
         self.seen = False
 
-    def add(self, expected: Tensor, found: Tensor, keep: Tensor | None) -> None:
-        """Add an output of both models, without padding.
+    def add_all(
+        self, expected: Sequence[Tensor], found: Sequence[Tensor], keep: Tensor | None
+    ) -> None:
+        """Add all outputs of both models, without padding.
 
         Raises:
-            DataError: other shapes.
+            OutputsDifferError: of other shapes, or not as many, as a detector has whose threshold
+                decides what it gives.
         """
-        if expected.shape != found.shape:
-            raise DataError(
-                f"outputs of shapes {tuple(expected.shape)} and {tuple(found.shape)} cannot be "
-                "compared: the model takes another path when it is compressed."
+        ours, theirs = ([tuple(output.shape) for output in side] for side in (expected, found))
+        if ours != theirs:
+            raise OutputsDifferError(
+                f"the outputs of the dense model, of shapes {_some(ours)}, cannot be compared with "
+                f"those of the compressed one, of shapes {_some(theirs)}: how many there are "
+                "depends on their values. Let the model return what it decides by."
             )
+        for left, right in zip(expected, found, strict=True):
+            self.add(left, right, keep)
+
+    def add(self, expected: Tensor, found: Tensor, keep: Tensor | None) -> None:
+        """Add an output of both models, of equal shapes, without padding."""
         if expected.ndim >= 2:
             expected, found = real_rows(expected, keep), real_rows(found, keep)
         expected, found = expected.double(), found.double()
@@ -119,6 +130,10 @@ class OutputChange:
         if self.energy > 0:
             return sqrt(self.difference / self.energy)
         return 0.0 if self.difference == 0 else inf
+
+
+def _some(shapes: Sequence[tuple[int, ...]]) -> str:
+    return ", ".join(map(str, shapes[:3])) + (", ..." if len(shapes) > 3 else "")
 
 
 @contextmanager

@@ -60,20 +60,23 @@ class Collector:
         self._inputs: list[CrossMoment] = []
         self._cross: list[CrossMoment] | None = None
 
-    def count(self, layer: nn.Module, places: Sequence[Place]) -> RowCounts:
-        """How often each row of a table was looked up."""
+    def count(self, layer: nn.Module, places: Sequence[Place | None]) -> RowCounts:
+        """How often each row of a table was looked up; None for a batch that does not call it."""
         counts = RowCounts()
         table_rows = adapter_of(layer).matrix(layer).shape[0]
-        for place, mask in zip(places, self._masks, strict=True):
+        for place, mask in self._here(places):
             counts.add(real_indices(place.ours, mask), table_rows)
         return counts
 
-    def collect(self, layer: nn.Module, places: Sequence[Place]) -> list[Moments]:
+    def collect(self, layer: nn.Module, places: Sequence[Place | None]) -> list[Moments]:
         """One entry for the even and one for the odd batches, or entries of a single batch.
 
-        A single one for a batch of one.
+        A single one for a batch of one; none for no batch, None for one that does not call it.
         """
-        seen = [value for place in places for value in (place.dense, place.ours)]
+        batches = self._here(places)
+        if not batches:
+            return []
+        seen = [value for place, _ in batches for value in (place.dense, place.ours)]
         adapter = adapter_of(layer)
         plain = adapter.takes_rows
         same = (
@@ -81,7 +84,6 @@ class Collector:
             and len(seen) == len(self._seen)
             and all(a is b for a, b in zip(seen, self._seen, strict=True))
         )
-        batches = list(zip(places, self._masks, strict=True))
         folds = _two_folds(batches) if plain or len(batches) > 1 else [batches]
         weight_OI = adapter.matrix(layer)
         # With few outputs, W (x - x^) with x^ costs less than x with x^.
@@ -89,8 +91,8 @@ class Collector:
         crossed, fresh = False, not same or (self._cross is None and not direct)
         if fresh:
             # Rows that were sent elsewhere than in the dense model have no counterpart there.
-            unchanged = any(place.dense.shape != place.ours.shape for place in places) or all(
-                torch.equal(place.dense, place.ours) for place in places
+            unchanged = any(place.dense.shape != place.ours.shape for place, _ in batches) or all(
+                torch.equal(place.dense, place.ours) for place, _ in batches
             )
             crossed = not (unchanged or direct)
             self._seen = seen if plain else []
@@ -101,7 +103,7 @@ class Collector:
         unseen_OI = weight_OI if self._cross is None else None
         has_stream = plain and all(
             place.streams is not None and place.streams[0].shape[:-1] == place.ours.shape[:-1]
-            for place in places
+            for place, _ in batches
         )
         crosses: Sequence[CrossMoment | None] = self._cross or [None] * len(folds)
         found = [
@@ -123,6 +125,13 @@ class Collector:
                     if moments.residual is not None:
                         moments.residual.add(others[-1], ours_NI)
         return found
+
+    def _here(self, places: Sequence[Place | None]) -> "_Fold":
+        return [
+            (place, mask)
+            for place, mask in zip(places, self._masks, strict=True)
+            if place is not None
+        ]
 
 
 _Fold = Sequence[tuple[Place, Tensor | None]]

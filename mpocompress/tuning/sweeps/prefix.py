@@ -8,6 +8,7 @@ outputs instead. Operations between modules are computed again.
 
 A model may break this by side effects (caches that are passed along, writes in place). So the first
 recorded pass is repeated, and unless the loss comes out the same to the bit nothing is replayed.
+Nor is it once a pass has written to what was recorded, as some do where a batch calls for it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpocompress.tuning.lockstep import tensors_in
+from mpocompress.tuning.lockstep import tensors_in, version_of
 
 # What may be kept for all batches together; later batches are computed in full.
 _BUDGET_BYTES = 1 << 30
@@ -37,6 +38,7 @@ class FrozenPrefix:
         self._recordings: dict[int, list[tuple[nn.Module, Any]]] = {}
         self._trusted: bool | None = None
         self._recorded: list[tuple[nn.Module, Any]] | None = None
+        self._versions: list[int] = []
         self._left: list[tuple[nn.Module, Any]] = []
         self._depth = 0
         self._past = True  # the layer has been called: nothing is frozen any more
@@ -84,6 +86,10 @@ class FrozenPrefix:
             loss = compute()
         finally:
             recorded, self._recorded, self._past = self._recorded, None, True
+        if self._versions != _versions(recorded or []):
+            self._trusted = False
+            self._recordings.clear()
+            return loss
         self._recordings[batch] = recorded or []
         self._budget -= sum(_bytes(output) for _, output in self._recordings[batch])
         if self._trusted is None:
@@ -111,6 +117,7 @@ class FrozenPrefix:
 
     def _start(self, *, record: bool) -> None:
         self._recorded = [] if record else None
+        self._versions = []
         self._left = []
         self._depth = 0
         self._past = False
@@ -133,9 +140,14 @@ class FrozenPrefix:
             finally:
                 self._depth -= 1
             self._recorded.append((module, output))
+            self._versions += _versions(self._recorded[-1:])
             return output
 
         return ask
+
+
+def _versions(recorded: Sequence[tuple[nn.Module, Any]]) -> list[int]:
+    return [version_of(leaf) for _, output in recorded for leaf in tensors_in(output)]
 
 
 def _bytes(output: Any) -> int:

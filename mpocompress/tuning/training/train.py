@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import DataError, DecompositionError
-from mpocompress.layers.modes import evaluation_mode
+from mpocompress.layers.modes import cuda_devices, evaluation_mode, seeded
 from mpocompress.tuning.lockstep import Call
 from mpocompress.tuning.minibatches import Minibatch, TrainingData
 from mpocompress.tuning.objectives import Loss, scalar_loss
@@ -284,7 +284,6 @@ class _Trainer:
     @contextmanager
     def _seeded(self, segment: int) -> Iterator[None]:
         """Dropout takes torch's global generators: seeded here, and given back as they were."""
-        devices = {p.device for p in self._model.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng(devices=sorted(devices, key=str)):
-            torch.manual_seed((self._options.seed * 1_000_003 + segment) % 2**63)
+        seed = (self._options.seed * 1_000_003 + segment) % 2**63
+        with seeded(cuda_devices(self._model), seed):
             yield
