@@ -24,6 +24,7 @@ from mpocompress.planning.allocation import (
     allocate_uniform,
     least_numbers,
 )
+from mpocompress.planning.bottleneck import find_bottleneck
 from mpocompress.planning.trials import gains_of_losses
 from mpocompress.tuning import effect_alone, gain_of_bonds, take_statistics
 from mpocompress.tuning.healing.loss import output_loss
@@ -266,6 +267,38 @@ def test_auto_takes_more_sites_where_two_factors_are_a_bottleneck():
     # A ratio that two factors cannot reach.
     beyond = mpo.plan(model, ratio=60, **options)
     assert [len(layer.layout) for layer in beyond.compressed] == [4, 4]
+
+
+def test_layers_of_few_inputs_may_be_bottlenecks_too():
+    generator = torch.Generator().manual_seed(7)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(12, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8)
+    )
+    for index in (0, 2):  # a bond dimension that two factors of as many numbers do not come near
+        sites = balanced_layout(*model[index].weight.shape, 4)
+        cores = random_cores(sites, (3, 3, 3), variance=0.1, generator=generator)
+        model[index].weight.data = MPO(cores).to_dense()
+    data = list(torch.randn(400, 12, generator=generator).split(50))
+    options = {"data": data, "include": ["0", "2"]}
+    auto, factors = (
+        mpo.compress(model, ratio=6, layout=layout, **options) for layout in ("auto", "svd")
+    )
+    assert [len(layer.layout) for layer in auto.plan.compressed] == [4, 4]
+    x = torch.randn(500, 12, generator=generator)
+    with torch.no_grad():
+        errors = [(result.model(x) - model(x)).norm() for result in (auto, factors)]
+    assert errors[0] < 0.5 * errors[1]
+
+
+@pytest.mark.parametrize("tried", [True, False])
+def test_trials_alone_find_bottlenecks_in_narrow_layers(tried):
+    gains = [4.0, 3.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    for rows, is_one in ((64, True), (8, tried)):
+        found = find_bottleneck((rows, 64), share(rows, 64, gains=gains), 0.2, tried=tried)
+        assert (found is not None) == is_one
+    all_of_it = replace(share(8, 64), stored=lambda bond: bond)  # nothing is cut
+    assert find_bottleneck((8, 64), all_of_it, 0.9, tried=tried) is None
 
 
 def _first_gain(model: nn.Module, name: str, data: list[torch.Tensor]) -> float:

@@ -16,7 +16,7 @@ from mpocompress.loading import Batch
 from mpocompress.tuning import DistillOptions, distill_
 from mpocompress.tuning.healing.blocks import can_replay, find_blocks
 from mpocompress.tuning.healing.learning_rates import LEARNING_RATES, peak_from_trials, trial_steps
-from mpocompress.tuning.healing.loss import Distance, normalized_error, output_loss
+from mpocompress.tuning.healing.loss import Distance, loss_for, normalized_error, output_loss
 from mpocompress.tuning.minibatches import Minibatch, TrainingData
 from mpocompress.tuning.schedule import warm_cosine
 from tests.tolerances import TOL
@@ -283,6 +283,54 @@ def test_auto_loss_adds_kl_where_there_may_be_logits():
     assert torch.equal(output_loss(*wide, None), output_loss(*wide, None, "mse"))
     column = rows(8, 1), rows(8, 1, seed=1)
     assert torch.equal(output_loss(*column, None), output_loss(*column, None, "mse"))
+
+
+def test_quantities_in_small_units_are_no_logits():
+    ours, dense = 1000 * rows(8, 5), 1000 * rows(8, 5, seed=1)
+    assert torch.equal(output_loss(ours, dense, None), output_loss(ours, dense, None, "mse"))
+    barred = dense / 1000  # one class that cannot be
+    barred[:, 2] = -1e9
+    guess = barred + 0.1 * rows(8, 5)
+    assert output_loss(guess, barred, None) > output_loss(guess, barred, None, "mse")
+
+
+@pytest.mark.parametrize(
+    ("labels", "loss"),
+    [
+        (None, "auto"),
+        (torch.arange(8) % 4, "auto"),
+        ((torch.arange(8) % 4).double(), "auto"),
+        (torch.eye(4)[torch.arange(8) % 4], "auto"),
+        (torch.softmax(rows(8, 4).float(), -1), "auto"),
+        (rows(8, 4), "mse"),
+        (rows(8, 1), "mse"),
+        ((rows(8, 4) > 0).float(), "mse"),
+    ],
+    ids=["none", "classes", "in floats", "one-hot", "soft", "columns", "one", "many of many"],
+)
+def test_labels_that_are_quantities_say_that_outputs_are_no_logits(labels, loss):
+    calls = [Batch((rows(8, 3),)), Batch((rows(8, 3),), labels=labels)]
+    assert loss_for("auto", calls) == loss
+    assert loss_for("kl", calls) == "kl"
+
+
+@pytest.mark.parametrize(("units", "labelled"), [(1.0, True), (1000.0, False)])
+def test_healing_of_a_regression_heeds_its_quantities(units, labelled):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 6))
+    with torch.no_grad():
+        model[2].weight.mul_(20 * units)
+    data = rows(300, 12)
+    labels = {"labels": rows(300, 6)} if labelled else {}
+    result = mpo.compress(model, bond_dim=2, layout="svd", data=[{"input": data}])
+    healed = copy.deepcopy(result.model)
+    batches = [{"input": data, **labels}]
+    mpo.distill(healed, reference=model, data=batches, steps=100, learning_rate=1e-2)
+    new = rows(300, 12, seed=1)
+    with torch.no_grad():
+        before, after = (normalized_error(m(new), model(new), None) for m in (result.model, healed))
+    assert after < 1.02 * before
 
 
 def test_kl_is_that_of_the_softmax_and_blind_to_a_shift():

@@ -110,6 +110,14 @@ def test_healing_goes_on_at_its_last_evaluation(tmp_path):
     same(resumed.model, compress(distill=50).model)
 
 
+def test_healing_of_other_data_names_them(tmp_path):
+    """And not the weights that were fitted to them."""
+    with pytest.raises(InterruptedRunError):
+        compress(tmp_path / "state", stop_at("distillation (model)", 30), distill=50)
+    with pytest.raises(DataError, match="a run with the SHA-256 of the data = "):
+        compress(tmp_path / "state", data=[2 * x for x in batches()], distill=50)
+
+
 def test_a_truncated_fit_is_named(tmp_path):
     compress(tmp_path / "state")
     for file in fits(tmp_path / "state"):

@@ -74,12 +74,16 @@ def distill(
     Args:
         result: from `compress`, or its model.
         reference: the dense model; it is only read.
-        data: batches of forward arguments, without labels; held in memory.
+        data: batches of forward arguments; labels are not needed, and those that are there only
+            say what outputs may be, see `output_loss`; held in memory.
         steps: of the optimizer.
         blockwise_steps: before these, steps in which each repeated block is trained by itself on
             the inputs of the dense block; skipped where a model has no such blocks.
         output_loss: "kl" (temperature 2), "mse" (relative) or "cosine", for embeddings; "auto" is
-            "mse", plus "kl" where the output may be logits, of classes or of the words of a table.
+            "mse", plus "kl" where the output may be logits, of classes or of the words of a table,
+            unless labels in the data are quantities: floating, and neither numbers of classes nor
+            distributions over them. Of a regression with several columns in a single output,
+            without labels, say "mse": it looks like logits.
         hidden_weight: weight of the relative errors of the repeated blocks' outputs.
         learning_rate: peak of the schedule; "auto" tries some in short runs of their own.
         batch_size: rows of a minibatch; None takes batches of up to 128 rows as they come, and

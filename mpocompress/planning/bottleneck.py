@@ -47,21 +47,25 @@ class Bottleneck:
         return f"{self.layout.num_sites} sites, which lose {share:.0%} on trial, where {factors}"
 
 
-def find_bottleneck(shape: tuple[int, int], share: Share, part: float) -> Bottleneck | None:
+def find_bottleneck(
+    shape: tuple[int, int], share: Share, part: float, *, tried: bool
+) -> Bottleneck | None:
     """What two factors would do to a weight; None where they are wide enough.
 
     Args:
         shape: (out, in) of the weight.
         share: of the layout ((out, 1), (1, in)), with its gains.
         part: of its parameters that the layer may keep.
+        tried: whether fits on trial will decide in any case. Without them a layer with no more than
+            a few inputs or outputs, such as a head, is taken to be narrow by itself.
     """
     layout = balanced_layout(*shape, _SITES)
-    if min(shape) <= _NARROW or (1, 1) in layout.pairs:
-        return None  # as narrow as that from the beginning, or sizes without factors
+    if (1, 1) in layout.pairs or (min(shape) <= _NARROW and not tried):
+        return None  # sizes without factors, or as narrow as that from the beginning
     matters = None if share.gains is None else float(share.gains.sum())
     bond, lost = share.within(part * share.dense), 1.0
     if bond > 0:
-        if share.gains is None or not matters or bond >= _NARROW:
+        if share.gains is None or not matters or bond >= min(_NARROW, *shape):
             return None
         lost = 1 - float(share.gains[:bond].sum()) / matters
         if lost <= _LOST:

@@ -274,7 +274,9 @@ class Sharing:
         """The weight in another layout where its own is a bottleneck."""
         if not self._widens or part.forced or part.site.layouts() is not None:
             return part
-        found = find_bottleneck(part.site.shape, part.share, kept)
+        # Where what stays dense is not counted, plans that compress more layers win untried.
+        tried = self._judge.tries and self._may_stay_dense
+        found = find_bottleneck(part.site.shape, part.share, kept, tried=tried)
         other = None if found is None else self._part(part.site, found.layout, None)
         if other is None or other.share.within(kept * other.share.dense) < 1:
             return part

@@ -19,7 +19,7 @@ from mpocompress.layers.modes import evaluation_mode
 from mpocompress.layers.rounded_scales import trainable_scales
 from mpocompress.scalars import as_count
 from mpocompress.tuning.healing.blocks import can_replay, find_blocks, record_calls
-from mpocompress.tuning.healing.loss import Distance, normalized_error
+from mpocompress.tuning.healing.loss import Distance, loss_for, normalized_error
 from mpocompress.tuning.healing.options import DistillOptions
 from mpocompress.tuning.healing.trainer import DistillResult, Phase, Trainer, assign
 from mpocompress.tuning.lockstep import Call, main_output
@@ -95,7 +95,8 @@ def distill_(
             arguments |= identity(start, calls, reference)
         try:
             balance_cores_(model)
-            whole = Distance(model, reference, blocks, options.output_loss, options.hidden_weight)
+            kind = loss_for(options.output_loss, calls)
+            whole = Distance(model, reference, blocks, kind, options.hidden_weight)
             phases = [Phase("model", steps, whole)]
             if options.blockwise_steps and blocks and can_replay(reference, blocks, calls[0]):
                 blockwise = _BlockDistance(model, reference, blocks)

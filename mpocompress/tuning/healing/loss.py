@@ -5,7 +5,7 @@ Padded tokens count nowhere: see `moments.real_rows`.
 
 # Shape suffixes: N rows, K classes or features.
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,6 +22,10 @@ OutputLoss = Literal["auto", "kl", "mse", "cosine"]
 TEMPERATURE = 2.0
 # A single output (batch, columns) with at most so many columns may be logits.
 MAX_CLASSES = 1000
+# Where a softmax at the temperature gives all but the first class less than e^-25 on most rows, as
+# of quantities in small units, its divergence says which is the largest, and is as large as the
+# units make it. Digits, trained for 800 epochs without any decay, have e^-13.
+_SATURATED = 25.0
 _TINY = 1e-12
 # What stands beside logits and is no answer, by the end of its name.
 _NO_ANSWERS = ("hidden_state", "hidden_states", "attentions", "loss")
@@ -41,6 +45,23 @@ def check_output_loss(name: str) -> None:
     """
     if name not in get_args(OutputLoss):
         raise DataError(f"output_loss {name!r} is none of {', '.join(get_args(OutputLoss))}.")
+
+
+def loss_for(kind: OutputLoss, calls: Iterable[Call]) -> OutputLoss:
+    """What "auto" is for data: "mse" where labels are quantities, so that no output is logits."""
+    labels = (getattr(call, "labels", None) for call in calls)
+    quantities = any(isinstance(found, Tensor) and not _name_classes(found) for found in labels)
+    return "mse" if kind == "auto" and quantities else kind
+
+
+def _name_classes(labels: Tensor) -> bool:
+    """Whether these may be numbers of classes, in floats, too, or one distribution each."""
+    if not labels.is_floating_point():
+        return True
+    single = labels.ndim < 2 or labels.shape[-1] == 1
+    if single:
+        return bool((labels == labels.round()).all())
+    return bool((labels >= 0).all()) and torch.allclose(labels.sum(-1), labels.new_ones(()))
 
 
 def output_loss(
@@ -64,8 +85,9 @@ def output_loss(
             attentions or the loss that may be in it.
             "auto": "mse", plus "kl" where the output may be logits: it has a `.logits`, or is a
             single tensor (batch, 2 to 1000 columns), or one with more axes and as many columns as
-            there are words. That is right for regression and embeddings, too, of which KL alone
-            would lose the scale and the offset.
+            there are words. That does no harm to most embeddings and quantities, too, of which KL
+            alone would lose the scale and the offset; where the softmax of the dense model is
+            saturated throughout, as that of quantities in small units, it is "mse" alone.
         vocabularies: how many words the model's tables have.
 
     Raises:
@@ -82,6 +104,8 @@ def output_loss(
             "(..., classes) with at least two classes. Try output_loss='mse'."
         )
     terms: list[Tensor] = []
+    if kind == "auto" and dense_logits is not None and _is_saturated(dense_logits):
+        dense_logits = None
     if kind in ("auto", "kl") and dense_logits is not None and our_logits is not None:
         terms.append(_kl(our_logits, dense_logits, keep))
     if kind == "kl":
@@ -235,6 +259,15 @@ def _logits(output: Any, asked_for: bool, vocabularies: Collection[int]) -> Tens
     columns = leaves[0].shape[-1]
     may_be = columns <= MAX_CLASSES if leaves[0].ndim == 2 else columns in vocabularies
     return leaves[0] if asked_for or may_be else None
+
+
+def _is_saturated(logits: Tensor) -> bool:
+    """Whether a softmax at the temperature tells no more than which is the largest, of most rows.
+
+    By the two largest of each row, since impossible classes may have a huge negative number.
+    """
+    first, second = logits.detach().float().topk(2, dim=-1).values.unbind(-1)
+    return bool((first - second).median() > _SATURATED * TEMPERATURE)
 
 
 def _rows(ours: Tensor, dense: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ class DistillOptions:
     Attributes:
         blockwise_steps: optimizer steps block by block, before those of the whole model; nothing
             happens where the model has no repeated blocks that can be called by themselves.
-        output_loss: "auto", "kl", "mse" or "cosine", see `loss.output_loss`.
+        output_loss: "auto", "kl", "mse" or "cosine", see `loss.output_loss`; with quantities for
+            labels "auto" is "mse".
         hidden_weight: weight of the blocks' normalized errors beside the output's loss.
         learning_rate: peak of the schedule (warm-up over 20 steps, or a third of fewer than 60,
             then a cosine), or "auto": 1e-4, 3e-4, 1e-3, 3e-3 and 1e-2 are tried in this order, up

@@ -17,7 +17,7 @@ from mpocompress.surgery import WeightSite
 from mpocompress.tuning.fitting.fitted_model import with_fitted
 from mpocompress.tuning.fitting.plan import FitOptions, SitePlan
 from mpocompress.tuning.fitting.sequential import fit_in_sequence
-from mpocompress.tuning.healing.loss import output_loss, vocabularies_of
+from mpocompress.tuning.healing.loss import loss_for, output_loss, vocabularies_of
 from mpocompress.tuning.lockstep import Call, floating_outputs, rows_of
 from mpocompress.tuning.padding import keep_mask
 from mpocompress.tuning.statistics.later_calls import LaterCalls
@@ -80,7 +80,7 @@ def effect_together(
 
     Returns:
         Norm of the change of the model's outputs over their norm, and the mean of the loss that
-        healing would have (`loss.output_loss`, "auto"), which sees what a change of logits
+        healing would have (`loss.loss_for`, "auto"), which sees what a change of logits
         does to probabilities.
 
     Raises:
@@ -99,7 +99,7 @@ def effect_together(
     dense = {plan.site for plan in planned if plan.stays_dense}
     weights = {site: found.mpo for site, found in fitted.items() if site not in dense}
     compressed = with_fitted(model, weights, fitted)
-    vocabularies = vocabularies_of(model)
+    kind, vocabularies = loss_for("auto", calls), vocabularies_of(model)
     change = OutputChange()
     loss, rows = 0.0, 0
     devices = cuda_devices(model)
@@ -110,7 +110,7 @@ def effect_together(
                 dense = model(*call.args, **call.kwargs)
             with seeded(devices, number):
                 ours = compressed(*call.args, **call.kwargs)
-            lost = output_loss(ours, dense, keep, vocabularies=vocabularies)
+            lost = output_loss(ours, dense, keep, kind, vocabularies=vocabularies)
             loss += rows_of(call) * float(lost)
             rows += rows_of(call)
             change.add_all(floating_outputs(dense), floating_outputs(ours), keep)
