@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mpocompress.errors import DecompositionError
 from mpocompress.mpo.cholesky import cholesky_, solve_factored
-from mpocompress.mpo.weighing import Coarse, Exact
+from mpocompress.mpo.weighing import Coarse, Exact, Steering
 
 # Relative to the median of the diagonal of the Gram matrix. It damps steps in what the
 # metric does not determine, and changes the others by this share of their condition number.
@@ -162,6 +162,7 @@ class OperatorProblem:
         weighing: X to G X C.
         precondition: makes an approximate inverse of N.
         weighed_OI: G W C of the chain as it stands, if it is known.
+        steering: cheaper stand-ins of the metric for searches; None for none.
     """
 
     rhs_LOIR: Tensor
@@ -170,6 +171,7 @@ class OperatorProblem:
     weighing: Exact | Coarse
     precondition: Callable[[], Callable[[Tensor], Tensor]]
     weighed_OI: Tensor | None = None
+    steering: Steering | None = None
 
     def apply(self, core_LOIR: Tensor) -> Tensor:
         """N times a core: to the dense matrix, through the metric, and back."""
@@ -214,27 +216,24 @@ class OperatorProblem:
         """
         preconditioner = self.precondition()
         weighed_OI = self.weigh(core_LOIR) if self.weighed_OI is None else self.weighed_OI
-        residual_LOIR = self.rhs_LOIR - self.seen(weighed_OI)
+        solution = Solution(core_LOIR, 0.0, 0, 0.0, weighed_OI)
         scale = float((self.rhs_LOIR * preconditioner(self.rhs_LOIR)).sum())
-        conditioned = preconditioner(residual_LOIR)
-        square = float((residual_LOIR * conditioned).sum())
-        start = Solution(core_LOIR, 0.0, 0, 0.0, weighed_OI)
-        if not square > _COARSE_ABOVE**2 * scale:
+        square = self._left(solution, preconditioner)
+        steering = self.steering
+        if steering is None or not square > _COARSE_ABOVE**2 * scale:
             # So close to rounding, not even that of the solves before may stay in the residual.
             if self.weighed_OI is not None:
-                start = start._replace(weighed_OI=self.weigh(core_LOIR))
-            return self._improved(start, preconditioner, scale)
-        change_LOIR, _, iterations = self._steering().search(
-            residual_LOIR, conditioned, preconditioner, scale
-        )
-        solution = self._accept(start, change_LOIR, residual_LOIR)
-        solution = solution._replace(iterations=iterations)
-        if solution.gain > 0:
-            residual_LOIR = self._residual(solution)
-            left = float((residual_LOIR * preconditioner(residual_LOIR)).sum())
-            if left <= _COARSE_LEAVES**2 * square:
+                solution = solution._replace(weighed_OI=self.weigh(core_LOIR))
+            return self._improved(self, solution, preconditioner, scale)
+        enough = _COARSE_LEAVES**2 * square
+        while True:
+            coarse = self._with(steering.current)
+            solution = self._improved(coarse, solution, preconditioner, scale)
+            left = self._left(solution, preconditioner)
+            if left <= enough:
                 return solution._replace(residual=_relative(left, scale))
-        return self._improved(solution, preconditioner, scale)
+            if not steering.refine():
+                return self._improved(self, solution, preconditioner, scale)
 
     def rise(self, solution: Solution, change_LOIR: Tensor) -> tuple[float, Tensor | None]:
         """By how much a change of a solved core raises the objective, and G W C after it."""
@@ -243,11 +242,8 @@ class OperatorProblem:
         rise = float((change_LOIR * (self.seen(change_OI) - doubled_LOIR)).sum())
         return rise, self._weighed(solution) + change_OI
 
-    def _steering(self) -> "OperatorProblem":
-        """The same with a metric that is cheaper; the right-hand side stays as it is."""
-        if not isinstance(self.weighing, Exact):
-            return self
-        weighing = self.weighing.steering
+    def _with(self, weighing: Exact | Coarse) -> "OperatorProblem":
+        """The same with a metric that stands for this one; the right-hand side stays as it is."""
         return replace(
             self,
             left_PAL=self.left_PAL.to(weighing.dtype),
@@ -262,29 +258,35 @@ class OperatorProblem:
     def _residual(self, solution: Solution) -> Tensor:
         return self.rhs_LOIR - self.seen(self._weighed(solution))
 
+    def _left(self, solution: Solution, preconditioner: Callable[[Tensor], Tensor]) -> float:
+        """Square of the residual in the norm of the preconditioner."""
+        residual_LOIR = self._residual(solution)
+        return float((residual_LOIR * preconditioner(residual_LOIR)).sum())
+
     def _improved(
-        self, start: Solution, preconditioner: Callable[[Tensor], Tensor], scale: float
+        self,
+        searched: "OperatorProblem",
+        start: Solution,
+        preconditioner: Callable[[Tensor], Tensor],
+        scale: float,
     ) -> Solution:
-        """What a search with the exact metric makes of a core; gains and iterations add up."""
+        """What a search makes of a core, judged by this problem; gains and iterations add up."""
         residual_LOIR = self._residual(start)
-        change_LOIR, square, iterations = self.search(
+        change_LOIR, square, iterations = searched.search(
             residual_LOIR, preconditioner(residual_LOIR), preconditioner, scale
         )
-        solution = self._accept(start, change_LOIR, residual_LOIR)
-        return solution._replace(
-            gain=start.gain + solution.gain,
-            iterations=start.iterations + iterations,
-            residual=_relative(square, scale),
-        )
-
-    def _accept(self, start: Solution, change_LOIR: Tensor, residual_LOIR: Tensor) -> Solution:
         change_OI = self.weigh(change_LOIR)
-        moved_LOIR = self.seen(change_OI)
-        gain = _gain(self, start.core_LOIR, change_LOIR, residual_LOIR, moved_LOIR)
+        gain = _gain(self, start.core_LOIR, change_LOIR, residual_LOIR, self.seen(change_OI))
+        found = start._replace(
+            iterations=start.iterations + iterations, residual=_relative(square, scale)
+        )
         if gain == 0.0:
-            return start._replace(gain=0.0)
-        weighed_OI = self._weighed(start) + change_OI
-        return Solution(start.core_LOIR + change_LOIR, gain, 0, 0.0, weighed_OI)
+            return found
+        return found._replace(
+            core_LOIR=start.core_LOIR + change_LOIR,
+            gain=start.gain + gain,
+            weighed_OI=self._weighed(start) + change_OI,
+        )
 
     def search(
         self,

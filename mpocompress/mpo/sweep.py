@@ -28,7 +28,7 @@ from mpocompress.mpo.local_solve import (
 )
 from mpocompress.mpo.truncate import Truncation
 from mpocompress.mpo.two_site import SplitMetric, split_pair
-from mpocompress.mpo.weighing import Exact
+from mpocompress.mpo.weighing import Exact, Steering
 
 # Up to this size a Gram matrix is formed and factorized (n³/3 flops, n² numbers); larger local
 # problems take conjugate gradients. Pairs are larger and are solved only to be split again.
@@ -144,6 +144,10 @@ class Sweeper:
             output_OO = reduce(torch.kron, out_weights)
         return Exact(self._quadratic.input_II, output_OO)
 
+    @cached_property
+    def _steering(self) -> Steering:
+        return Steering(self._weighing)
+
     @property
     def cores(self) -> Cores:
         """The chain as it stands."""
@@ -247,6 +251,7 @@ class Sweeper:
             self._weighing,
             precondition,
             self._weighed_OI if environments is self._environments else None,
+            self._steering,
         )
 
     def _out_weight(self, first: int, last: int) -> Tensor | None:
