@@ -40,8 +40,9 @@ def test_leading_part_and_diagonal_of_a_moment_that_has_no_more():
 
 def test_steering_is_close_and_positive():
     exact = Exact(data_moment(260, seed=0), data_moment(280, seed=2))
-    coarse = exact.steering
+    coarse, closer = exact.steering
     assert isinstance(coarse, Coarse)
+    assert isinstance(closer, Exact)
     assert coarse.dtype == torch.float32
     matrix = gaussian(280, 260, seed=4)
     wanted, got = exact.apply(matrix), coarse.apply(matrix.float()).double()
@@ -60,8 +61,9 @@ def test_steering_is_close_and_positive():
 )
 def test_steering_without_a_large_output_metric_is_the_metric_in_float32(outs, ins):
     exact = Exact(data_moment(ins, seed=0), None if outs is None else data_moment(outs, seed=1))
-    steering = exact.steering
+    (steering,) = exact.steering
     assert isinstance(steering, Exact)
+    assert steering.steering == ()
     assert steering.dtype == torch.float32
     matrix = gaussian(outs or 3, ins, seed=2)
     wanted = exact.apply(matrix)

@@ -209,32 +209,39 @@ class OperatorProblem:
 
         Preconditioned conjugate gradients from the present core, at most 100 iterations; wherever
         they stop, the objective is lower than before. As long as the residual is far from rounding,
-        products with N are made with a cheaper metric: they only steer the search. What it finds is
-        judged by the exact one, with which it goes on if that was not enough.
+        products with N are made with cheaper metrics: they only steer the search. What it finds is
+        judged by the exact one, and it goes on with a closer one if that was not enough.
         """
         preconditioner = self.precondition()
-        weighed_OI = self.weigh(core_LOIR) if self.weighed_OI is None else self.weighed_OI
-        residual_LOIR = self.rhs_LOIR - self.seen(weighed_OI)
         scale = float((self.rhs_LOIR * preconditioner(self.rhs_LOIR)).sum())
-        conditioned = preconditioner(residual_LOIR)
-        square = float((residual_LOIR * conditioned).sum())
-        start = Solution(core_LOIR, 0.0, 0, 0.0, weighed_OI)
+        known_OI = self.weighed_OI
+        weighed_OI = self.weigh(core_LOIR) if known_OI is None else known_OI
+        solution = Solution(core_LOIR, 0.0, 0, 0.0, weighed_OI)
+        residual_LOIR, conditioned, square = self._left(solution, preconditioner)
+        steered = self._steered()
         if not square > _COARSE_ABOVE**2 * scale:
+            steered = []
             # So close to rounding, not even that of the solves before may stay in the residual.
-            if self.weighed_OI is not None:
-                start = start._replace(weighed_OI=self.weigh(core_LOIR))
-            return self._improved(start, preconditioner, scale)
-        change_LOIR, _, iterations = self._steering().search(
-            residual_LOIR, conditioned, preconditioner, scale
+            if known_OI is not None:
+                solution = solution._replace(weighed_OI=self.weigh(core_LOIR))
+                residual_LOIR, conditioned, square = self._left(solution, preconditioner)
+        goal = max(_CG_REDUCTION**2 * square, torch.finfo(core_LOIR.dtype).eps ** 2 * scale)
+        enough = _COARSE_LEAVES**2 * square
+        for problem in steered:
+            change_LOIR, _, iterations = problem.search(
+                residual_LOIR, conditioned, preconditioner, goal
+            )
+            before = solution.gain
+            solution = self._accept(solution, change_LOIR, residual_LOIR, iterations)
+            if solution.gain > before:
+                residual_LOIR, conditioned, left = self._left(solution, preconditioner)
+                if left <= enough:
+                    return solution._replace(residual=_relative(left, scale))
+        change_LOIR, left, iterations = self.search(
+            residual_LOIR, conditioned, preconditioner, goal
         )
-        solution = self._accept(start, change_LOIR, residual_LOIR)
-        solution = solution._replace(iterations=iterations)
-        if solution.gain > 0:
-            residual_LOIR = self._residual(solution)
-            left = float((residual_LOIR * preconditioner(residual_LOIR)).sum())
-            if left <= _COARSE_LEAVES**2 * square:
-                return solution._replace(residual=_relative(left, scale))
-        return self._improved(solution, preconditioner, scale)
+        solution = self._accept(solution, change_LOIR, residual_LOIR, iterations)
+        return solution._replace(residual=_relative(left, scale))
 
     def rise(self, solution: Solution, change_LOIR: Tensor) -> tuple[float, Tensor | None]:
         """By how much a change of a solved core raises the objective, and G W C after it."""
@@ -243,17 +250,19 @@ class OperatorProblem:
         rise = float((change_LOIR * (self.seen(change_OI) - doubled_LOIR)).sum())
         return rise, self._weighed(solution) + change_OI
 
-    def _steering(self) -> "OperatorProblem":
-        """The same with a metric that is cheaper; the right-hand side stays as it is."""
+    def _steered(self) -> "list[OperatorProblem]":
+        """The same with metrics that are cheaper; right-hand sides stay as they are."""
         if not isinstance(self.weighing, Exact):
-            return self
-        weighing = self.weighing.steering
-        return replace(
-            self,
-            left_PAL=self.left_PAL.to(weighing.dtype),
-            right_RQB=self.right_RQB.to(weighing.dtype),
-            weighing=weighing,
-        )
+            return []
+        return [
+            replace(
+                self,
+                left_PAL=self.left_PAL.to(weighing.dtype),
+                right_RQB=self.right_RQB.to(weighing.dtype),
+                weighing=weighing,
+            )
+            for weighing in self.weighing.steering
+        ]
 
     def _weighed(self, solution: Solution) -> Tensor:
         known_OI = solution.weighed_OI
@@ -262,36 +271,36 @@ class OperatorProblem:
     def _residual(self, solution: Solution) -> Tensor:
         return self.rhs_LOIR - self.seen(self._weighed(solution))
 
-    def _improved(
-        self, start: Solution, preconditioner: Callable[[Tensor], Tensor], scale: float
-    ) -> Solution:
-        """What a search with the exact metric makes of a core; gains and iterations add up."""
-        residual_LOIR = self._residual(start)
-        change_LOIR, square, iterations = self.search(
-            residual_LOIR, preconditioner(residual_LOIR), preconditioner, scale
-        )
-        solution = self._accept(start, change_LOIR, residual_LOIR)
-        return solution._replace(
-            gain=start.gain + solution.gain,
-            iterations=start.iterations + iterations,
-            residual=_relative(square, scale),
-        )
+    def _left(
+        self, solution: Solution, preconditioner: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, float]:
+        """The residual, the preconditioner of it, and its square in that norm."""
+        residual_LOIR = self._residual(solution)
+        conditioned = preconditioner(residual_LOIR)
+        return residual_LOIR, conditioned, float((residual_LOIR * conditioned).sum())
 
-    def _accept(self, start: Solution, change_LOIR: Tensor, residual_LOIR: Tensor) -> Solution:
+    def _accept(
+        self, start: Solution, change_LOIR: Tensor, residual_LOIR: Tensor, iterations: int
+    ) -> Solution:
+        """With a change if its gain is real; gains and iterations add up."""
+        start = start._replace(iterations=start.iterations + iterations)
         change_OI = self.weigh(change_LOIR)
         moved_LOIR = self.seen(change_OI)
         gain = _gain(self, start.core_LOIR, change_LOIR, residual_LOIR, moved_LOIR)
         if gain == 0.0:
-            return start._replace(gain=0.0)
-        weighed_OI = self._weighed(start) + change_OI
-        return Solution(start.core_LOIR + change_LOIR, gain, 0, 0.0, weighed_OI)
+            return start
+        return start._replace(
+            core_LOIR=start.core_LOIR + change_LOIR,
+            gain=start.gain + gain,
+            weighed_OI=self._weighed(start) + change_OI,
+        )
 
     def search(
         self,
         residual_LOIR: Tensor,
         conditioned: Tensor,
         preconditioner: Callable[[Tensor], Tensor],
-        scale: float,
+        goal: float,
     ) -> tuple[Tensor, float, int]:
         """Conjugate gradients for N d = residual.
 
@@ -299,7 +308,7 @@ class OperatorProblem:
             residual_LOIR: its dtype is that of all vectors.
             conditioned: the preconditioner of it.
             preconditioner: an approximate inverse of N.
-            scale: square of the right-hand side in the norm of the preconditioner.
+            goal: square of a residual, in the norm of the preconditioner, that is small enough.
 
         Returns:
             The change d, the square of what is left of the residual, and the iterations.
@@ -308,11 +317,9 @@ class OperatorProblem:
         change_LOIR = torch.zeros_like(residual_LOIR)
         direction_LOIR = conditioned
         square = float((residual_LOIR * conditioned).sum())
-        rounding = torch.finfo(residual_LOIR.dtype).eps ** 2 * scale
-        enough = max(_CG_REDUCTION**2 * square, rounding)
         flat = torch.finfo(dtype).eps * self.norm()
         iterations = 0
-        while square > enough and iterations < _CG_ITERATIONS:
+        while square > goal and iterations < _CG_ITERATIONS:
             applied_LOIR = self.apply(direction_LOIR.to(dtype)).to(direction_LOIR)
             curvature = float((direction_LOIR * applied_LOIR).sum())
             if not curvature > flat * float(direction_LOIR.norm()) ** 2:

@@ -52,15 +52,17 @@ class Exact:
         return float(self.input_II.norm()) * outputs
 
     @cached_property
-    def steering(self) -> "Exact | Coarse":
-        """What is close to it and cheaper: in float32, and coarse where that pays."""
+    def steering(self) -> "tuple[Exact | Coarse, ...]":
+        """What is close to it and cheaper, the cheapest first: coarse, where that pays; in float32.
+
+        A coarse search may leave much where moments fall slowly; float32 is still twice as fast.
+        """
         input_II = self.input_II.to(torch.float32)
-        if self.output_OO is None:
-            return Exact(input_II, None)
-        output_OO = self.output_OO.to(torch.float32)
-        if min(len(input_II), len(output_OO)) < _LEADING_FROM:
-            return Exact(input_II, output_OO)
-        return Coarse(input_II, Leading.of(input_II), Leading.of(output_OO))
+        output_OO = None if self.output_OO is None else self.output_OO.to(torch.float32)
+        found: tuple[Exact | Coarse, ...] = ()
+        if output_OO is not None and min(len(input_II), len(output_OO)) >= _LEADING_FROM:
+            found = (Coarse(input_II, Leading.of(input_II), Leading.of(output_OO)),)
+        return found if self.dtype == torch.float32 else (*found, Exact(input_II, output_OO))
 
 
 @dataclass(frozen=True, slots=True)
