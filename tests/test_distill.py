@@ -288,7 +288,13 @@ def test_auto_loss_adds_kl_where_there_may_be_logits():
 def test_quantities_in_small_units_are_no_logits():
     ours, dense = 1000 * rows(8, 5), 1000 * rows(8, 5, seed=1)
     assert torch.equal(output_loss(ours, dense, None), output_loss(ours, dense, None, "mse"))
-    barred = dense / 1000  # one class that cannot be
+    # Padding says nothing of the units.
+    ours, dense = (rows(24, 5, seed=seed).reshape(8, 3, 5) for seed in (0, 1))
+    keep = torch.arange(3).expand(8, 3) < 1
+    padded = torch.where(keep[..., None], dense, 1000 * dense)
+    compared = [output_loss(ours, y, keep, vocabularies=[5]) for y in (dense, padded)]
+    assert torch.equal(*compared)
+    barred = rows(8, 5, seed=1)  # one class that cannot be
     barred[:, 2] = -1e9
     guess = barred + 0.1 * rows(8, 5)
     assert output_loss(guess, barred, None) > output_loss(guess, barred, None, "mse")
@@ -302,11 +308,24 @@ def test_quantities_in_small_units_are_no_logits():
         ((torch.arange(8) % 4).double(), "auto"),
         (torch.eye(4)[torch.arange(8) % 4], "auto"),
         (torch.softmax(rows(8, 4).float(), -1), "auto"),
+        (torch.softmax(rows(80, 400).float(), -1).bfloat16(), "auto"),
+        (torch.softmax(rows(8, 4).float(), -1).mul(100).round() / 100, "auto"),
         (rows(8, 4), "mse"),
         (rows(8, 1), "mse"),
         ((rows(8, 4) > 0).float(), "mse"),
     ],
-    ids=["none", "classes", "in floats", "one-hot", "soft", "columns", "one", "many of many"],
+    ids=[
+        "none",
+        "classes",
+        "in floats",
+        "one-hot",
+        "soft",
+        "half",
+        "decimals",
+        "columns",
+        "one",
+        "many of many",
+    ],
 )
 def test_labels_that_are_quantities_say_that_outputs_are_no_logits(labels, loss):
     calls = [Batch((rows(8, 3),)), Batch((rows(8, 3),), labels=labels)]

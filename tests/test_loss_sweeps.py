@@ -286,6 +286,29 @@ def test_what_comes_before_the_layer_is_computed_once():
     assert counts[6] == 7  # once more, to see whether it repeats
 
 
+def test_modules_that_write_in_place_are_replayed():
+    """They are not run in a replay, so they write only once."""
+
+    class Counted(nn.Linear):
+        count = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Counted(6, 24), nn.ReLU(inplace=True)).double()
+    model.append(mpo_linear((2, 2)))
+    x = batches(1)[0]
+    with torch.no_grad():
+        expected = model(x).sum()
+        prefix = FrozenPrefix(model, [model[2]])
+        with prefix.installed():
+            losses = [prefix.run(0, lambda: model(x).sum()) for _ in range(4)]
+    assert all(torch.equal(loss, expected) for loss in losses)
+    assert model[0].count == 2
+
+
 def test_models_that_write_in_place_are_computed_in_full():
     class InPlace(nn.Module):
         def __init__(self) -> None:

@@ -280,6 +280,17 @@ def test_an_error_leaves_the_old_weights_modes_and_flags(method):
     assert all("forward" not in vars(module) for module in model.modules())
 
 
+def test_autocast_of_the_caller_changes_nothing():
+    """Decompositions are not rounded to half precision; nor are chains left in two dtypes."""
+    data, runs = tuple(part.float() for part in regression(64)), []
+    for enabled in (False, True):
+        model = student().float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            mpo.train(model, data, epochs=1)
+        runs.append(list(model.parameters()))
+    assert all(map(torch.equal, *runs))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_seed_decides_and_the_global_one_is_left_alone(method):
     runs = []

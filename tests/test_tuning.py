@@ -16,6 +16,7 @@ from mpocompress.surgery import copy_with_replacements, find_weights
 from mpocompress.tuning import FitOptions, SitePlan, fit_in_sequence, take_statistics
 from mpocompress.tuning.fitting.correction import cross_validated_correction, regression
 from mpocompress.tuning.fitting.residual import StreamWatcher
+from mpocompress.tuning.fitting.sequential import _ranks
 from mpocompress.tuning.lockstep import OperationRecorder, Runner, stopping_layers
 from mpocompress.tuning.padding import keep_mask, real_rows
 from mpocompress.tuning.statistics.moments import CrossMoment, joined_rows
@@ -315,6 +316,15 @@ def test_no_layer_is_fitted_before_all_batches_wait_there(paths, expected):
         progress=lambda what, done, total: order.append(what),
     )
     assert [name for name in dict.fromkeys(order) if name in expected] == expected
+
+
+def test_layers_that_batches_call_alone_have_a_place_in_the_order():
+    """Else the order would seem to be unknown, and be read again before each layer."""
+    model = Branches().eval()
+    layers = list(model.layers)
+    data = along((2, -1, -1), (0, -1, -1))
+    ranks = _ranks(model, layers, list(mpo.loading.as_batches(data)))
+    assert set(ranks) == {layers[0], layers[2]}
 
 
 def test_layers_that_only_empty_batches_reach_are_truncated():

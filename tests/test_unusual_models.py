@@ -1,5 +1,6 @@
 """Models as people write them: what works elsewhere in torch works here, or is refused in time."""
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -274,6 +275,26 @@ def test_draws_of_a_model_follow_from_the_seed_and_those_of_others_from_theirs()
 
     with torch.random.fork_rng():
         assert all(map(torch.equal, tuned(2), tuned(3)))
+
+
+def test_healing_with_another_seed_draws_other_numbers():
+    class Noted(Samples):
+        def forward(self, x: Tensor) -> Tensor:
+            drawn.append(float(torch.rand(())))
+            return super().forward(x)
+
+    drawn: list[float] = []
+    dense, data = Noted(), batches()
+    found = mpo.compress(dense, bond_dim=4).model
+    options = {"data": data, "steps": 2, "learning_rate": 1e-3, "batch_size": 5}
+    runs = []
+    for seed in (0, 0, 1):
+        drawn.clear()
+        healed = copy.deepcopy(found)
+        mpo.distill(healed, reference=dense, seed=seed, **options)
+        runs.append(set(drawn))
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
 
 
 @pytest.mark.onnx

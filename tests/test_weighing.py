@@ -81,6 +81,7 @@ def test_steering_without_a_large_output_metric_is_the_metric_in_float32(outs, i
     exact = Exact(data_moment(ins, seed=0), None if outs is None else data_moment(outs, seed=1))
     steering = Steering(exact)
     assert isinstance(steering.current, Exact)
+    assert Steering(steering.current).current is None
     assert steering.current.dtype == torch.float32
     assert not steering.refine()
     matrix = gaussian(outs or 3, ins, seed=2)

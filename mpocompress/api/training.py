@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpocompress.api.calling import by_itself
 from mpocompress.api.data import calls_of
 from mpocompress.errors import DataError
 from mpocompress.layers.gauges import plain_gauge
@@ -31,7 +32,7 @@ from mpocompress.tuning.training.options import Method, Sites
 _BAR = 30
 
 
-@torch.inference_mode(False)
+@by_itself
 def train(
     model: nn.Module,
     data: Any,

@@ -95,7 +95,7 @@ def distill(
         evaluate_every: steps between evaluations; None for 25 in all.
         patience: stop after so many evaluations that were not better; None: never, since the loss
             may rise at first and fall below its start when the rate decays.
-        seed: of the order and of the held-out part.
+        seed: of the order, of the held-out part, and of what the model draws at random.
         checkpoint: file to go on from if a run with the same arguments was interrupted.
         progress: called as `progress(what, done, total)`.
 

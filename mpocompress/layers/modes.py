@@ -8,9 +8,14 @@ from torch import nn
 
 
 def cuda_devices(model: nn.Module) -> list[torch.device]:
-    """Where parameters of a model are, beside the CPU."""
+    """The CUDA devices that parameters of a model are on, in a fixed order."""
     devices = {parameter.device for parameter in model.parameters()}
     return sorted((device for device in devices if device.type == "cuda"), key=str)
+
+
+def seed_of_part(seed: int, part: int) -> int:
+    """The seed of one of the parts of a run, such as its steps, as `seeded` takes it."""
+    return (seed * 1_000_003 + part) % 2**63
 
 
 @contextmanager

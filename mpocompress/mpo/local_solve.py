@@ -212,28 +212,29 @@ class OperatorProblem:
         Preconditioned conjugate gradients from the present core, at most 100 iterations; wherever
         they stop, the objective is lower than before. As long as the residual is far from rounding,
         products with N are made with a cheaper metric: they only steer the search. What it finds is
-        judged by the exact one, with which it goes on if that was not enough.
+        judged by the exact one, and it goes on with finer ones if that was not enough.
         """
         preconditioner = self.precondition()
         weighed_OI = self.weigh(core_LOIR) if self.weighed_OI is None else self.weighed_OI
         solution = Solution(core_LOIR, 0.0, 0, 0.0, weighed_OI)
         scale = float((self.rhs_LOIR * preconditioner(self.rhs_LOIR)).sum())
         square = self._left(solution, preconditioner)
+        goal = max(_CG_REDUCTION**2 * square, torch.finfo(core_LOIR.dtype).eps ** 2 * scale)
         steering = self.steering
-        if steering is None or not square > _COARSE_ABOVE**2 * scale:
+        if not square > _COARSE_ABOVE**2 * scale:
+            steering = None
             # So close to rounding, not even that of the solves before may stay in the residual.
             if self.weighed_OI is not None:
                 solution = solution._replace(weighed_OI=self.weigh(core_LOIR))
-            return self._improved(self, solution, preconditioner, scale)
-        enough = _COARSE_LEAVES**2 * square
-        while True:
-            coarse = self._with(steering.current)
-            solution = self._improved(coarse, solution, preconditioner, scale)
+        while steering is not None and (current := steering.current) is not None:
+            solution, _ = self._improved(self._with(current), solution, preconditioner, goal)
             left = self._left(solution, preconditioner)
-            if left <= enough:
+            if left <= _COARSE_LEAVES**2 * square:
                 return solution._replace(residual=_relative(left, scale))
             if not steering.refine():
-                return self._improved(self, solution, preconditioner, scale)
+                break
+        solution, left = self._improved(self, solution, preconditioner, goal)
+        return solution._replace(residual=_relative(left, scale))
 
     def rise(self, solution: Solution, change_LOIR: Tensor) -> tuple[float, Tensor | None]:
         """By how much a change of a solved core raises the objective, and G W C after it."""
@@ -268,32 +269,34 @@ class OperatorProblem:
         searched: "OperatorProblem",
         start: Solution,
         preconditioner: Callable[[Tensor], Tensor],
-        scale: float,
-    ) -> Solution:
-        """What a search makes of a core, judged by this problem; gains and iterations add up."""
+        goal: float,
+    ) -> tuple[Solution, float]:
+        """What a search makes of a core, judged by this problem; gains and iterations add up.
+
+        Returns:
+            The solution, and the square of the residual that the search expects.
+        """
         residual_LOIR = self._residual(start)
         change_LOIR, square, iterations = searched.search(
-            residual_LOIR, preconditioner(residual_LOIR), preconditioner, scale
+            residual_LOIR, preconditioner(residual_LOIR), preconditioner, goal
         )
+        found = start._replace(iterations=start.iterations + iterations)
         change_OI = self.weigh(change_LOIR)
         gain = _gain(self, start.core_LOIR, change_LOIR, residual_LOIR, self.seen(change_OI))
-        found = start._replace(
-            iterations=start.iterations + iterations, residual=_relative(square, scale)
-        )
-        if gain == 0.0:
-            return found
-        return found._replace(
-            core_LOIR=start.core_LOIR + change_LOIR,
-            gain=start.gain + gain,
-            weighed_OI=self._weighed(start) + change_OI,
-        )
+        if gain > 0:
+            found = found._replace(
+                core_LOIR=start.core_LOIR + change_LOIR,
+                gain=start.gain + gain,
+                weighed_OI=self._weighed(start) + change_OI,
+            )
+        return found, square
 
     def search(
         self,
         residual_LOIR: Tensor,
         conditioned: Tensor,
         preconditioner: Callable[[Tensor], Tensor],
-        scale: float,
+        goal: float,
     ) -> tuple[Tensor, float, int]:
         """Conjugate gradients for N d = residual.
 
@@ -301,7 +304,7 @@ class OperatorProblem:
             residual_LOIR: its dtype is that of all vectors.
             conditioned: the preconditioner of it.
             preconditioner: an approximate inverse of N.
-            scale: square of the right-hand side in the norm of the preconditioner.
+            goal: square of a residual, in the norm of the preconditioner, that is small enough.
 
         Returns:
             The change d, the square of what is left of the residual, and the iterations.
@@ -310,11 +313,9 @@ class OperatorProblem:
         change_LOIR = torch.zeros_like(residual_LOIR)
         direction_LOIR = conditioned
         square = float((residual_LOIR * conditioned).sum())
-        rounding = torch.finfo(residual_LOIR.dtype).eps ** 2 * scale
-        enough = max(_CG_REDUCTION**2 * square, rounding)
         flat = torch.finfo(dtype).eps * self.norm()
         iterations = 0
-        while square > enough and iterations < _CG_ITERATIONS:
+        while square > goal and iterations < _CG_ITERATIONS:
             applied_LOIR = self.apply(direction_LOIR.to(dtype)).to(direction_LOIR)
             curvature = float((direction_LOIR * applied_LOIR).sum())
             if not curvature > flat * float(direction_LOIR.norm()) ** 2:

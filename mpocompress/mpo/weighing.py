@@ -16,6 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from mpocompress.mpo import linalg
+
 # Shares of the directions that are leading, to begin with and when asked for finer ones; then comes
 # the metric itself. Two layers of a digit classifier of 784 inputs, in four sites, need the first
 # one, layers of networks on 64 pixels the second or third.
@@ -54,28 +56,31 @@ class Exact:
 
 
 class Steering:
-    """Stand-ins of a metric in float32, from coarse to fine."""
+    """Stand-ins of a metric in float32, from coarse to fine, the metric itself the last."""
 
     def __init__(self, exact: Exact) -> None:
         output_OO = None if exact.output_OO is None else exact.output_OO.to(torch.float32)
-        self._exact = Exact(exact.input_II.to(torch.float32), output_OO)
+        self._whole = Exact(exact.input_II.to(torch.float32), output_OO)
         large = output_OO is not None and min(len(output_OO), len(exact.input_II)) >= _LEADING_FROM
-        self._shares = list(_LEADING_SHARES) if large else []
+        left: list[int | None] = [*_LEADING_SHARES] if large else []
+        # In float32 the metric is no stand-in of itself.
+        self._left = left if exact.dtype == torch.float32 else [*left, None]
         self.current = self._make()
 
     def refine(self) -> bool:
         """Go on to the next finer one; False if there is none."""
-        if not self._shares:
+        if self._left[0] is None:  # as fine as float32 can be; other solves may do with it
             return False
-        del self._shares[0]
+        del self._left[0]
         self.current = self._make()
-        return True
+        return self.current is not None
 
-    def _make(self) -> "Exact | Coarse":
-        input_II, output_OO = self._exact.input_II, self._exact.output_OO
-        if not self._shares or output_OO is None:
-            return self._exact
-        share = self._shares[0]
+    def _make(self) -> "Exact | Coarse | None":
+        if not self._left:
+            return None
+        share, (input_II, output_OO) = self._left[0], (self._whole.input_II, self._whole.output_OO)
+        if share is None or output_OO is None:
+            return self._whole
         return Coarse(input_II, Leading.of(input_II, share), Leading.of(output_OO, share))
 
 
@@ -102,7 +107,7 @@ class Leading:
             dtype=moment_NN.dtype,
         )
         for _ in range(2):
-            basis_NR = torch.linalg.qr(moment_NN @ basis_NR).Q
+            basis_NR = linalg.qr(moment_NN @ basis_NR)[0]
         middle_RR = basis_NR.mT @ (moment_NN @ basis_NR)
         covered_N = ((basis_NR @ middle_RR) * basis_NR).sum(1)
         return cls(basis_NR, middle_RR, (moment_NN.diagonal() - covered_N).clamp_min(0.0))

@@ -322,6 +322,7 @@ def _ranks(
                     model(*call.args, **call.kwargs)
                 for place, layer in enumerate(path):
                     latest[layer] = max(place, latest.get(layer, 0))
+                    order.add(layer)
                 for before, after in pairwise(path):
                     order.add(after, before)
     finally:

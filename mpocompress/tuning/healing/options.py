@@ -36,7 +36,7 @@ class DistillOptions:
             loss may rise at first and fall below its start when the rate decays, so that giving up
             early is no default.
         clip_norm: largest norm of the gradient of all parameters.
-        seed: of the held-out part and the order of the data.
+        seed: of the held-out part, the order of the data, and what the model draws at random.
     """
 
     blockwise_steps: int = 0

@@ -8,7 +8,8 @@ outputs instead. Operations between modules are computed again.
 
 A model may break this by side effects (caches that are passed along, writes in place). So the first
 recorded pass is repeated, and unless the loss comes out the same to the bit nothing is replayed.
-Nor is it once a pass has written to what was recorded, as some do where a batch calls for it.
+Nor is it once a pass has written to what was recorded, as some do where a batch calls for it; what
+recorded modules themselves write, as an in-place ReLU does, is not written again by a replay.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +39,9 @@ class FrozenPrefix:
         self._recordings: dict[int, list[tuple[nn.Module, Any]]] = {}
         self._trusted: bool | None = None
         self._recorded: list[tuple[nn.Module, Any]] | None = None
+        self._leaves: list[Tensor] = []
         self._versions: list[int] = []
+        self._written = False
         self._left: list[tuple[nn.Module, Any]] = []
         self._depth = 0
         self._past = True  # the layer has been called: nothing is frozen any more
@@ -84,9 +87,11 @@ class FrozenPrefix:
         self._start(record=True)
         try:
             loss = compute()
+            self._note_writes()
         finally:
             recorded, self._recorded, self._past = self._recorded, None, True
-        if self._versions != _versions(recorded or []):
+            self._leaves = []
+        if self._written:
             self._trusted = False
             self._recordings.clear()
             return loss
@@ -117,7 +122,7 @@ class FrozenPrefix:
 
     def _start(self, *, record: bool) -> None:
         self._recorded = [] if record else None
-        self._versions = []
+        self._leaves, self._versions, self._written = [], [], False
         self._left = []
         self._depth = 0
         self._past = False
@@ -134,20 +139,23 @@ class FrozenPrefix:
                     return self._left.pop()[1]
                 self._past = True  # another path than before: go on without help
                 return forward(*args, **kwargs)
+            self._note_writes()
             self._depth += 1
             try:
                 output = forward(*args, **kwargs)
             finally:
                 self._depth -= 1
             self._recorded.append((module, output))
-            self._versions += _versions(self._recorded[-1:])
+            self._leaves += tensors_in(output)
+            self._versions = [version_of(leaf) for leaf in self._leaves]
             return output
 
         return ask
 
-
-def _versions(recorded: Sequence[tuple[nn.Module, Any]]) -> list[int]:
-    return [version_of(leaf) for _, output in recorded for leaf in tensors_in(output)]
+    def _note_writes(self) -> None:
+        """Whether what was recorded has been written to since the last recorded module ended."""
+        if self._versions != [version_of(leaf) for leaf in self._leaves]:
+            self._written = True
 
 
 def _bytes(output: Any) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import DataError, DecompositionError
-from mpocompress.layers.modes import cuda_devices, evaluation_mode, seeded
+from mpocompress.layers.modes import cuda_devices, evaluation_mode, seed_of_part, seeded
 from mpocompress.tuning.lockstep import Call
 from mpocompress.tuning.minibatches import Minibatch, TrainingData
 from mpocompress.tuning.objectives import Loss, scalar_loss
@@ -284,6 +284,5 @@ class _Trainer:
     @contextmanager
     def _seeded(self, segment: int) -> Iterator[None]:
         """Dropout takes torch's global generators: seeded here, and given back as they were."""
-        seed = (self._options.seed * 1_000_003 + segment) % 2**63
-        with seeded(cuda_devices(self._model), seed):
+        with seeded(cuda_devices(self._model), seed_of_part(self._options.seed, segment)):
             yield
