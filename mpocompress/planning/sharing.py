@@ -7,6 +7,7 @@ accuracy) are met by walking along them.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from typing import NamedTuple
 
 from mpocompress.errors import BudgetError, LayoutError, NoLayerMatched
 from mpocompress.mpo import Layout
@@ -40,6 +41,13 @@ from mpocompress.planning.planner import Progress
 from mpocompress.planning.trials import Judge, PlanTrials, Shared, Trials
 from mpocompress.surgery import Inventory, WeightSite, check_finite, select_sites
 from mpocompress.surgery.match import as_patterns
+
+
+class _Unfit(NamedTuple):
+    """Why a weight takes no part in a layout, and whether the objective says so."""
+
+    why: str
+    by_objective: bool = False
 
 
 class Sharing:
@@ -121,8 +129,12 @@ class Sharing:
                 self.kept[site] = keep_entry(site, f"the layout does not fit: {forced}")
                 continue
             part = self._part(site, forced or Layout.svd(*site.shape), gains)
-            if part is not None:
+            if isinstance(part, Part):
                 self.parts.append(replace(part, forced=forced is not None))
+                continue
+            self.kept[site] = keep_entry(site, part.why)
+            if part.by_objective:
+                self._refused.append(f"{site.name}: {part.why}")
         rules.check_used()
 
     @property
@@ -277,17 +289,18 @@ class Sharing:
         # Where what stays dense is not counted, plans that compress more layers win untried.
         tried = self._judge.tries and self._may_stay_dense
         found = find_bottleneck(part.site.shape, part.share, kept, tried=tried)
-        other = None if found is None else self._part(part.site, found.layout, None)
-        if other is None or other.share.within(kept * other.share.dense) < 1:
+        if found is None:
+            return part
+        other = self._part(part.site, found.layout, None)
+        if not isinstance(other, Part) or other.share.within(kept * other.share.dense) < 1:
             return part
         wide = replace(other, bottleneck=found)
         gains = self._judge.gains(wide, kept) if len(self.parts) > 1 else None
         return replace(wide, share=replace(wide.share, gains=gains))
 
-    def _part(self, site: WeightSite, layout: Layout, gains: Gains | None) -> Part | None:
+    def _part(self, site: WeightSite, layout: Layout, gains: Gains | None) -> "Part | _Unfit":
         if (no_gain := why_no_gain(site)) is not None and self.objective.name != "size":
-            self._refuse(site, no_gain)
-            return None
+            return _Unfit(no_gain, by_objective=True)
         stored = cache(partial(stored_at, layout, self.gauge))  # asked for thousands of times
         dense = site.shape[0] * site.shape[1]
         bare = Share(
@@ -298,12 +311,10 @@ class Sharing:
         )
         smaller = bare.within(dense - 1)
         if smaller == 0:
-            self.kept[site] = keep_entry(site, "no bond dimension makes it smaller")
-            return None
+            return _Unfit("no bond dimension makes it smaller")
         top = self.objective.largest(site.shape, layout, smaller)
         if top == 0:
-            self._refuse(site, self.objective.refusal(site.shape, layout))
-            return None
+            return _Unfit(self.objective.refusal(site.shape, layout), by_objective=True)
         known = None
         if gains is not None and layout.is_svd:
             known = gains(site)
@@ -320,10 +331,6 @@ class Sharing:
             price=price,
         )
         return Part(site=site, layout=layout, share=share)
-
-    def _refuse(self, site: WeightSite, why: str) -> None:
-        self.kept[site] = keep_entry(site, why)
-        self._refused.append(f"{site.name}: {why}")
 
     def _price(self, shape: tuple[int, int], layout: Layout, top: int, bond: int) -> float:
         return self.objective.cost(shape, None if bond > top else layout, bond)
