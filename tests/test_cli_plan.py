@@ -200,7 +200,10 @@ def test_a_run_is_not_resumed_by_another_plan(here, capsys, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr("mpocompress.api.job.stored_weights", interrupt)
-        assert run(capsys, "model.pt", *given)[0] != 0
+        code, _, err = run(capsys, "model.pt", *given)
+        assert code == 130
+        assert "the same command goes on from there" in " ".join(err.split())
+        assert "With --resume" in run(capsys, "model.pt", "--bond-dim", "4", "-o", "other")[2]
     assert (here / "model-mpo.state").is_dir()
     plan["layers"][0]["bond_dims"] = [3]
     Path("plan.json").write_text(json.dumps(plan))

@@ -250,15 +250,28 @@ def compress(
             _show_plan(found)
         return
     directory = output or Path(f"{_stem(model)}-mpo")
-    with progress_bar() as progress:
-        done = pipeline.convert(
-            model, directory, request, force=force, resume=resume, progress=progress
-        )
+    try:
+        with progress_bar() as progress:
+            done = pipeline.convert(
+                model, directory, request, force=force, resume=resume, progress=progress
+            )
+    except KeyboardInterrupt:
+        state = pipeline.state_folder(directory)
+        typer.echo(f"mpocompress: stopped. {_how_to_go_on(state, resume)}", err=True)
+        raise
     show_notes(done.notes)
     if as_json:
         typer.echo(done.report.to_json(), nl=False)
     else:
         show_report(done.report, done.directory)
+
+
+def _how_to_go_on(state: Path, resume: bool) -> str:
+    if not resume:
+        return "Nothing was published. With --resume a run keeps what is done, to go on from there."
+    if not state.is_dir():
+        return "Nothing was done yet, and nothing was published."
+    return f"What is done is kept in {state}: the same command goes on from there."
 
 
 def _stem(model: str) -> str:

@@ -4,6 +4,7 @@ from mpocompress.pipeline.conversion import Conversion, convert, plan_model
 from mpocompress.pipeline.onnx_files import checked, file_metadata, quantize_batches
 from mpocompress.pipeline.opening import Opened, OpenedGraph, open_any, open_model
 from mpocompress.pipeline.request import Request
+from mpocompress.pipeline.run_state import state_folder
 
 __all__ = [
     "Conversion",
@@ -17,4 +18,5 @@ __all__ = [
     "open_model",
     "plan_model",
     "quantize_batches",
+    "state_folder",
 ]

@@ -35,6 +35,12 @@ class _Record(BaseModel):
     arguments: dict[str, Any]
 
 
+def state_folder(directory: str | Path) -> Path:
+    """Where a run with `--resume` into a directory keeps what is done: `DIR.state`, beside it."""
+    target = Path(os.path.abspath(directory))
+    return target.with_name(f"{target.name}.state")
+
+
 class RunState:
     """Fits and healing of a run with `--resume`, in `DIR.state`; a context, left when the run ends.
 
@@ -47,8 +53,7 @@ class RunState:
     """
 
     def __init__(self, directory: str | Path, *, force: bool) -> None:
-        target = Path(os.path.abspath(directory))
-        self.folder = target.with_name(f"{target.name}.state")
+        self.folder = state_folder(directory)
         self._file = self.folder / _RECORD_FILE
         self._record = self._read()
         self._force = force
