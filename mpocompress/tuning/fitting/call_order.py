@@ -7,8 +7,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from mpocompress.layers.modes import cuda_devices, seeded
-from mpocompress.tuning.lockstep import Call
+from mpocompress.tuning.lockstep import Call, seeded_call
 
 
 def call_ranks(
@@ -35,8 +34,7 @@ def call_ranks(
         with torch.no_grad():
             for number, call in enumerate(calls):
                 path.clear()
-                with seeded(cuda_devices(model), number):
-                    model(*call.args, **call.kwargs)
+                seeded_call(model, call, number)
                 for place, layer in enumerate(path):
                     latest[layer] = max(place, latest.get(layer, 0))
                     order.add(layer)
