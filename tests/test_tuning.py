@@ -14,9 +14,9 @@ from mpocompress.mpo import Layout
 from mpocompress.mpo.metric import Metric
 from mpocompress.surgery import copy_with_replacements, find_weights
 from mpocompress.tuning import FitOptions, SitePlan, fit_in_sequence, take_statistics
+from mpocompress.tuning.fitting.call_order import call_ranks
 from mpocompress.tuning.fitting.correction import cross_validated_correction, regression
 from mpocompress.tuning.fitting.residual import StreamWatcher
-from mpocompress.tuning.fitting.sequential import _ranks
 from mpocompress.tuning.lockstep import OperationRecorder, Runner, stopping_layers
 from mpocompress.tuning.padding import keep_mask, real_rows
 from mpocompress.tuning.statistics.moments import CrossMoment, joined_rows
@@ -323,7 +323,7 @@ def test_layers_that_batches_call_alone_have_a_place_in_the_order():
     model = Branches().eval()
     layers = list(model.layers)
     data = along((2, -1, -1), (0, -1, -1))
-    ranks = _ranks(model, layers, list(mpo.loading.as_batches(data)))
+    ranks = call_ranks(model, layers, list(mpo.loading.as_batches(data)))
     assert set(ranks) == {layers[0], layers[2]}
 
 

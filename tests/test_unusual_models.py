@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mpocompress as mpo
 from mpocompress.errors import DataError, NoLayerMatched
+from mpocompress.layers.modes import cuda_devices
 from mpocompress.loading import load_source
 from tests.tolerances import TOL
 
@@ -275,6 +277,14 @@ def test_draws_of_a_model_follow_from_the_seed_and_those_of_others_from_theirs()
 
     with torch.random.fork_rng():
         assert all(map(torch.equal, tuned(2), tuned(3)))
+
+
+def test_a_model_draws_on_the_gpu_that_only_its_buffers_are_on():
+    model = nn.BatchNorm1d(4, affine=False)
+    assert cuda_devices(model) == []
+    with FakeTensorMode():  # as if there were one
+        model.running_mean = torch.zeros(4, device="cuda")
+    assert cuda_devices(model) == [torch.device("cuda", 0)]
 
 
 def test_healing_with_another_seed_draws_other_numbers():

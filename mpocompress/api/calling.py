@@ -5,15 +5,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import DataError, LoadError, MPOCompressError
-from mpocompress.layers.modes import cuda_devices, evaluation_mode, seeded
+from mpocompress.layers.modes import evaluation_mode
 from mpocompress.loading import Batch
-from mpocompress.tuning.lockstep import floating_outputs
+from mpocompress.tuning.lockstep import floating_outputs, seeded_call
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -181,9 +181,8 @@ def with_whole_batches(model: nn.Module, calls: Sequence[Batch]) -> list[Batch]:
 
 
 def _call(model: nn.Module, batch: Batch, *, seed: int = 0) -> list[Tensor]:
-    with evaluation_mode(model), seeded(cuda_devices(model), seed), torch.no_grad():
-        output: Any = model(*batch.args, **batch.kwargs)
-    return floating_outputs(output)
+    with evaluation_mode(model), torch.no_grad():
+        return floating_outputs(seeded_call(model, batch, seed))
 
 
 def _stand_alone(whole: list[Tensor], apart: list[Tensor], rows: Tensor, count: int) -> bool:

@@ -1,15 +1,16 @@
 """Evaluation mode, and random numbers that follow from a seed, for a while."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import nn
 
 
 def cuda_devices(model: nn.Module) -> list[torch.device]:
-    """The CUDA devices that parameters of a model are on, in a fixed order."""
-    devices = {parameter.device for parameter in model.parameters()}
+    """The CUDA devices that parameters and buffers of a model are on, in a fixed order."""
+    devices = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
     return sorted((device for device in devices if device.type == "cuda"), key=str)
 
 
@@ -19,22 +20,51 @@ def seed_of_part(seed: int, part: int) -> int:
 
 
 @contextmanager
-def seeded(devices: Sequence[torch.device], seed: int) -> Iterator[None]:
+def seeded(model: nn.Module, seed: int) -> Iterator[None]:
     """Within the block torch's global generators begin with a seed; their states are restored.
 
     A forward that draws at random, as one that samples a latent variable does, can only draw from
     these. Two models that are compared have to draw the same.
 
     Args:
-        devices: with a generator of their own, see `cuda_devices`; that of the CPU is always meant.
+        model: that draws, from the generator of the CPU and those of its CUDA devices.
         seed: in [0, 2**63).
     """
+    devices = cuda_devices(model)
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)
         for device in devices:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+class OwnDraws:
+    """Random numbers of one run of a model, which go on from block to block.
+
+    Args:
+        model: see `seeded`.
+        seed: that the first block begins with.
+    """
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self._devices = cuda_devices(model)
+        with seeded(model, seed):
+            self._keep_states()
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Within the block torch's global generators go on where the block before has left them."""
+        with torch.random.fork_rng(devices=self._devices):
+            torch.set_rng_state(self._state)
+            for device, state in zip(self._devices, self._cuda_states, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+            self._keep_states()
+
+    def _keep_states(self) -> None:
+        self._state = torch.get_rng_state()
+        self._cuda_states = [torch.cuda.get_rng_state(device) for device in self._devices]
 
 
 @contextmanager
@@ -59,7 +89,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     ]
     try:
         model.eval()
-        with seeded(cuda_devices(model), 0):
+        with seeded(model, 0):
             yield
     finally:
         for module, mode in modes:

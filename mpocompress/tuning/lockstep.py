@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpocompress.errors import DataError
-from mpocompress.layers.modes import cuda_devices, seeded
+from mpocompress.layers.modes import OwnDraws, seeded
 
 
 class Call(Protocol):
@@ -47,6 +47,12 @@ def version_of(value: Tensor) -> int:
 def rows_of(call: Call) -> int:
     """Size of the first dimension of the first argument that has one."""
     return next(t.shape[0] for t in (*call.args, *call.kwargs.values()) if t.ndim)
+
+
+def seeded_call(model: nn.Module, call: Call, seed: int) -> Any:
+    """What a model returns for a batch; models that are given the same seed draw the same."""
+    with seeded(model, seed):
+        return model(*call.args, **call.kwargs)
 
 
 @dataclass(slots=True)
@@ -87,13 +93,11 @@ class Runner:
         self._stopped = threading.Semaphore(0)
         self._abandoned = False
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._seed = seed
-        self._devices = cuda_devices(model)
-        self._generators: list[Tensor] = []
+        self._draws = OwnDraws(model, seed)
 
     def start(self) -> None:
         """Run to the first stop."""
-        with self._own_random_numbers():
+        with self._draws.going_on():
             self._thread.start()
             self._stopped.acquire()
         self._raise()
@@ -102,7 +106,7 @@ class Runner:
         """Let `compute` stand for the layer where this runner waits; run to the next stop."""
         self._compute = compute
         self.arrival = None
-        with self._own_random_numbers():
+        with self._draws.going_on():
             self._go.release()
             self._stopped.acquire()
         self._raise()
@@ -143,18 +147,6 @@ class Runner:
             self.error = error
         finally:
             self._stopped.release()
-
-    @contextmanager
-    def _own_random_numbers(self) -> Iterator[None]:
-        """Within the block the global generators go on where this runner has left them."""
-        with seeded(self._devices, self._seed):
-            if self._generators:
-                torch.set_rng_state(self._generators[0])
-            for state, device in zip(self._generators[1:], self._devices, strict=False):
-                torch.cuda.set_rng_state(state, device)
-            yield
-            states = (torch.cuda.get_rng_state(device) for device in self._devices)
-            self._generators = [torch.get_rng_state(), *states]
 
     def _raise(self) -> None:
         if self.error is not None:

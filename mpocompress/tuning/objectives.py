@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import DataError
-from mpocompress.layers.modes import cuda_devices, evaluation_mode, seeded
-from mpocompress.tuning.lockstep import Call, floating_outputs
+from mpocompress.layers.modes import evaluation_mode
+from mpocompress.tuning.lockstep import Call, floating_outputs, seeded_call
 from mpocompress.tuning.padding import keep_mask, real_rows
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -81,13 +81,11 @@ class Distillation:
                 "(Kullback-Leibler). Or give a function loss(model, batch)."
             )
         self._kind = kind
-        self._devices = cuda_devices(reference)
         self._targets: dict[int, tuple[Call, int, list[Tensor]]] = {}
         with evaluation_mode(reference), torch.no_grad():
             for number, call in enumerate(calls):
-                with seeded(self._devices, number):
-                    # A copy: the model may go on to write into what it returned.
-                    rows = [rows.clone() for rows in self._rows(reference, call)]
+                # A copy: the model may go on to write into what it returned.
+                rows = [rows.clone() for rows in self._rows(reference, call, number)]
                 self._targets[id(call)] = (call, number, rows)
 
     def __call__(self, model: nn.Module, call: Call) -> Tensor:
@@ -95,8 +93,7 @@ class Distillation:
         if id(call) not in self._targets:
             raise DataError("this batch is not one of those that the reference was run on.")
         _, number, targets = self._targets[id(call)]
-        with seeded(self._devices, number):
-            found = list(self._rows(model, call))
+        found = list(self._rows(model, call, number))
         shapes = [[tuple(rows.shape) for rows in side] for side in (found, targets)]
         if shapes[0] != shapes[1]:
             raise DataError(
@@ -106,9 +103,9 @@ class Distillation:
         terms = [self._term(rows, target) for rows, target in zip(found, targets, strict=True)]
         return torch.stack(terms).mean()
 
-    def _rows(self, model: nn.Module, call: Call) -> Iterator[Tensor]:
+    def _rows(self, model: nn.Module, call: Call, number: int) -> Iterator[Tensor]:
         keep = keep_mask(call.kwargs)
-        outputs = model(*call.args, **call.kwargs)
+        outputs = seeded_call(model, call, number)
         floating = floating_outputs(outputs)
         if self._kind == "logits":
             logits = getattr(outputs, "logits", None)

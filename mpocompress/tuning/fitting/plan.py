@@ -1,7 +1,7 @@
 """What is asked of a fit to data, and what it gives, layer by layer."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import Literal, get_args
 
@@ -110,3 +110,11 @@ class SitePlan:
     bond_dims: tuple[int, ...]
     storage: Storage = field(default_factory=Storage)
     stays_dense: bool = False
+
+
+def with_output_metric(options: FitOptions, plans: Iterable[SitePlan]) -> FitOptions:
+    """The options with what "auto" is for these plans; others as they are."""
+    if options.output_metric != "auto":
+        return options
+    swept = [plan.site.shape for plan in plans if not (plan.stays_dense or plan.layout.is_svd)]
+    return replace(options, output_metric="sites" if exact_takes_long(swept) else "exact")

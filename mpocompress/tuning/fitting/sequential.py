@@ -13,26 +13,23 @@ layer is fitted on the batches that call it, once all of them wait there.
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from graphlib import CycleError, TopologicalSorter
-from itertools import pairwise
+from itertools import chain
 
-import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import DataError, MPOCompressError, NoRowsError
-from mpocompress.layers.modes import cuda_devices, evaluation_mode, seeded
+from mpocompress.layers.modes import evaluation_mode
 from mpocompress.layers.opened import layers_called
-from mpocompress.mpo.contract import apply_cores
 from mpocompress.surgery import WeightSite
+from mpocompress.tuning.fitting.call_order import call_ranks
 from mpocompress.tuning.fitting.dense_layers import is_corrected
+from mpocompress.tuning.fitting.forwards import Forward, dense_forward, fitted_forward
 from mpocompress.tuning.fitting.one_layer import fit_layer, fit_looked_up
 from mpocompress.tuning.fitting.plan import (
     FitOptions,
     FittedWeight,
-    OutputMetric,
     SitePlan,
-    exact_takes_long,
+    with_output_metric,
 )
 from mpocompress.tuning.fitting.residual import StreamWatcher
 from mpocompress.tuning.fitting.state import FitStore
@@ -92,137 +89,184 @@ def fit_in_sequence(
     given = (model, plans, calls, output_metrics or {}, heads or {}, later or {})
     how = (options or FitOptions(), store, progress)
     try:
-        return _fit_in_sequence(*given, *how, copies=False)
+        return _Pass(*given, *how, copies=False).run()
     except _OverwrittenError:
         pass  # with the activations that it holds
-    return _fit_in_sequence(*given, *how, copies=True)
+    return _Pass(*given, *how, copies=True).run()
+
+
+Pair = tuple[Runner, Runner]
+"""One batch in the dense and in the compressed model."""
 
 
 class _OverwrittenError(Exception):
     """The dense model has changed what a layer read before it could be looked at."""
 
 
-def _fit_in_sequence(
-    model: nn.Module,
-    plans: Sequence[SitePlan],
-    calls: Sequence[Call],
-    output_metrics: Mapping[nn.Module, Tensor],
-    heads: Mapping[WeightSite, Sequence[HeadUse]],
-    later: Mapping[WeightSite, LaterCalls],
-    options: FitOptions,
-    store: FitStore | None,
-    progress: Callable[[str, int, int], None] | None,
-    *,
-    copies: bool,
-) -> dict[WeightSite, FittedWeight]:
-    """The same; with copies of what the dense layers read."""
-    if options.output_metric == "auto":
-        swept = [plan.site.shape for plan in plans if not (plan.stays_dense or plan.layout.is_svd)]
-        metric: OutputMetric = "sites" if exact_takes_long(swept) else "exact"
-        options = replace(options, output_metric=metric)
-    by_module = {module: plan for plan in plans for module in plan.site.modules}
-    fitted: dict[WeightSite, FittedWeight] = {}
-    without_rows: set[WeightSite] = set()
-    ranks: dict[nn.Module, int] = {}
-    pairs = [
-        (
-            Runner(model, call, StreamWatcher(), seed=number),
-            Runner(model, call, OperationRecorder(), seed=number),
-        )
-        for number, call in enumerate(calls)
-    ]
-    dense_runners = {id(dense) for dense, _ in pairs}
-    forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+class _Pass:
+    """Both models on their way through all batches, and what has been fitted by now.
 
-    def is_done(layer: nn.Module) -> bool:
-        site = by_module[layer].site
-        return site in fitted or site in without_rows
+    Its arguments are those of `fit_in_sequence`, and whether to keep `copies` of what the dense
+    layers read, which a model may overwrite.
+    """
 
-    def compressed_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-        if layer not in forwards:
-            plan = by_module[layer]
-            if plan.site in without_rows:
-                return _dense_forward(layer)
-            done = fitted[plan.site]
-            same = plan.stays_dense and not is_corrected(plan.site, done)
-            # What is as it was gives what it gave, to the bit.
-            forwards[layer] = _dense_forward(layer) if same else _compressed_forward(layer, done)
-        return forwards[layer]
+    def __init__(
+        self,
+        model: nn.Module,
+        plans: Sequence[SitePlan],
+        calls: Sequence[Call],
+        output_metrics: Mapping[nn.Module, Tensor],
+        heads: Mapping[WeightSite, Sequence[HeadUse]],
+        later: Mapping[WeightSite, LaterCalls],
+        options: FitOptions,
+        store: FitStore | None,
+        progress: Callable[[str, int, int], None] | None,
+        *,
+        copies: bool,
+    ) -> None:
+        self._model = model
+        self._plans = {module: plan for plan in plans for module in plan.site.modules}
+        self._calls = calls
+        self._output_metrics = output_metrics
+        self._heads = heads
+        self._later = later
+        self._options = with_output_metric(options, plans)
+        self._store = store
+        self._progress = progress
+        self._copies = copies
+        self._total = len(plans)
+        self._shared = _shared_parameters(model)
+        self._pairs = [_pair(model, call, number) for number, call in enumerate(calls)]
+        self._dense = {dense for dense, _ in self._pairs}
+        self._collector = Collector([keep_mask(call.kwargs) for call in calls])
+        self._ranks: dict[nn.Module, int] = {}
+        self._forwards: dict[nn.Module, Forward] = {}
+        self._fitted: dict[WeightSite, FittedWeight] = {}
+        self._without_rows: set[WeightSite] = set()
 
-    def compute(layer: nn.Module, runner: Runner, value: Tensor) -> Tensor:
-        if not is_done(layer):
+    def run(self) -> dict[WeightSite, FittedWeight]:
+        """From the first layer to the last.
+
+        Raises:
+            _OverwrittenError: only copies of what the dense layers read would do.
+        """
+        if self._store is not None:
+            self._store.begin(
+                self._model, self._calls, self._output_metrics, self._later, self._options
+            )
+        with (
+            evaluation_mode(self._model),
+            layers_called(self._model),
+            stopping_layers(list(self._plans), self._compute),
+            _abandoning(self._pairs),
+        ):
+            for runner in chain.from_iterable(self._pairs):
+                runner.start()
+            while waiting := _layers_waited_at(self._pairs):
+                self._reach(self._first_of(waiting))
+                self._go_on()
+        if self._without_rows and not self._fitted:
+            raise NoRowsError(
+                "no row of the data reaches a layer that is to be fitted: its mask marks "
+                "everything as padding, or the model leaves these layers out."
+            )
+        return self._fitted
+
+    # -- what stands for a layer
+
+    def _compute(self, layer: nn.Module, runner: Runner, value: Tensor) -> Tensor:
+        """A call of a layer inside a runner, which waits there until the layer is fitted."""
+        if not self._is_done(layer):
             return runner.stop_at(layer, value)
         # Used again: a shared layer, or one tied to a layer that has been fitted.
-        is_dense = id(runner) in dense_runners
-        forward = _dense_forward(layer) if is_dense else compressed_forward(layer)
-        return runner.call_layer(layer, forward, value)
+        return runner.call_layer(layer, self._forward(layer, runner), value)
 
+    def _is_done(self, layer: nn.Module) -> bool:
+        site = self._plans[layer].site
+        return site in self._fitted or site in self._without_rows
+
+    def _forward(self, layer: nn.Module, runner: Runner) -> Forward:
+        """That of the runner's model, for a layer that is done."""
+        plan = self._plans[layer]
+        if runner in self._dense or plan.site in self._without_rows:
+            return dense_forward(layer)
+        if layer not in self._forwards:
+            done = self._fitted[plan.site]
+            same = plan.stays_dense and not is_corrected(plan.site, done)
+            # What is as it was gives what it gave, to the bit.
+            self._forwards[layer] = dense_forward(layer) if same else fitted_forward(layer, done)
+        return self._forwards[layer]
+
+    # -- one layer after the other
+
+    def _first_of(self, waiting: Sequence[nn.Module]) -> nn.Module:
+        """Of several layers the one that no batch calls after another of them."""
+        if len(waiting) > 1 and not self._ranks:
+            self._ranks = call_ranks(self._model, list(self._plans), self._calls)
+        # What no batch calls in the dense model comes last.
+        return min(waiting, key=lambda layer: self._ranks.get(layer, len(self._ranks)))
+
+    def _reach(self, layer: nn.Module) -> None:
+        """Fit a layer on the batches that wait there, or take the fit that is in the store."""
+        plan = self._plans[layer]
+        if self._progress is not None:
+            self._progress(plan.site.name, len(self._fitted), self._total)
+        repair = self._options.repair_streams
+        places = [_place(layer, pair, repair, self._copies) for pair in self._pairs]
+        done = None if self._store is None else self._store.reach(plan)
+        if done is None:
+            try:
+                done = self._fit(layer, plan, places)
+            except MPOCompressError as error:
+                raise type(error)(f"layer {plan.site.label}: {error}") from error
+            if self._store is not None and done is not None:
+                self._store.put(plan, done)
+        if done is None:
+            self._without_rows.add(plan.site)
+        else:
+            self._fitted[plan.site] = done
+
+    def _fit(
+        self, layer: nn.Module, plan: SitePlan, places: Sequence[Place | None]
+    ) -> FittedWeight | None:
+        """None where no row of the data reaches the layer."""
+        output_metric, later = self._output_metrics.get(layer), self._later.get(plan.site)
+        if adapter_of(layer).looks_up:
+            counts = self._collector.count(layer, places)
+            if later is not None:
+                counts = later.pooled_counts(counts)
+            if not counts.rows:
+                return None
+            tied = self._heads.get(plan.site, ())
+            return fit_looked_up(plan, counts, output_metric, tied, self._options)
+        folds = self._collector.collect(layer, places)
+        if not any(fold.inputs.rows for fold in folds):
+            return None
+        return fit_layer(layer, plan, folds, later, output_metric, self._options, self._shared)
+
+    def _go_on(self) -> None:
+        """Past what was just fitted; some may wait at a layer that is tied to it, too."""
+        for dense, compressed in self._pairs:
+            for runner in (compressed, dense):
+                while runner.arrival and self._is_done(runner.arrival.layer):
+                    runner.resume(self._forward(runner.arrival.layer, runner))
+
+
+def _pair(model: nn.Module, call: Call, number: int) -> Pair:
+    """One batch in the dense and in the compressed model, which draw the same at random."""
+    return (
+        Runner(model, call, StreamWatcher(), seed=number),
+        Runner(model, call, OperationRecorder(), seed=number),
+    )
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """The ids of parameters that several modules use."""
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    shared = {parameter for parameter, count in uses.items() if count > 1}
-    if store is not None:
-        store.begin(model, calls, output_metrics, later, options)
-    collector = Collector([keep_mask(call.kwargs) for call in calls])
-    with (
-        evaluation_mode(model),
-        layers_called(model),
-        stopping_layers(list(by_module), compute),
-        _abandoning(pairs),
-    ):
-        for pair in pairs:
-            for runner in pair:
-                runner.start()
-        while waiting := _layers_waited_at(pairs):
-            if len(waiting) > 1 and not ranks:
-                ranks = _ranks(model, list(by_module), calls)
-            # What no batch calls in the dense model comes last.
-            layer = min(waiting, key=lambda found: ranks.get(found, len(ranks)))
-            plan = by_module[layer]
-            if progress is not None:
-                progress(plan.site.name, len(fitted), len(plans))
-            places = [_place(layer, pair, options.repair_streams, copies) for pair in pairs]
-            output_metric, again = output_metrics.get(layer), later.get(plan.site)
-            done = None if store is None else store.reach(plan)
-            if done is None:
-                try:
-                    if adapter_of(layer).looks_up:
-                        counts = collector.count(layer, places)
-                        if again is not None:
-                            counts = again.pooled_counts(counts)
-                        tied = heads.get(plan.site, ())
-                        if counts.rows:
-                            done = fit_looked_up(plan, counts, output_metric, tied, options)
-                    else:
-                        folds = collector.collect(layer, places)
-                        if any(fold.inputs.rows for fold in folds):
-                            done = fit_layer(
-                                layer, plan, folds, again, output_metric, options, shared
-                            )
-                except MPOCompressError as error:
-                    raise type(error)(f"layer {plan.site.label}: {error}") from error
-                if store is not None and done is not None:
-                    store.put(plan, done)
-            if done is None:
-                without_rows.add(plan.site)
-            else:
-                fitted[plan.site] = done
-            del places
-            for dense, compressed in pairs:
-                # They may wait at a layer that is tied to what was just fitted, too.
-                while compressed.arrival and is_done(compressed.arrival.layer):
-                    compressed.resume(compressed_forward(compressed.arrival.layer))
-                while dense.arrival and is_done(dense.arrival.layer):
-                    dense.resume(_dense_forward(dense.arrival.layer))
-    if without_rows and not fitted:
-        raise NoRowsError(
-            "no row of the data reaches a layer that is to be fitted: its mask marks everything as "
-            "padding, or the model leaves these layers out."
-        )
-    return fitted
+    return {parameter for parameter, count in uses.items() if count > 1}
 
 
-def _place(
-    layer: nn.Module, pair: tuple[Runner, Runner], repair_streams: bool, copies: bool
-) -> Place | None:
+def _place(layer: nn.Module, pair: Pair, repair_streams: bool, copies: bool) -> Place | None:
     """Read where a pair waits, and let the dense runner go on to the next layer.
 
     It runs one layer ahead: only what follows the layer tells which stream its output goes into.
@@ -242,7 +286,7 @@ def _place(
     # Behind a compressed router one model may have called what the other has not; the numbers of
     # their operations then say nothing.
     aligned = dense.recorder.count == ours.recorder.count
-    dense.resume(_dense_forward(layer))
+    dense.resume(dense_forward(layer))
     if version_of(dense_input) != version:
         raise _OverwrittenError
     streams = None
@@ -255,84 +299,10 @@ def _place(
     return Place(dense_input, ours_at.input, streams)
 
 
-def _dense_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The layer's own forward, whatever has been put in front of it."""
-
-    def forward(value: Tensor) -> Tensor:
-        output: Tensor = type(layer).forward(layer, value)
-        return output
-
-    return forward
-
-
-def _compressed_forward(layer: nn.Module, fitted: FittedWeight) -> Callable[[Tensor], Tensor]:
-    mpo = fitted.mpo
-    adapter = adapter_of(layer)
-    if not adapter.takes_rows:
-        built = adapter.build(layer, mpo)
-        if fitted.bias is not None and isinstance(built.bias, nn.Parameter):
-            built.bias.data.copy_(fitted.bias)
-        for name, attribute in vars(layer).items():  # as surgery does
-            if name != "forward" and name not in vars(built) and not hasattr(type(built), name):
-                setattr(built, name, attribute)
-        return built
-    bias = getattr(layer, "bias", None) if fitted.bias is None else fitted.bias
-
-    def forward(value: Tensor) -> Tensor:
-        output = apply_cores(mpo.cores, value, shape=mpo.shape)
-        return output if bias is None else output + bias
-
-    return forward
-
-
-Pair = tuple[Runner, Runner]
-
-
 def _layers_waited_at(pairs: Sequence[Pair]) -> list[nn.Module]:
     """Each once, in the order of the batches; none when all have finished."""
     arrivals = (runner.arrival for pair in pairs for runner in pair)
     return list(dict.fromkeys(arrival.layer for arrival in arrivals if arrival is not None))
-
-
-def _ranks(
-    model: nn.Module, layers: Sequence[nn.Module], calls: Sequence[Call]
-) -> dict[nn.Module, int]:
-    """An order in which no batch calls a layer for the first time after a later one.
-
-    Where there is none, as some batches call two layers one way round and some the other, that of
-    their latest places in any batch.
-
-    Args:
-        model: dense; it is run on all batches.
-        layers: to be ordered.
-        calls: batches.
-    """
-    order: TopologicalSorter[nn.Module] = TopologicalSorter()
-    path: dict[nn.Module, None] = {}
-    latest: dict[nn.Module, int] = {}
-    hooks = [
-        layer.register_forward_pre_hook(lambda called, _args: path.setdefault(called))
-        for layer in layers
-    ]
-    try:
-        with torch.no_grad():
-            for number, call in enumerate(calls):
-                path.clear()
-                with seeded(cuda_devices(model), number):
-                    model(*call.args, **call.kwargs)
-                for place, layer in enumerate(path):
-                    latest[layer] = max(place, latest.get(layer, 0))
-                    order.add(layer)
-                for before, after in pairwise(path):
-                    order.add(after, before)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    try:
-        found = list(order.static_order())
-    except CycleError:
-        found = sorted(latest, key=lambda layer: latest[layer])
-    return {layer: place for place, layer in enumerate(found)}
 
 
 @contextmanager

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import DataError, OutputsDifferError
-from mpocompress.layers.modes import cuda_devices, seeded
 from mpocompress.tuning.healing.blocks import watched_outputs
-from mpocompress.tuning.lockstep import Call, floating_outputs
+from mpocompress.tuning.lockstep import Call, floating_outputs, seeded_call
 from mpocompress.tuning.padding import keep_mask, real_rows
 
 OutputLoss = Literal["auto", "kl", "mse", "cosine"]
@@ -187,7 +186,6 @@ class Distance:
         self._kind = output_loss
         self._vocabularies = vocabularies_of(reference)
         self._hidden_weight = hidden_weight
-        self._devices = cuda_devices(reference)
         self._kept: dict[int, tuple[Any, Mapping[str, list[Tensor]]] | None] = {}
         self._seeds: dict[int, int] = {}
         self._alive: list[Call] = []
@@ -207,12 +205,8 @@ class Distance:
     def _dense(self, call: Call, seed: int) -> tuple[Any, Mapping[str, list[Tensor]]]:
         found = self._kept.get(id(call))
         if found is None:
-            with (
-                torch.no_grad(),
-                watched_outputs(self._reference, self._blocks) as hidden,
-                seeded(self._devices, seed),
-            ):
-                found = (self._reference(*call.args, **call.kwargs), hidden)
+            with torch.no_grad(), watched_outputs(self._reference, self._blocks) as hidden:
+                found = (seeded_call(self._reference, call, seed), hidden)
             if id(call) in self._kept:
                 size = sum(tensor.nbytes for tensor in floating_outputs(found))
                 if self._kept_bytes + size <= _KEPT_BYTES:
@@ -233,8 +227,8 @@ class Distance:
         if seed is None:
             seed = int(torch.randint(2**62, (), device="cpu"))
         dense, dense_hidden = self._dense(call, seed)
-        with watched_outputs(self._model, self._blocks) as our_hidden, seeded(self._devices, seed):
-            ours = self._model(*call.args, **call.kwargs)
+        with watched_outputs(self._model, self._blocks) as our_hidden:
+            ours = seeded_call(self._model, call, seed)
         loss = output_loss(ours, dense, keep, self._kind, vocabularies=self._vocabularies)
         hidden = _hidden_errors(our_hidden, dense_hidden, keep)
         return loss + self._hidden_weight * torch.stack(hidden).mean() if hidden else loss

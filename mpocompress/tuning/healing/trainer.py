@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import DataError
-from mpocompress.layers.modes import cuda_devices, seed_of_part, seeded
+from mpocompress.layers.modes import seed_of_part, seeded
 from mpocompress.tuning.healing.learning_rates import LEARNING_RATES, peak_from_trials, trial_steps
 from mpocompress.tuning.healing.loss import Distance
 from mpocompress.tuning.healing.optimizer import HealingOptimizer
@@ -87,7 +87,6 @@ class Trainer:
         progress: Callable[[str, int, int], None] | None,
     ) -> None:
         self._model = model
-        self._devices = cuda_devices(model)
         self._parameters = parameters
         self._data = data
         self._loss = held_out_loss
@@ -173,7 +172,7 @@ class Trainer:
         batches = [self._data.minibatch(many * step + place) for place in range(many)]
         rows = sum(batch.rows for batch in batches)
         total = 0.0
-        with seeded(self._devices, seed_of_part(self._options.seed, step)):
+        with seeded(self._model, seed_of_part(self._options.seed, step)):
             for batch in batches:
                 loss = phase.loss(batch) * (batch.rows / rows)
                 if loss.requires_grad:

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mpocompress.layers.modes import cuda_devices, evaluation_mode, seeded
+from mpocompress.layers.modes import evaluation_mode
 from mpocompress.mpo import Layout
 from mpocompress.surgery import WeightSite
 from mpocompress.tuning.fitting.fitted_model import with_fitted
 from mpocompress.tuning.fitting.plan import FitOptions, SitePlan
 from mpocompress.tuning.fitting.sequential import fit_in_sequence
 from mpocompress.tuning.healing.loss import loss_for, output_loss, vocabularies_of
-from mpocompress.tuning.lockstep import Call, floating_outputs, rows_of
+from mpocompress.tuning.lockstep import Call, floating_outputs, rows_of, seeded_call
 from mpocompress.tuning.padding import keep_mask
 from mpocompress.tuning.statistics.later_calls import LaterCalls
 from mpocompress.tuning.statistics.output_errors import OutputChange
@@ -102,16 +102,12 @@ def effect_together(
     kind, vocabularies = loss_for("auto", calls), vocabularies_of(model)
     change = OutputChange()
     loss, rows = 0.0, 0
-    devices = cuda_devices(model)
     with evaluation_mode(model), evaluation_mode(compressed), torch.no_grad():
         for number, call in enumerate(calls):
             keep = keep_mask(call.kwargs)
-            with seeded(devices, number):
-                dense = model(*call.args, **call.kwargs)
-            with seeded(devices, number):
-                ours = compressed(*call.args, **call.kwargs)
-            lost = output_loss(ours, dense, keep, kind, vocabularies=vocabularies)
+            expected, found = (seeded_call(each, call, number) for each in (model, compressed))
+            lost = output_loss(found, expected, keep, kind, vocabularies=vocabularies)
             loss += rows_of(call) * float(lost)
             rows += rows_of(call)
-            change.add_all(floating_outputs(dense), floating_outputs(ours), keep)
+            change.add_all(floating_outputs(expected), floating_outputs(found), keep)
     return change.relative, loss / rows

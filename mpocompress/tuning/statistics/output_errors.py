@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import DataError, OutputsDifferError
-from mpocompress.layers.modes import cuda_devices, evaluation_mode, seeded
-from mpocompress.tuning.lockstep import Call, floating_outputs, rows_of
+from mpocompress.layers.modes import evaluation_mode
+from mpocompress.tuning.lockstep import Call, floating_outputs, rows_of, seeded_call
 from mpocompress.tuning.padding import keep_mask, real_rows
 
 
@@ -57,14 +57,13 @@ def output_errors(
     sums = {name: OutputChange() for name in layers}
     whole = OutputChange()
     rows = 0
-    devices = cuda_devices(dense)
     with evaluation_mode(dense), evaluation_mode(compressed), torch.no_grad():
         for number, call in enumerate(calls):
             keep = keep_mask(call.kwargs)
-            with _outputs_of(dense, layers) as ours, seeded(devices, number):
-                expected = floating_outputs(dense(*call.args, **call.kwargs))
-            with _outputs_of(compressed, layers) as theirs, seeded(devices, number):
-                found = floating_outputs(compressed(*call.args, **call.kwargs))
+            with _outputs_of(dense, layers) as ours:
+                expected = floating_outputs(seeded_call(dense, call, number))
+            with _outputs_of(compressed, layers) as theirs:
+                found = floating_outputs(seeded_call(compressed, call, number))
             for name in list(sums):
                 if [t.shape for t in ours[name]] != [t.shape for t in theirs[name]]:
                     del sums[name]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import DataError, LoadError, NoLayerMatched
-from mpocompress.layers.modes import cuda_devices, evaluation_mode, seeded
+from mpocompress.layers.modes import evaluation_mode, seeded
 from mpocompress.mpo.truncate import Truncation
 from mpocompress.tuning.lockstep import Call
 from mpocompress.tuning.objectives import Loss, gradients_of, scalar_loss
@@ -108,7 +108,6 @@ class _Run:
         progress: Progress | None,
     ) -> None:
         self._model = model
-        self._devices = cuda_devices(model)
         self._dense = dense
         self._loss_function = loss
         self._calls = calls
@@ -180,7 +179,7 @@ class _Run:
     def _loss_of(self, number: int) -> Tensor:
         def compute() -> Tensor:
             # A model that draws at random draws the same whenever an update is judged.
-            with seeded(self._devices, number):
+            with seeded(self._model, number):
                 return scalar_loss(self._loss_function, self._model, self._calls[number])
 
         return compute() if self._prefix is None else self._prefix.run(number, compute)

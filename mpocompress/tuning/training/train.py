@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mpocompress.errors import DataError, DecompositionError
-from mpocompress.layers.modes import cuda_devices, evaluation_mode, seed_of_part, seeded
+from mpocompress.layers.modes import evaluation_mode, seed_of_part, seeded
 from mpocompress.tuning.lockstep import Call
 from mpocompress.tuning.minibatches import Minibatch, TrainingData
 from mpocompress.tuning.objectives import Loss, scalar_loss
@@ -218,7 +218,8 @@ class _Trainer:
                 return
             if self._progress is not None:
                 self._progress(what, state.done, method.segments)
-            with self._seeded(state.done):
+            # Dropout takes torch's global generators.
+            with seeded(self._model, seed_of_part(self._options.seed, state.done)):
                 state.step, train_loss = method.run(state.done, state.step)
             if not isfinite(train_loss):
                 return  # diverged: nothing brings such weights back
@@ -280,9 +281,3 @@ class _Trainer:
             bond_dims={chain.name: chain.bond_dims for chain in self._chains},
             entropies_nats={chain.name: chain.entropies_nats() for chain in self._chains},
         )
-
-    @contextmanager
-    def _seeded(self, segment: int) -> Iterator[None]:
-        """Dropout takes torch's global generators: seeded here, and given back as they were."""
-        with seeded(cuda_devices(self._model), seed_of_part(self._options.seed, segment)):
-            yield
