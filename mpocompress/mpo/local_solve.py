@@ -59,6 +59,14 @@ class Solution(NamedTuple):
     weighed_OI: Tensor | None = None
 
 
+class _Left(NamedTuple):
+    """A residual, the preconditioner of it, and its square in that norm."""
+
+    residual_LOIR: Tensor
+    conditioned: Tensor
+    square: float
+
+
 def damped_cholesky(gram_NN: Tensor, bonds: tuple[int, int] = (1, 1)) -> Tensor:
     """Cholesky factor of a positive semidefinite matrix plus a ridge just large enough.
 
@@ -218,7 +226,8 @@ class OperatorProblem:
         weighed_OI = self.weigh(core_LOIR) if self.weighed_OI is None else self.weighed_OI
         solution = Solution(core_LOIR, 0.0, 0, 0.0, weighed_OI)
         scale = float((self.rhs_LOIR * preconditioner(self.rhs_LOIR)).sum())
-        square = self._left(solution, preconditioner)
+        left = self._left(solution, preconditioner)
+        square = left.square
         goal = max(_CG_REDUCTION**2 * square, torch.finfo(core_LOIR.dtype).eps ** 2 * scale)
         steering = self.steering
         if not square > _COARSE_ABOVE**2 * scale:
@@ -226,15 +235,17 @@ class OperatorProblem:
             # So close to rounding, not even that of the solves before may stay in the residual.
             if self.weighed_OI is not None:
                 solution = solution._replace(weighed_OI=self.weigh(core_LOIR))
+                left = self._left(solution, preconditioner)
         while steering is not None and (current := steering.current) is not None:
-            solution, _ = self._improved(self._with(current), solution, preconditioner, goal)
+            searched = self._with(current)
+            solution, _ = self._improved(searched, solution, left, preconditioner, goal)
             left = self._left(solution, preconditioner)
-            if left <= _COARSE_LEAVES**2 * square:
-                return solution._replace(residual=_relative(left, scale))
+            if left.square <= _COARSE_LEAVES**2 * square:
+                return solution._replace(residual=_relative(left.square, scale))
             if not steering.refine():
                 break
-        solution, left = self._improved(self, solution, preconditioner, goal)
-        return solution._replace(residual=_relative(left, scale))
+        solution, expected = self._improved(self, solution, left, preconditioner, goal)
+        return solution._replace(residual=_relative(expected, scale))
 
     def rise(self, solution: Solution, change_LOIR: Tensor) -> tuple[float, Tensor | None]:
         """By how much a change of a solved core raises the objective, and G W C after it."""
@@ -259,26 +270,29 @@ class OperatorProblem:
     def _residual(self, solution: Solution) -> Tensor:
         return self.rhs_LOIR - self.seen(self._weighed(solution))
 
-    def _left(self, solution: Solution, preconditioner: Callable[[Tensor], Tensor]) -> float:
-        """Square of the residual in the norm of the preconditioner."""
+    def _left(self, solution: Solution, preconditioner: Callable[[Tensor], Tensor]) -> "_Left":
         residual_LOIR = self._residual(solution)
-        return float((residual_LOIR * preconditioner(residual_LOIR)).sum())
+        conditioned = preconditioner(residual_LOIR)
+        return _Left(residual_LOIR, conditioned, float((residual_LOIR * conditioned).sum()))
 
     def _improved(
         self,
         searched: "OperatorProblem",
         start: Solution,
+        left: "_Left",
         preconditioner: Callable[[Tensor], Tensor],
         goal: float,
     ) -> tuple[Solution, float]:
         """What a search makes of a core, judged by this problem; gains and iterations add up.
 
+        `left` is what the start has left.
+
         Returns:
             The solution, and the square of the residual that the search expects.
         """
-        residual_LOIR = self._residual(start)
+        residual_LOIR, conditioned, _ = left
         change_LOIR, square, iterations = searched.search(
-            residual_LOIR, preconditioner(residual_LOIR), preconditioner, goal
+            residual_LOIR, conditioned, preconditioner, goal
         )
         found = start._replace(iterations=start.iterations + iterations)
         change_OI = self.weigh(change_LOIR)
