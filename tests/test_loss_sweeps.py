@@ -309,19 +309,24 @@ def test_modules_that_write_in_place_are_replayed():
     assert model[0].count == 2
 
 
-def test_models_that_write_in_place_are_computed_in_full():
-    class InPlace(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.layer = nn.Linear(6, 24).double(), mpo_linear((2, 2))
+class WritesInPlace(nn.Module):
+    """Before its layer it adds to what another has given, of batches with entries above that."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.first(x)
+    def __init__(self, above: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.above = above
+        self.first, self.layer = nn.Linear(6, 24).double(), mpo_linear((2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if x.abs().max() > self.above:
             h += 1.0
-            return self.layer(h)
+        return self.layer(h)
 
-    torch.manual_seed(0)
-    model = InPlace()
+
+def test_models_that_write_in_place_are_computed_in_full():
+    model = WritesInPlace(above=0.0)
     x = batches(1)[0]
     with torch.no_grad():
         expected = model(x).sum()
@@ -332,19 +337,7 @@ def test_models_that_write_in_place_are_computed_in_full():
 
 
 def test_models_that_write_in_place_for_some_batches_only_are_computed_in_full():
-    class InPlace(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.layer = nn.Linear(6, 24).double(), mpo_linear((2, 2))
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.first(x)
-            if x.abs().max() > 100:
-                h *= 0.5
-            return self.layer(h)
-
-    torch.manual_seed(0)
-    model = InPlace()
+    model = WritesInPlace(above=100.0)
     calls = [x * scale for x, scale in zip(batches(3), (1, 1000, 1000), strict=True)]
     with torch.no_grad():
         prefix = FrozenPrefix(model, [model.layer])

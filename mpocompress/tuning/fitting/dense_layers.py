@@ -12,8 +12,14 @@ from mpocompress.layers.opened import layers_called
 from mpocompress.mpo import Layout
 from mpocompress.surgery import WeightSite
 from mpocompress.tuning.fitting.plan import FittedWeight, SitePlan
-from mpocompress.tuning.lockstep import Call
+from mpocompress.tuning.lockstep import Call, seeded_call
 from mpocompress.tuning.statistics.moments import MAX_FEATURES
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """The ids of parameters that several modules use."""
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return {parameter for parameter, count in uses.items() if count > 1}
 
 
 def correction_plans(
@@ -34,14 +40,14 @@ def correction_plans(
         planned: what is compressed.
         calls: batches.
     """
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    shared = shared_parameters(model)
     candidates = {
         site.modules[0]: site
         for site in sites
         if site.adapter.kind == "linear"
         and len(site.modules) == 1
         and max(site.shape) <= MAX_FEATURES
-        and uses[id(site.modules[0].get_parameter("weight"))] == 1
+        and id(site.modules[0].get_parameter("weight")) not in shared
     }
     compressed = {module for plan in planned for module in plan.site.modules}
     seen: Counter[nn.Module] = Counter()
@@ -61,12 +67,12 @@ def correction_plans(
     ]
     try:
         with evaluation_mode(model), layers_called(model), torch.no_grad():
-            for call in calls:
+            for number, call in enumerate(calls):
                 if not candidates:
                     break
                 seen.clear()
                 lossy = False
-                model(*call.args, **call.kwargs)
+                seeded_call(model, call, number)
                 candidates = {m: site for m, site in candidates.items() if seen[m] == 1}
     finally:
         for hook in hooks:

@@ -10,7 +10,6 @@ Batches need not call the same layers: experts without rows are skipped, deep la
 layer is fitted on the batches that call it, once all of them wait there.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -22,7 +21,7 @@ from mpocompress.layers.modes import evaluation_mode
 from mpocompress.layers.opened import layers_called
 from mpocompress.surgery import WeightSite
 from mpocompress.tuning.fitting.call_order import call_ranks
-from mpocompress.tuning.fitting.dense_layers import is_corrected
+from mpocompress.tuning.fitting.dense_layers import is_corrected, shared_parameters
 from mpocompress.tuning.fitting.forwards import Forward, dense_forward, fitted_forward
 from mpocompress.tuning.fitting.one_layer import fit_layer, fit_looked_up
 from mpocompress.tuning.fitting.plan import (
@@ -135,7 +134,7 @@ class _Pass:
         self._progress = progress
         self._copies = copies
         self._total = len(plans)
-        self._shared = _shared_parameters(model)
+        self._shared = shared_parameters(model)
         self._pairs = [_pair(model, call, number) for number, call in enumerate(calls)]
         self._dense = {dense for dense, _ in self._pairs}
         self._collector = Collector([keep_mask(call.kwargs) for call in calls])
@@ -258,12 +257,6 @@ def _pair(model: nn.Module, call: Call, number: int) -> Pair:
         Runner(model, call, StreamWatcher(), seed=number),
         Runner(model, call, OperationRecorder(), seed=number),
     )
-
-
-def _shared_parameters(model: nn.Module) -> set[int]:
-    """The ids of parameters that several modules use."""
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    return {parameter for parameter, count in uses.items() if count > 1}
 
 
 def _place(layer: nn.Module, pair: Pair, repair_streams: bool, copies: bool) -> Place | None:
