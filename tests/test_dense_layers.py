@@ -163,6 +163,16 @@ def planned_names(model, calls=DATA):
     return {plan.site.name for plan in plans}
 
 
+def test_what_a_model_draws_while_it_is_looked_at_is_not_drawn_from_others():
+    def forward(parts, x):
+        return parts.head(parts.big(x) + torch.randn(48))
+
+    model = Parts(forward, big=linear(48, 48), head=linear(48, 6))
+    before = torch.get_rng_state()
+    assert planned_names(model) == {"head"}
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_only_layers_that_every_batch_calls_once_behind_a_compressed_one_are_corrected():
     tied = linear(48, 48)
     again = linear(48, 48)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mpocompress.errors import DataError
+from mpocompress.layers.modes import seed_of_part
 from mpocompress.scalars import as_integer, as_number
 from mpocompress.tuning.lockstep import Call, rows_of
 
@@ -188,7 +189,7 @@ class TrainingData:
         ]
 
     def _generator(self, epoch: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self._seed * 1_000_003 + epoch + 1) % 2**63)
+        return torch.Generator().manual_seed(seed_of_part(self._seed, epoch + 1))
 
 
 def _sorted_out(
