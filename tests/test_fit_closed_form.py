@@ -82,7 +82,8 @@ def test_singular_moment_without_ridge():
     c = moment(9, seed=1, samples=4)
     target = gaussian(7, 9, seed=0)
     result = fit(target, Metric(c, ridge=0.0), Layout.svd(7, 9), 4)
-    assert_close(result.relative_error, 0.0, **F64["dense"])
+    # What C does not see may differ much, so the square is known to rounding of that, not of 0.
+    assert_close(result.relative_error**2, 0.0, **F64["dense"])
     assert result.mpo.bond_dims == (4,)
 
 

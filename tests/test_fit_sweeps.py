@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mpocompress.errors import BondDimError, ContractionError, DecompositionError, LayoutError
 from mpocompress.mpo import MPO, Layout
 from mpocompress.mpo.canonical import canonical_defects, move_center
-from mpocompress.mpo.environment import Environments
+from mpocompress.mpo.cut import CutMoment
 from mpocompress.mpo.extrapolation import Extrapolation, align_gauge
 from mpocompress.mpo.fit import fit
 from mpocompress.mpo.metric import Metric
@@ -483,9 +483,8 @@ def test_an_environment_is_made_once_a_sweep(monkeypatch):
     layout = Layout.parse("2x2,2x2,2x2,2x2")
     target, metric = problem(layout)
     absorbed = []
-    make = "mpocompress.mpo.environment._absorb_half"
-    original = Environments._mixed.__globals__["_absorb_half"]
-    monkeypatch.setattr(make, lambda *args: absorbed.append(1) or original(*args))
+    original = CutMoment.absorb
+    monkeypatch.setattr(CutMoment, "absorb", lambda *args: absorbed.append(1) or original(*args))
     fit(target, metric, layout, 2, round_trips=1, start=random_chain(layout, (2, 2, 2)))
     assert len(absorbed) == 3  # once a sweep for the half that is entered, and once to begin
 

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from mpocompress.mpo.cores import Cores
+from mpocompress.mpo.cut import CutMoment, linear_at_cut
 
 
 def mirror(core_LOIR: Tensor) -> Tensor:
@@ -125,19 +126,10 @@ class Environments:
         cut: int,
         out_weights: Sequence[Tensor] | None = None,
     ) -> None:
-        sites, inner = len(cores), cut + 1
         outs = [int(core.shape[1]) for core in cores]
         ins = [int(core.shape[2]) for core in cores]
-        order = [*range(inner), *reversed(range(inner, sites))]
-        a, b = prod(ins[:inner]), prod(ins[inner:])
-        legs = input_II.reshape(*ins, *ins).permute(*order, *(sites + k for k in order))
-        self._input_AABB = legs.reshape(a, b, a, b).transpose(1, 2).reshape(a * a, b * b)
-        legs = linear_OI.reshape(*outs, *ins).permute(
-            *(leg for half in (order[:inner], order[inner:]) for leg in half),
-            *(sites + k for k in order),
-        )
-        p, q = prod(outs[:inner]), prod(outs[inner:])
-        self._linear_PAQB = legs.reshape(p, q, a, b).transpose(1, 2).reshape(p * a, q * b)
+        self._moment = CutMoment(input_II, ins, cut)
+        self._linear_PAQB = linear_at_cut(linear_OI, outs, ins, cut)
         self._cut = cut
         self._out_weights = None if out_weights is None else tuple(out_weights)
         self._halves = self._make_halves(cores)
@@ -252,10 +244,8 @@ class Environments:
     def _marginals_across(self) -> tuple[Tensor, Tensor]:
         left, right = self._halves
         sides = []
-        for half, other, c_AABB in (
-            (left, right, self._input_AABB),
-            (right, left, self._input_AABB.mT),
-        ):
+        input_AABB = self._moment.full()
+        for half, other, c_AABB in ((left, right, input_AABB), (right, left, input_AABB.mT)):
             gram_LLAA, in_ = half.gram(half.last), half.cores[half.last].shape[2]
             ins = gram_LLAA.shape[2]
             seen = _trace_bonds(other.gram(other.last))
@@ -280,8 +270,7 @@ class Environments:
             if inner in half.mixed:
                 continue
             if inner == half.last:
-                c_AABB = self._input_AABB if side == 0 else self._input_AABB.mT
-                half.mixed[inner] = _absorb_half(other.gram(other.last + 1), c_AABB)
+                half.mixed[inner] = self._moment.absorb(other.gram(other.last + 1), side)
             else:
                 half.mixed[inner] = _absorb_core(
                     half.mixed[inner + 1], half.cores[inner + 1], half.out_weight(inner + 1)
@@ -296,11 +285,14 @@ class Environments:
                 continue
             if inner == half.last:
                 block_QBR = other.block(other.last + 1)
-                m_PAQB = self._linear_PAQB if side == 0 else self._linear_PAQB.mT
                 right = block_QBR.shape[2]
                 outs = prod(core.shape[1] for core in half.cores)
-                # With few columns, m @ x takes two to six times as long as (x^T m^T)^T.
-                absorbed = (block_QBR.reshape(-1, right).mT @ m_PAQB.mT).mT
+                flat_YR = block_QBR.reshape(-1, right)
+                # M by rows as it lies, as C in `CutMoment.absorb`.
+                if side == 0:
+                    absorbed = self._linear_PAQB @ flat_YR
+                else:
+                    absorbed = (flat_YR.mT.contiguous() @ self._linear_PAQB).mT
                 half.linear[inner] = absorbed.reshape(outs, -1, right)
             else:
                 linear_PXR, core = half.linear[inner + 1], half.cores[inner + 1]
@@ -318,7 +310,7 @@ class Environments:
         a, i = gram_LLAA.shape[2], left.cores[left.last].shape[2]
         b, j = gram_RRBB.shape[2], right.cores[right.last].shape[2]
         bond, bond_right = gram_LLAA.shape[0], gram_RRBB.shape[0]
-        legs = self._input_AABB.reshape(a * i * a * i, b, j, b, j).permute(0, 2, 4, 1, 3)
+        legs = self._moment.full().reshape(a * i * a * i, b, j, b, j).permute(0, 2, 4, 1, 3)
         half = legs.reshape(-1, b * b) @ gram_RRBB.reshape(-1, b * b).mT
         half = half.reshape(a, i, a, i, -1).transpose(1, 2).reshape(a * a, -1)
         done = (gram_LLAA.reshape(-1, a * a) @ half).reshape(
@@ -339,20 +331,6 @@ class Environments:
         half = half.reshape(p, o, a, i, -1).transpose(1, 2).reshape(p * a, -1)
         done = (block_PAL.reshape(-1, bond).mT @ half).reshape(bond, o, i, u, j, bond_right)
         return done.transpose(2, 3).reshape(bond, o * u, i * j, bond_right)
-
-
-def _absorb_half(gram_RRBB: Tensor, c_AABB: Tensor) -> Tensor:
-    """C with all of the other half: (R, R', A, A')."""
-    bond, ins = gram_RRBB.shape[0], gram_RRBB.shape[2]
-    size = round(c_AABB.shape[0] ** 0.5)
-    # (r', r) is (r, r') with A and A' exchanged: half of the pairs suffice.
-    rows, columns = torch.triu_indices(bond, bond, device=gram_RRBB.device)
-    pairs = gram_RRBB[rows, columns].reshape(-1, ins * ins) @ c_AABB.mT
-    pairs = pairs.reshape(-1, size, size)
-    mixed_RRAA = pairs.new_empty(bond, bond, size, size)
-    mixed_RRAA[columns, rows] = pairs.mT
-    mixed_RRAA[rows, columns] = pairs
-    return mixed_RRAA
 
 
 def _absorb_core(mixed_RRXX: Tensor, core_LOIR: Tensor, weight_OO: Tensor | None) -> Tensor:

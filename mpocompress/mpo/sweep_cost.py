@@ -3,7 +3,7 @@
 Every count follows one product of `environment` or `local_solve`. With D_k the bonds, a sweep
 costs about
 
-* 1/2 D² in² at the cut D, where C meets one half, and out * in * D for M;
+* about 1/2 D² in² at the cut D, where C meets one half, and out * in * D for M;
 * n² o * 2 to apply the Gram matrix of a core, n = left * in * right, and n³ / 6 to factorize it;
 
 so for two sites and moderate bonds the metric dominates, for large bonds the Cholesky factors.
@@ -12,6 +12,7 @@ so for two sites and moderate bonds the metric dominates, for large bonds the Ch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
 from operator import mul
 
 from mpocompress.errors import LayoutError
@@ -135,7 +136,12 @@ def _count(layout: Layout, bonds: Sequence[int], cut: int) -> SweepMacs:
     bond = chain[cut + 1]
     # Over two sweeps each half is left and entered once, and each of its sites solved twice, but
     # for the outermost: there the sweep turns.
-    entering = (bond * (bond + 1) // 2) * layout.in_features**2
+    ins = [
+        prod(in_ for _, in_ in pairs)
+        for pairs in (layout.pairs[: cut + 1], layout.pairs[cut + 1 :])
+    ]
+    folded, other = max(ins), min(ins)
+    entering = bond**2 * (folded * (folded + 1) // 2) * other**2
     entering += layout.out_features * layout.in_features * bond
     contractions, factorizations = entering, 0
     for half in halves:
