@@ -287,13 +287,10 @@ class Environments:
                 block_QBR = other.block(other.last + 1)
                 right = block_QBR.shape[2]
                 outs = prod(core.shape[1] for core in half.cores)
-                flat_YR = block_QBR.reshape(-1, right)
-                # M by rows as it lies, as C in `CutMoment.absorb`.
-                if side == 0:
-                    absorbed = self._linear_PAQB @ flat_YR
-                else:
-                    absorbed = (flat_YR.mT.contiguous() @ self._linear_PAQB).mT
-                half.linear[inner] = absorbed.reshape(outs, -1, right)
+                m_PAQB = self._linear_PAQB if side == 0 else self._linear_PAQB.mT
+                # Rows on the left of M, as in `CutMoment.absorb`; strided, they took twice as long.
+                rows_RY = block_QBR.reshape(-1, right).mT.contiguous()
+                half.linear[inner] = (rows_RY @ m_PAQB.mT).mT.reshape(outs, -1, right)
             else:
                 linear_PXR, core = half.linear[inner + 1], half.cores[inner + 1]
                 left, out, in_, right = core.shape
