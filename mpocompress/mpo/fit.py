@@ -9,7 +9,7 @@ never rises.
 # Shape suffixes: O rows, I columns, R bond; L left bond of a core.
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from math import isfinite, sqrt
 
@@ -29,6 +29,7 @@ from mpocompress.mpo.operator import MPO
 from mpocompress.mpo.sweep import Direction, Observer, Quadratic, Sweeper, SweepRecord
 from mpocompress.mpo.sweep_cost import cheapest_cut
 from mpocompress.mpo.truncate import Truncation, choose_bond_dim
+from mpocompress.mpo.units import Units
 from mpocompress.scalars import as_integer
 
 # float64 costs twice the time and memory of float32; up to this size that is seconds and 128 MB for
@@ -146,6 +147,26 @@ def fit(
             shape[1], dtype=linalg.working_dtype(target_OI.dtype), device=target_OI.device
         )
     metric.check(target_OI)
+    units = Units.of(target_OI, metric)
+    if units is not None:
+        found = fit(
+            target_OI.detach() / units.target,
+            units.scaled(metric),
+            layout,
+            bond_dims,
+            start=units.scaled_start(start),
+            round_trips=round_trips,
+            tolerance=tolerance,
+            two_site=two_site,
+            cutoff=cutoff,
+            observer=units.restored_for(observer),
+        )
+        return replace(
+            found,
+            mpo=units.restored(found.mpo),
+            objective=found.objective * units.objective,
+            history=tuple(units.restored_record(record) for record in found.history),
+        )
     dtype = torch.promote_types(linalg.working_dtype(target_OI.dtype), metric.dtype)
     if max(shape) <= _FLOAT64_UP_TO:
         dtype = torch.float64
