@@ -36,18 +36,23 @@ class Regression:
     mean_I: Tensor
     residual_mean_O: Tensor
 
-    def sketched(self) -> "Regression":
+    def sketched(self, whole: "Regression") -> "Regression":
         """The same in float32, and of random combinations of the outputs where there are many.
 
-        Whatever is a sum of squares over the outputs has the same expectation.
+        Whatever is a sum of squares over the outputs has the same expectation. Both moments are
+        relative to the largest entries of those of all rows, which float32 need not hold; that
+        scales the gains of all parts and ridges alike.
         """
-        residual_OI = self.residual_OI.float()
+        residual_OI = (self.residual_OI / whole.residual_OI.abs().max()).float()
+        inputs_II = self.inputs_II
+        if bool(whole.inputs_II.any()):
+            inputs_II = inputs_II / whole.inputs_II.abs().max()
         outputs = residual_OI.shape[0]
         if outputs >= 2 * _DIRECTIONS:
             generator = torch.Generator().manual_seed(0)
             directions_DO = torch.randn(_DIRECTIONS, outputs, generator=generator, device="cpu")
             residual_OI = directions_DO.to(residual_OI) @ residual_OI / sqrt(_DIRECTIONS)
-        return replace(self, inputs_II=self.inputs_II.float(), residual_OI=residual_OI)
+        return replace(self, inputs_II=inputs_II.float(), residual_OI=residual_OI)
 
     def correction(self, ridge: float) -> Tensor:
         """K (out, in) that minimizes E|e - K x^|^2 with a ridge, a share of the diagonal."""
@@ -99,7 +104,7 @@ def cross_validated_correction(
     if not all(fold.inputs.rows for fold in folds):  # as of an expert that few rows are sent to
         return none
     # A ridge is known well enough from these; what it is used for is computed in full.
-    parts = [regression(weight_OI, fold, centered=centered).sketched() for fold in folds]
+    parts = [regression(weight_OI, fold, centered=centered).sketched(whole) for fold in folds]
     if not all(bool(part.inputs_II.any()) for part in parts):  # as of a single row without its mean
         return none
 
