@@ -9,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import mpocompress as mpo
+from mpocompress.tuning.objectives import relative_square
 from mpocompress.tuning.statistics.moments import CrossMoment
 from tests.planted import gaussian
 from tests.tolerances import TOL
@@ -68,3 +69,52 @@ def test_moments_hold_squares_that_float32_does_not(unit, other):
         found / found.abs().max(), expected / expected.abs().max(), **TOL[torch.float32]["dense"]
     )
     assert_close(found.abs().max(), expected.abs().max(), **TOL[torch.float32]["norm"])
+
+
+class InUnits(nn.Module):
+    """A model whose outputs are in other units."""
+
+    def __init__(self, model, unit):
+        super().__init__()
+        self.model, self.unit = model, unit
+
+    def forward(self, x):
+        return self.model(x) * self.unit
+
+
+@pytest.mark.parametrize("unit", [1e-8, 1e-20, 1e20])
+@pytest.mark.parametrize("tune", ["distill", "sweep"])
+def test_units_of_outputs_do_not_decide_what_tuning_does(tune, unit):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 6)).eval()
+    x = gaussian(320, 16, seed=1).float()
+    data = list(x.split(40))
+    errors = []
+    for each in (1.0, unit):
+        dense = InUnits(model, each)
+        options = {"bond_dim": 2, "layout": "balanced", "if_smaller": False}
+        found = mpo.compress(dense, data=data, seed=0, **options).model
+        if tune == "distill":
+            result = mpo.distill(
+                found, reference=dense, data=data, steps=30, output_loss="mse", seed=0
+            )
+            assert 1e-3 < result.end_loss < result.start_loss < 1
+        else:
+            mpo.sweep(found, reference=dense, data=data, sweeps=1, seed=0)
+        with torch.no_grad():
+            outputs, expected = ((part(x) / each).double() for part in (found, dense))
+        errors.append(float((outputs - expected).norm() / expected.norm()))
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+
+
+def test_a_relative_square_is_that_in_all_units():
+    target, found = gaussian(8, 5, seed=0).float(), gaussian(8, 5, seed=1).float()
+    expected = (found - target).square().sum() / target.square().sum()
+    for unit in (1.0, 1e-25, 1e25):
+        assert_close(
+            relative_square(found * unit, target * unit), expected, **TOL[torch.float32]["norm"]
+        )
+    zeros = torch.zeros(8, 5)
+    assert_close(relative_square(found, zeros), found.square().sum())
+    assert relative_square(zeros, zeros) == 0
+    assert relative_square(zeros[:0], zeros[:0]) == 0
