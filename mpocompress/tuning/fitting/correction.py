@@ -19,6 +19,10 @@ _RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 # combinations, three get others that gain up to 7 % less.
 _DIRECTIONS = 128
 
+# Inputs that vary by no more than this share of their mean are constant, up to rounding in float32
+# on the way to the layer.
+_CONSTANT = 1e-6
+
 
 @dataclass(frozen=True, slots=True)
 class Regression:
@@ -67,6 +71,8 @@ class Regression:
 def regression(weight_OI: Tensor, moments: Moments, *, centered: bool) -> Regression:
     """What is lost upstream of a weight W (out, in), against the inputs of its layer, in float64.
 
+    Of centered inputs that vary by rounding alone, nothing is left to explain, nor to explain with.
+
     Args:
         weight_OI: W.
         moments: at its layer.
@@ -84,6 +90,9 @@ def regression(weight_OI: Tensor, moments: Moments, *, centered: bool) -> Regres
         seen_OI, seen_O, _ = moments.residual.mean(centered=centered)
         residual_OI += seen_OI
         residual_mean_O += seen_O
+    variance = float(inputs_II.diagonal().sum())
+    if centered and variance <= _CONSTANT**2 * float(mean_ours_I.square().sum()):
+        inputs_II, residual_OI = torch.zeros_like(inputs_II), torch.zeros_like(residual_OI)
     return Regression(inputs_II, residual_OI, mean_ours_I, residual_mean_O)
 
 
