@@ -387,7 +387,7 @@ def test_residual_streams_are_found(masked):
     assert {name for name, stream in found.items() if stream is not None} == {"down", "out"}
     with torch.no_grad():
         h = model.norm(model.embed(x)) * mask[..., None]
-    torch.testing.assert_close(found["down"][1], h, **F32["apply"])
+    torch.testing.assert_close(found["down"].value, h, **F32["apply"])
 
 
 # -- gradients
