@@ -45,6 +45,21 @@ def test_gains_of_features_in_coarse_units_are_no_noise(text, unit, output, monk
 
 
 @pytest.mark.usefixtures("in_float32")
+@pytest.mark.parametrize("output", [False, True])
+def test_features_beyond_the_digits_of_float32_are_fitted_in_float64(output):
+    x, units = gaussian(300, 24, seed=0), torch.ones(24, dtype=torch.float64)
+    units[3] = 1e6
+    input_II = ((x * units).T @ (x * units) / 300).float()
+    output_OO = moment(24, seed=2).float() if output else None
+    target = (gaussian(24, 24, seed=3) / units).float()
+    found = fit(target, Metric(input_II, output_OO), "3x4,4x2,2x3", 4)
+    assert found.mpo.dtype == torch.float32
+    wide = None if output_OO is None else output_OO.double()
+    best = fit(target.double(), Metric(input_II.double(), wide), "3x4,4x2,2x3", 4)
+    assert found.relative_error < 1.01 * best.relative_error < 1
+
+
+@pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("text", ["8x1,1x12", "4x3,2x4", "2x2,2x3,2x2"])
 @pytest.mark.parametrize(
     ("weight", "inputs", "gradients"),
