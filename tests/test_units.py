@@ -9,6 +9,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import mpocompress as mpo
+from mpocompress.loading import Batch
+from mpocompress.tuning import output_errors
 from mpocompress.tuning.objectives import relative_square
 from mpocompress.tuning.statistics.moments import CrossMoment
 from tests.planted import gaussian
@@ -118,3 +120,27 @@ def test_a_relative_square_is_that_in_all_units():
     assert_close(relative_square(found, zeros), found.square().sum())
     assert relative_square(zeros, zeros) == 0
     assert relative_square(zeros[:0], zeros[:0]) == 0
+
+
+class Masked(nn.Module):
+    """Logits, of which those of impossible classes are -inf."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 10)
+
+    def forward(self, x):
+        logits = self.second(torch.relu(self.first(x)))
+        return torch.cat((logits[:, :8], torch.full_like(logits[:, 8:], -torch.inf)), dim=1)
+
+
+@pytest.mark.parametrize("way", [{"bond_dim": 4}, {"ratio": 2}], ids=str)
+def test_logits_of_impossible_classes_are_no_error(way):
+    """A report of them was refused, its measured error being NaN."""
+    model, data = Masked().eval(), [gaussian(60, 16, seed=seed).float() for seed in range(4)]
+    result = mpo.compress(model, data=data, **way)
+    errors = output_errors(model, result.model, [], [Batch(args=(x,)) for x in data]).model
+    with torch.no_grad():
+        expected, found = (torch.cat([m(x) for x in data])[:, :8] for m in (model, result.model))
+    assert errors == pytest.approx(float((found - expected).norm() / expected.norm()), rel=1e-4)
