@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from mpocompress.errors import DecompositionError
+from mpocompress.mpo.cholesky import damped_cholesky
 from mpocompress.mpo.contract import merge_cores
 from mpocompress.mpo.environment import Environments
 from mpocompress.mpo.local_solve import (
     GramProblem,
     OperatorProblem,
-    damped_cholesky,
     kronecker_preconditioner,
 )
 from mpocompress.mpo.truncate import Truncation

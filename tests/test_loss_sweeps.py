@@ -116,6 +116,19 @@ def test_every_optimizer_learns(optimizer):
 
 @pytest.mark.parametrize("sites", [1, 2])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "lbfgs"])
+def test_a_layer_of_zeros_learns(optimizer, sites):
+    """Steps were relative to the size of its core, which is 0."""
+    teacher, student = problem()
+    with torch.no_grad():
+        for core in student[2].cores:
+            core.zero_()
+    options = {"include": ["2"], "sweeps": 4, "sites": sites, "optimizer": optimizer}
+    history = mpo.sweep(student, reference=teacher, data=batches(), **options)
+    assert history[-1].loss_after < 0.95 * history[0].loss_before
+
+
+@pytest.mark.parametrize("sites", [1, 2])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "lbfgs"])
 def test_manual_and_automatic_gradients_go_the_same_way(sites, optimizer):
     data = batches()
     runs = []

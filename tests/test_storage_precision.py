@@ -116,6 +116,22 @@ def test_rows_of_zeros_take_the_bytes_that_a_plan_counts(bits):
         assert float(stored.dequantized()[:8].abs().max()) < 1e-4
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_zeros_beside_small_entries_are_no_larger_than_these(bits):
+    """They were half the least scale of half precision, whatever the others were."""
+    torch.manual_seed(0)
+    matrix, x = torch.randn(12, 32), torch.randn(200, 32)
+    matrix[0], matrix[1, :16] = 0, 0
+    gram = x.T @ x
+    for gram_YY in (None, gram):
+        plain = round_matrix(matrix, bits, 16, shape=(12, 32), gram_YY=gram_YY).dequantized()
+        for unit in (1e-6, 1e-20):
+            rounded = round_matrix(matrix * unit, bits, 16, shape=(12, 32), gram_YY=gram_YY)
+            found = rounded.dequantized() / unit
+            assert float(found[0].abs().max()) < 1e-6
+            assert (found - matrix).norm() < 1.02 * (plain - matrix).norm()
+
+
 def test_rows_are_rounded_each_for_itself(monkeypatch):
     gram = definite(24, 1)
     matrix = torch.randn(10, 24, generator=torch.Generator().manual_seed(3))

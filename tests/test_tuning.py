@@ -21,6 +21,7 @@ from mpocompress.tuning.lockstep import OperationRecorder, Runner, stopping_laye
 from mpocompress.tuning.padding import keep_mask, real_rows
 from mpocompress.tuning.statistics.moments import CrossMoment, joined_rows
 from mpocompress.tuning.statistics.upstream import Collector, Moments, Place, merged
+from tests.planted import gaussian
 from tests.tolerances import TOL
 
 F32, F64 = TOL[torch.float32], TOL[torch.float64]
@@ -386,7 +387,7 @@ def test_residual_streams_are_found(masked):
     assert {name for name, stream in found.items() if stream is not None} == {"down", "out"}
     with torch.no_grad():
         h = model.norm(model.embed(x)) * mask[..., None]
-    torch.testing.assert_close(found["down"][1], h, **F32["apply"])
+    torch.testing.assert_close(found["down"].value, h, **F32["apply"])
 
 
 # -- gradients
@@ -681,6 +682,25 @@ def test_few_samples_dead_inputs_and_constant_inputs_work():
         result = mpo.compress(model, bond_dim=6, data=[data])
         assert all(bool(p.isfinite().all()) for p in result.model.parameters())
         assert error(result.model, model, data) < (0.5 if data is few else 1e-5)
+
+
+def test_inputs_that_are_constant_up_to_rounding_say_nothing_of_errors():
+    """Their covariance is noise: cores were fitted to it, with errors of 6 relative to it."""
+    noise, mean = gaussian(64, 6, seed=0), gaussian(1, 6, seed=1)
+    weight, found = gaussian(4, 6, seed=2), {}
+    for size in (1e-7, 1e-3):
+        ours, dense = (CrossMoment() for _ in range(2))
+        rows = (mean * (1 + size * noise)).float()
+        ours.add(rows, rows)
+        dense.add(rows.flip(0), rows)
+        moments = Moments(inputs=ours, cross=dense, residual=None)
+        found[size] = regression(weight, moments, centered=True)
+        whole = regression(weight, moments, centered=False)
+        assert bool(whole.inputs_II.any())
+    assert not found[1e-7].inputs_II.any()
+    assert not found[1e-7].residual_OI.any()
+    assert bool(found[1e-3].inputs_II.any())
+    assert bool(found[1e-3].residual_OI.any())
 
 
 def test_few_samples_are_fitted_for_others():

@@ -13,6 +13,9 @@ from mpocompress.errors import DecompositionError
 # core); below, what is saved goes into the calls.
 _LEAF = 128
 _RECURSIVE_FROM = 512
+# Relative to the median of the diagonal of the Gram matrix. It damps steps in what the
+# metric does not determine, and changes the others by this share of their condition number.
+_DAMPING = {torch.float64: 1e-10, torch.float32: 1e-6}
 
 
 def cholesky_(matrix_NN: Tensor) -> bool:
@@ -122,3 +125,37 @@ def solve_ridged(right_MN: Tensor, symmetric_NN: Tensor, ridge: float) -> Tensor
             "x xᵀ over samples without NaN."
         )
     return solve_ridged(right_MN.double(), symmetric_NN.double(), ridge).to(right_MN.dtype)
+
+
+def damped_cholesky(gram_NN: Tensor, bonds: tuple[int, int] = (1, 1)) -> Tensor:
+    """Cholesky factor of a positive semidefinite matrix plus a ridge just large enough.
+
+    The ridge is a share of the median of the diagonal over ins or outs, each averaged over the
+    bonds so that no gauge sees it; the mean may be that of a single feature in much finer units.
+    Of a matrix of zeros the factor is the identity: nothing is gained whatever it is.
+
+    Args:
+        gram_NN: on legs (left bond, ins or outs, right bond), flattened.
+        bonds: dimensions of the left and the right bond.
+
+    Raises:
+        DecompositionError: not even a ridge as large as the matrix makes it definite.
+    """
+    diagonal_N = gram_NN.diagonal()
+    if not bool(diagonal_N.any()):
+        return torch.eye(len(gram_NN), dtype=gram_NN.dtype, device=gram_NN.device)
+    legs_X = diagonal_N.reshape(bonds[0], -1, bonds[1]).mean((0, 2))
+    scale = float(legs_X[legs_X > 0].median())
+    damping = _DAMPING[gram_NN.dtype]
+    while damping * scale <= float(diagonal_N.mean()):
+        # The factorization reads one triangle: symmetrizing the other took a fifth of a sweep.
+        factor_NN = gram_NN.clone()
+        factor_NN.diagonal().add_(damping * scale)
+        if cholesky_(factor_NN):
+            return factor_NN
+        damping *= 100
+    raise DecompositionError(
+        f"the Gram matrix of a local solve, {gram_NN.shape[0]} squared with median diagonal "
+        f"{scale:.3g}, is not positive semidefinite. Check the metric for negative eigenvalues and "
+        "entries near the largest float."
+    )

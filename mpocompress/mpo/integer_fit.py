@@ -55,6 +55,9 @@ _WORTH = 5e-3
 # nothing.
 _FEW = 0.05
 
+# Of a block of zeros, relative to the largest entry of the matrix, if no level is zero.
+_EMPTY = 2.0**-24
+
 # A scale that would shrink below this share of what it was stays: levels would all but coincide.
 _LEAST_SHRINKING = 1e-2
 
@@ -113,6 +116,12 @@ def round_matrix(
     block = columns if block is None else min(block, columns)
     work_XY = matrix_XY.double()
     scales_XS = _storable(_scales(work_XY, bits, block))
+    if bits <= SYMMETRIC_BITS and scales_XS.dtype == torch.float32:
+        # Blocks of zeros have no level at zero, and need not be as coarse as half precision is:
+        # others may be far smaller.
+        empty_XS = torch.stack([~part.any(1) for part in work_XY.split(block, dim=1)], dim=1)
+        least = _EMPTY * float(work_XY.abs().max())
+        scales_XS = torch.where(empty_XS & (least > 0), least, scales_XS)
     if gram_YY is None:
         values_XY = _nearest(work_XY, spread_scales(scales_XS.double(), block, work_XY), bits)
     else:

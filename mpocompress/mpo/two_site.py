@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mpocompress.mpo import linalg
-from mpocompress.mpo.local_solve import damped_cholesky
+from mpocompress.mpo.cholesky import damped_cholesky
 from mpocompress.mpo.truncate import Cut, Truncation, choose_bond_dim
 
 

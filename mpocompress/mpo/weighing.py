@@ -11,7 +11,6 @@ the exact ones, and asks for a finer stand-in if that is much.
 # any number of columns.
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,11 +47,11 @@ class Exact:
         weighed_OI = matrix_OI @ self.input_II
         return weighed_OI if self.output_OO is None else self.output_OO @ weighed_OI
 
-    @cached_property
-    def norm(self) -> float:
-        """An upper bound of the norm of the map."""
-        outputs = 1.0 if self.output_OO is None else float(self.output_OO.norm())
-        return float(self.input_II.norm()) * outputs
+    @property
+    def diagonals(self) -> tuple[Tensor | None, Tensor]:
+        """Those of G, None for the identity, and of C."""
+        outputs_O = None if self.output_OO is None else self.output_OO.diagonal()
+        return outputs_O, self.input_II.diagonal()
 
 
 class Steering:
@@ -112,6 +111,11 @@ class Leading:
         covered_N = ((basis_NR @ middle_RR) * basis_NR).sum(1)
         return cls(basis_NR, middle_RR, (moment_NN.diagonal() - covered_N).clamp_min(0.0))
 
+    @property
+    def diagonal(self) -> Tensor:
+        """Of the moment (N,)."""
+        return ((self.basis_NR @ self.middle_RR) * self.basis_NR).sum(1) + self.rest_N
+
     def apply_right(self, matrix_MN: Tensor) -> Tensor:
         """A matrix times the moment."""
         leading_MN = ((matrix_MN @ self.basis_NR) @ self.middle_RR) @ self.basis_NR.mT
@@ -144,9 +148,7 @@ class Coarse:
         rest_OI = self.inputs.apply_right(matrix_OI)
         return torch.addmm(rest_OI.mul_(outputs.rest_N[:, None]), outputs.basis_NR, small_RI)
 
-    @cached_property
-    def norm(self) -> float:
-        """An upper bound of the norm of the map."""
-        rest = float(self.inputs.middle_RR.norm()) + float(self.inputs.rest_N.max())
-        leading = float(self.outputs.middle_RR.norm()) * float(self.input_II.norm())
-        return leading + float(self.outputs.rest_N.max()) * rest
+    @property
+    def diagonals(self) -> tuple[Tensor | None, Tensor]:
+        """Those of G and of C, which are kept."""
+        return self.outputs.diagonal, self.input_II.diagonal()

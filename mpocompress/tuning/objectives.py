@@ -53,6 +53,19 @@ def in_full(gradient: Tensor) -> Tensor:
     return gradient.to_dense() if gradient.is_sparse else gradient
 
 
+def relative_square(found: Tensor, target: Tensor) -> Tensor:
+    """|y - t|^2 / |t|^2, a scalar; |y - t|^2 where t is zero throughout, and 0 of nothing.
+
+    Of outputs in any units: float32 does not hold squares of 1e-20, nor of 1e20.
+    """
+    if not target.numel():
+        return (found - target).sum()
+    size = target.detach().abs().max()
+    size = torch.where(size > 0, size, 1.0)
+    weight = (target / size).square().sum()
+    return ((found - target) / size).square().sum() / torch.where(weight > 0, weight, 1.0)
+
+
 class Distillation:
     """The distance of a model's outputs to those of a reference, padding left out.
 
@@ -125,6 +138,4 @@ class Distillation:
             expected = target.log_softmax(-1)
             terms = expected.exp() * (expected - rows.log_softmax(-1))
             return terms.sum(-1).mean()
-        weight = (target**2).sum()
-        # Outputs that are zero have no scale of their own.
-        return ((rows - target) ** 2).sum() / torch.where(weight > 0, weight, 1.0)
+        return relative_square(rows, target)

@@ -19,6 +19,10 @@ _RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 # combinations, three get others that gain up to 7 % less.
 _DIRECTIONS = 128
 
+# Inputs that vary by no more than this share of their mean are constant, up to rounding in float32
+# on the way to the layer.
+_CONSTANT = 1e-6
+
 
 @dataclass(frozen=True, slots=True)
 class Regression:
@@ -36,18 +40,23 @@ class Regression:
     mean_I: Tensor
     residual_mean_O: Tensor
 
-    def sketched(self) -> "Regression":
+    def sketched(self, whole: "Regression") -> "Regression":
         """The same in float32, and of random combinations of the outputs where there are many.
 
-        Whatever is a sum of squares over the outputs has the same expectation.
+        Whatever is a sum of squares over the outputs has the same expectation. Both moments are
+        relative to the largest entries of those of all rows, which float32 need not hold; that
+        scales the gains of all parts and ridges alike.
         """
-        residual_OI = self.residual_OI.float()
+        residual_OI = (self.residual_OI / whole.residual_OI.abs().max()).float()
+        inputs_II = self.inputs_II
+        if bool(whole.inputs_II.any()):
+            inputs_II = inputs_II / whole.inputs_II.abs().max()
         outputs = residual_OI.shape[0]
         if outputs >= 2 * _DIRECTIONS:
             generator = torch.Generator().manual_seed(0)
             directions_DO = torch.randn(_DIRECTIONS, outputs, generator=generator, device="cpu")
             residual_OI = directions_DO.to(residual_OI) @ residual_OI / sqrt(_DIRECTIONS)
-        return replace(self, inputs_II=self.inputs_II.float(), residual_OI=residual_OI)
+        return replace(self, inputs_II=inputs_II.float(), residual_OI=residual_OI)
 
     def correction(self, ridge: float) -> Tensor:
         """K (out, in) that minimizes E|e - K x^|^2 with a ridge, a share of the diagonal."""
@@ -61,6 +70,8 @@ class Regression:
 
 def regression(weight_OI: Tensor, moments: Moments, *, centered: bool) -> Regression:
     """What is lost upstream of a weight W (out, in), against the inputs of its layer, in float64.
+
+    Of centered inputs that vary by rounding alone, nothing is left to explain, nor to explain with.
 
     Args:
         weight_OI: W.
@@ -79,6 +90,9 @@ def regression(weight_OI: Tensor, moments: Moments, *, centered: bool) -> Regres
         seen_OI, seen_O, _ = moments.residual.mean(centered=centered)
         residual_OI += seen_OI
         residual_mean_O += seen_O
+    variance = float(inputs_II.diagonal().sum())
+    if centered and variance <= _CONSTANT**2 * float(mean_ours_I.square().sum()):
+        inputs_II, residual_OI = torch.zeros_like(inputs_II), torch.zeros_like(residual_OI)
     return Regression(inputs_II, residual_OI, mean_ours_I, residual_mean_O)
 
 
@@ -99,7 +113,7 @@ def cross_validated_correction(
     if not all(fold.inputs.rows for fold in folds):  # as of an expert that few rows are sent to
         return none
     # A ridge is known well enough from these; what it is used for is computed in full.
-    parts = [regression(weight_OI, fold, centered=centered).sketched() for fold in folds]
+    parts = [regression(weight_OI, fold, centered=centered).sketched(whole) for fold in folds]
     if not all(bool(part.inputs_II.any()) for part in parts):  # as of a single row without its mean
         return none
 

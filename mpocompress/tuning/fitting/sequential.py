@@ -282,14 +282,14 @@ def _place(layer: nn.Module, pair: Pair, repair_streams: bool, copies: bool) -> 
     dense.resume(dense_forward(layer))
     if version_of(dense_input) != version:
         raise _OverwrittenError
-    streams = None
+    streams, weight = None, 1.0
     watcher = dense.recorder
     if repair_streams and aligned and isinstance(watcher, StreamWatcher):
         found = watcher.take_stream(layer)
-        our_stream = None if found is None else ours.recorder.output(found[0])
-        if found is not None and our_stream is not None and found[1].shape == our_stream.shape:
-            streams = (found[1], our_stream)
-    return Place(dense_input, ours_at.input, streams)
+        our_stream = None if found is None else ours.recorder.output(found.number)
+        if found is not None and our_stream is not None and found.value.shape == our_stream.shape:
+            streams, weight = (found.value, our_stream), found.weight
+    return Place(dense_input, ours_at.input, streams, weight)
 
 
 def _layers_waited_at(pairs: Sequence[Pair]) -> list[nn.Module]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mpocompress.errors import DataError, OutputsDifferError
 from mpocompress.tuning.healing.blocks import watched_outputs
 from mpocompress.tuning.lockstep import Call, floating_outputs, seeded_call
+from mpocompress.tuning.objectives import relative_square
 from mpocompress.tuning.padding import keep_mask, real_rows
 
 OutputLoss = Literal["auto", "kl", "mse", "cosine"]
@@ -27,7 +28,6 @@ MAX_CLASSES = 1000
 _SATURATED = 25.0
 # By so much sums of distributions are off that were rounded, to half precision or a few decimals.
 _ROUNDED = 1e-2
-_TINY = 1e-12
 # What stands beside logits and is no answer, by the end of its name.
 _NO_ANSWERS = ("hidden_state", "hidden_states", "attentions", "loss")
 _NOT_COMPARABLE = (
@@ -158,7 +158,7 @@ def normalized_error(ours: Tensor, dense: Tensor, keep: Tensor | None) -> Tensor
         OutputsDifferError: unlike shapes.
     """
     ours_NK, dense_NK = _rows(ours, dense, keep)
-    return (ours_NK - dense_NK).square().sum() / dense_NK.square().sum().clamp_min(_TINY)
+    return relative_square(ours_NK, dense_NK)
 
 
 class Distance:

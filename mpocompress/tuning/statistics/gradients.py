@@ -221,7 +221,9 @@ def _statistics(
                 in_forward = True
                 rows = _output_rows(model(*call.args, **call.kwargs), keep[0])
                 in_forward = False
-                energy += sum(map(linalg.weight_of, rows))
+                # Logits of impossible classes may be infinite; no error is relative to these.
+                finite = (part.masked_fill(part.isinf(), 0.0) for part in rows)
+                energy += sum(map(linalg.weight_of, finite))
                 loss = _random_projection(rows, generator)
                 if not loss.requires_grad:
                     continue  # no layer of ours was reached, or forward runs without gradients

@@ -13,6 +13,8 @@ from mpocompress.errors import DataError, NoRowsError
 # Products of so many rows are formed in float32 and summed in float64: the rounding of a sum then
 # does not grow with the amount of data, at the speed of a float32 product.
 _CHUNK = 4096
+# Entries between these have squares, and sums of them, that float32 holds.
+_SMALLEST, _LARGEST = 1e-15, 1e15
 # Rows at once of the moment of x with itself, of which the upper triangle is kept: those of all
 # layers are in memory together, and take several times what the weights do.
 _BLOCK = 128
@@ -58,7 +60,7 @@ class CrossMoment:
         for left_nI, right_nJ in zip(left_NI.split(_CHUNK), right_NJ.split(_CHUNK), strict=True):
             if left_nI.shape[0] == 0:
                 continue
-            left_nI, right_nJ = widened(left_nI), widened(right_nJ)
+            left_nI, right_nJ = _squarable(left_nI), _squarable(right_nJ)
             if self._sums is None:
                 self._sums = _Sums.around(left_nI.mean(0).double(), right_nJ.mean(0).double())
             sums = self._sums
@@ -66,7 +68,9 @@ class CrossMoment:
             if own and sums.symmetric:
                 sums.add_own(left_nI)
             else:
-                sums.add(left_nI, right_nJ - sums.right_shift_J.to(right_nJ.dtype))
+                right_nJ = right_nJ - sums.right_shift_J.to(right_nJ.dtype)
+                wider = torch.promote_types(left_nI.dtype, right_nJ.dtype)
+                sums.add(left_nI.to(wider), right_nJ.to(wider))
             self.rows += left_nI.shape[0]
 
     @property
@@ -328,6 +332,14 @@ class RowCounts:
                 "no lookups were seen: the data is empty, or its mask marks everything as padding."
             )
         return self._counts_O / self.rows
+
+
+def _squarable(rows: Tensor) -> Tensor:
+    """Widened, and in float64 where float32 does not hold squares of the largest entries."""
+    largest = float(rows.detach().abs().max())
+    if largest == 0 or _SMALLEST < largest < _LARGEST:
+        return widened(rows)
+    return rows.double()
 
 
 def widened(rows: Tensor) -> Tensor:

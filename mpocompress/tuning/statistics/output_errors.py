@@ -119,6 +119,9 @@ class OutputChange:
         if expected.ndim >= 2:
             expected, found = real_rows(expected, keep), real_rows(found, keep)
         expected, found = expected.double(), found.double()
+        # What both rule out, as logits of impossible classes, says nothing of either.
+        ruled_out = expected.isinf() & (expected == found)
+        expected, found = (side.masked_fill(ruled_out, 0.0) for side in (expected, found))
         self.energy += float(expected.square().sum())
         self.difference += float((expected - found).square().sum())
         self.seen = True

@@ -26,11 +26,13 @@ class Place:
         dense: input of the layer in the dense model.
         ours: input of the layer after the compressed prefix.
         streams: residual stream that the layer feeds, dense and ours, if there is one.
+        weight: a / b where the stream h and the output y of the layer make a h + b y.
     """
 
     dense: Tensor
     ours: Tensor
     streams: tuple[Tensor, Tensor] | None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,6 +160,7 @@ def _two_folds(batches: _Fold) -> list[_Fold]:
                     place.dense[fold::2],
                     place.ours[fold::2],
                     place.streams and (place.streams[0][fold::2], place.streams[1][fold::2]),
+                    place.weight,
                 ),
                 None if mask is None else mask[fold::2],
             )
@@ -188,7 +191,8 @@ def _pieces(
                 lost.append(difference_NI @ widened(unseen_OI.detach()).mT)
             if has_stream and place.streams is not None:
                 dense_h, our_h = (real_rows(stream, mask) for stream in place.streams)
-                lost.append(widened(dense_h) - widened(our_h))
+                # a h + b y = b (a / b h + y): to the layer, so much is lost of h.
+                lost.append(place.weight * (widened(dense_h) - widened(our_h)))
             yield (
                 ours_NI,
                 *(dense_NI if crossed else ()),

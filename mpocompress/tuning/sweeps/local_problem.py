@@ -59,11 +59,13 @@ class LocalProblem:
 
 
 def local_optimizer(
-    parameters: Sequence[Tensor], local: LocalOptions, scale: float
+    parameters: Sequence[Tensor], local: LocalOptions, scale: float, *, outputs: int
 ) -> torch.optim.Optimizer:
     """An optimizer whose steps are relative to the size of what it changes; the core comes first.
 
     With the center at the open core its norm is that of the whole matrix, whatever the gauge was.
+    A matrix of zeros, of so many `outputs`, has no size; steps are then those of a matrix whose
+    outputs are as large as its inputs.
     """
     rate = local.rate * scale
     if local.optimizer == "lbfgs":
@@ -76,7 +78,10 @@ def local_optimizer(
         )
     groups: list[dict[str, Any]] = []
     for position, parameter in enumerate(parameters):
-        size = float(parameter.detach().norm()) / sqrt(parameter.numel())
+        norm = float(parameter.detach().norm())
+        if norm == 0 and position == 0:
+            norm = sqrt(outputs)
+        size = norm / sqrt(parameter.numel())
         if position:
             size = max(size, _SMALLEST_RMS)
         own = size if local.optimizer == "adam" else size**2 * parameter.numel()

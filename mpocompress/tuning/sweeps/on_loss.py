@@ -278,7 +278,7 @@ class _Run:
         local = self._options.local
         problem = LocalProblem(chain, first, last, calls=local.steps)
         parameters = [problem.core, *self._dense.values()]
-        optimizer = local_optimizer(parameters, local, chain.step_scale)
+        optimizer = local_optimizer(parameters, local, chain.step_scale, outputs=chain.shape[0])
         with torch.enable_grad(), problem.opened(manual=local.gradient == "manual"):
             if local.optimizer == "lbfgs":
                 number = next(batches)
