@@ -57,7 +57,7 @@ class NoRowsError(DataError):
 
 
 class OutputsDifferError(DataError):
-    """Outputs that differ in number or shape, of two models that are compared."""
+    """Outputs that differ in number, shape or infinite entries, of two models that are compared."""
 
 
 class SaveError(MPOCompressError, OSError):

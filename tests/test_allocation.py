@@ -26,7 +26,13 @@ from mpocompress.planning.allocation import (
 )
 from mpocompress.planning.bottleneck import find_bottleneck
 from mpocompress.planning.trials import gains_of_losses
-from mpocompress.tuning import effect_alone, gain_of_bonds, take_statistics
+from mpocompress.tuning import (
+    SitePlan,
+    effect_alone,
+    fit_in_sequence,
+    gain_of_bonds,
+    take_statistics,
+)
 from mpocompress.tuning.healing.loss import output_loss
 
 
@@ -487,6 +493,34 @@ def test_a_trial_measures_what_the_layer_does_to_the_outputs():
     assert found == pytest.approx(float(least), rel=0.01)
     assert distance > found**2  # the eight outputs may be logits
     assert max(effect_alone(model, site, layout, (8,), calls, output_metrics={})) < 1e-7
+
+
+def test_a_trial_takes_what_statistics_have_shown_of_a_layer():
+    """All before it is dense, so that its inputs need not be seen again."""
+    model, calls = network().double(), [x.double() for x in inputs()]
+    batches = list(mpo.loading.as_batches(calls))
+    moments = take_statistics(model, [model[0], model[2], model[4]], batches, all_data=True).layers
+    passes = []
+    model.register_forward_pre_hook(lambda module, args: passes.append(type(module)))
+    for site in mpo.surgery.find_weights(model).sites:
+        layout = Layout.svd(*site.shape)
+        anew = effect_alone(model, site, layout, (2,), batches, output_metrics={})
+        passes.clear()
+        known = effect_alone(model, site, layout, (2,), batches, output_metrics={}, moments=moments)
+        assert known == pytest.approx(anew, rel=1e-6)
+        assert len(passes) == 2 * len(batches)  # to compare the outputs, once in each model
+
+
+def test_no_batch_goes_on_behind_the_last_layer_that_is_fitted():
+    model = network()
+    batches = list(mpo.loading.as_batches(inputs()))
+    sites = mpo.surgery.find_weights(model).sites
+    passes = []
+    model[-1].register_forward_pre_hook(lambda module, args: passes.append(module))
+    plan = SitePlan(site=sites[0], layout=Layout.svd(*sites[0].shape), bond_dims=(2,))
+    assert set(fit_in_sequence(model, [plan], batches)) == {sites[0]}
+    # The dense model runs one layer ahead, to see what an output is added to; ours stays there.
+    assert len(passes) == len(batches)
 
 
 def test_layers_too_large_for_a_trial_take_more_sites_for_healing_alone(monkeypatch):

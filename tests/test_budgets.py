@@ -2,6 +2,7 @@
 
 import random
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -377,3 +378,18 @@ def test_what_eval_fn_gives_has_to_be_a_number(given: object):
 def test_what_is_said_to_be_possible_is():
     for value in (0.047571, 0.99996, 1e-7 / 3, 12345.6):
         assert value <= float(rounded_up(value)) <= 1.001 * value
+
+
+def test_what_stays_dense_says_what_it_was_allowed():
+    """It may be less than the limit: what is measured has a part of the layers before it, too."""
+    torch.manual_seed(0)
+    sizes = (32, 48, 48, 48, 8)
+    layers = [part for pair in pairwise(sizes) for part in (nn.Linear(*pair), nn.Tanh())]
+    data = list(torch.randn(600, 32).split(60))
+    result = mpo.compress(nn.Sequential(*layers), max_error=0.35, data=data)
+    (reason,) = (
+        layer.reason for layer in result.report.layers if "the largest that pays" in layer.reason
+    )
+    found = re.search(r"an error of (\S+) by itself: above the (\S+) that the search", reason)
+    error, allowed = map(float, found.groups())
+    assert allowed < error < 0.35

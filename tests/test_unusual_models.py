@@ -180,6 +180,88 @@ def test_a_detector_that_finds_other_things_once_it_is_compressed(listed):
         mpo.distill(result, reference=dense, data=data, steps=2)
 
 
+class RulesOut(nn.Module):
+    """Gives -Inf to some classes: always to the last, and to the first where the input says so."""
+
+    def __init__(self, ruled_out: float = float("-inf"), *, by_score: bool = False) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 64), nn.Linear(64, 32)
+        self.ruled_out, self.by_score = ruled_out, by_score
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.second(torch.relu(self.first(x)))
+        if self.by_score:
+            return scores.masked_fill(scores < scores.median(-1, keepdim=True).values, -torch.inf)
+        scores = torch.cat([scores, scores.new_full((len(x), 1), self.ruled_out)], -1)
+        mask = torch.zeros_like(scores, dtype=torch.bool)
+        mask[:, 0] = x[:, 0] > 0
+        return scores.masked_fill(mask, self.ruled_out)
+
+
+def test_answers_that_are_ruled_out_do_not_count():
+    """As if the model gave 0 there, which does not depend on its weights either."""
+    torch.manual_seed(0)
+    dense, data = RulesOut(), batches()
+    twin = RulesOut(0.0)
+    twin.load_state_dict(dense.state_dict())
+    rows = torch.cat(data)
+    for options in ({"ratio": 2}, {"max_error": 0.6}):
+        result, expected = (mpo.compress(each, data=data, **options) for each in (dense, twin))
+        found, wanted = (
+            next(c for c in each.report.predictions if c.figure == "output_change")
+            for each in (result, expected)
+        )
+        assert (found.predicted, found.measured) == (wanted.predicted, wanted.measured)
+        assert torch.equal(result.model(rows)[:, 1:-1], expected.model(rows)[:, 1:-1])
+    before = dense(rows).softmax(-1)
+    start = (result.model(rows).softmax(-1) - before).norm()
+    for loss in ("outputs", "logits"):
+        mpo.sweep(result, reference=dense, data=data, sweeps=1, loss=loss)
+    for loss in ("auto", "kl", "mse", "cosine"):
+        healed = mpo.distill(result, reference=dense, data=data, steps=4, output_loss=loss)
+        assert 0 <= healed.end_loss <= healed.start_loss
+    assert (result.model(rows).softmax(-1) - before).norm() < start
+
+
+def test_answers_that_are_ruled_out_by_their_values():
+    torch.manual_seed(0)
+    dense, data = RulesOut(by_score=True), batches()
+    for options in ({"bond_dim": 2}, {"ratio": 3}):
+        result = mpo.compress(dense, data=data, **options)
+        (change,) = (c for c in result.report.predictions if c.figure == "output_change")
+        assert change.measured is None
+        assert "depends on their values" in change.note
+    for tune in (mpo.sweep, mpo.distill):
+        with pytest.raises(DataError, match="which answers are ruled out depends on values"):
+            tune(result, reference=dense, data=data)
+
+
+def test_outputs_that_are_no_numbers():
+    dense, data = RulesOut(float("nan")), batches()
+    for options in ({"bond_dim": 2}, {"ratio": 3}, {"max_error": 0.6}):
+        with pytest.raises(DataError, match=r"\d+ of \d+ outputs of the dense model .* are NaN"):
+            mpo.compress(dense, data=data, **options)
+
+
+class Difference(nn.Module):
+    """Of two layers that are alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(24, 64), nn.Linear(24, 64)
+        self.other.load_state_dict(self.one.state_dict())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) - self.other(x)
+
+
+def test_outputs_that_are_all_zero_have_no_relative_change():
+    result = mpo.compress(Difference(), bond_dim=4, include=["one"], data=batches())
+    (change,) = (c for c in result.report.predictions if c.figure == "output_change")
+    assert change.measured is None
+    assert "all outputs of the dense model are zero" in change.note
+
+
 class PerExample(nn.Module):
     def __init__(self, transform: str) -> None:
         super().__init__()

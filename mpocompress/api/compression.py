@@ -12,7 +12,7 @@ from mpocompress.api.budgets import Met
 from mpocompress.api.calling import by_itself, uncompiled
 from mpocompress.api.data import calls_of, few_rows
 from mpocompress.api.drop_budget import EvalFn
-from mpocompress.api.error_budget import measured_errors
+from mpocompress.api.error_budget import measured_errors, output_change
 from mpocompress.api.job import Built, Job
 from mpocompress.api.result import CompressionResult
 from mpocompress.api.size_budget import OnnxBytes
@@ -22,7 +22,6 @@ from mpocompress.errors import (
     BudgetError,
     DataError,
     NoLayerMatched,
-    OutputsDifferError,
     PlanError,
 )
 from mpocompress.loading import Batch
@@ -42,7 +41,7 @@ from mpocompress.report import CompressionReport, Source
 from mpocompress.report.predictions import with_budget, with_comparisons
 from mpocompress.scalars import as_count, as_seed
 from mpocompress.surgery import Inventory
-from mpocompress.tuning import DistillOptions, output_errors
+from mpocompress.tuning import DistillOptions
 from mpocompress.tuning.healing.distill import check_trainable
 
 
@@ -314,10 +313,9 @@ def _output_change(job: Job, built: Built, task: Task) -> tuple[float | None, st
     """Relative change of the model's outputs, None without data, and on what it was measured."""
     if task.fit is None:
         return None, ""
-    try:
-        error = output_errors(job.opened, built.model, (), few_rows(task.held or task.fit)).model
-    except OutputsDifferError:
-        return None, "not measured: how many outputs there are depends on their values"
+    error, why_not = output_change(job.opened, built.model, few_rows(task.held or task.fit))
+    if error is None:
+        return None, f"not measured: {why_not}"
     rows = "rows held out from fitting" if task.held else "rows that were fitted on"
     return error, f"measured on {rows}"
 

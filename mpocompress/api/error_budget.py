@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isinf, isnan
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpocompress.api.budgets import Met, rounded_up, with_setting
 from mpocompress.api.job import Built, Job
-from mpocompress.errors import BudgetError
+from mpocompress.errors import BudgetError, OutputsDifferError
 from mpocompress.loading import Batch
 from mpocompress.planning import Plan, Sharing
 from mpocompress.planning.search import Measured, smallest_that_fits
@@ -170,6 +171,19 @@ def measured_errors(job: Job, built: Built, calls: Sequence[Batch]) -> OutputErr
     """Outputs of the compressed layers and of the model on these batches."""
     names = [layer.name for layer in built.plan.compressed]
     return output_errors(job.opened, built.model, names, calls)
+
+
+def output_change(
+    dense: nn.Module, compressed: nn.Module, calls: Sequence[Batch]
+) -> tuple[float | None, str]:
+    """Relative change of a model's outputs, or None and why there is no such number, in words."""
+    try:
+        error = output_errors(dense, compressed, (), calls).model
+    except OutputsDifferError:
+        return None, "which outputs there are depends on their values"
+    if isnan(error):
+        return None, "outputs are not finite"
+    return (None, "all outputs of the dense model are zero") if isinf(error) else (error, "")
 
 
 def _step(wanted: float) -> float:

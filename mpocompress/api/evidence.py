@@ -136,7 +136,7 @@ class Evidence:
                     bond_dims,
                     self._seen,
                     output_metrics=OutputMetrics(self.moments),
-                    later=later_calls([site], self.moments),
+                    moments=self.moments,
                 )
                 self._trials[key] = Trial(loss=change**2 * self.energy, distance=distance)
         return self._trials[key]

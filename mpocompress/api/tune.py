@@ -10,8 +10,9 @@ from torch import nn
 
 from mpocompress.api.calling import by_itself, uncompiled, with_whole_batches
 from mpocompress.api.data import calls_of, few_rows
+from mpocompress.api.error_budget import output_change
 from mpocompress.api.result import Clock, CompressionResult
-from mpocompress.errors import DataError, OutputsDifferError
+from mpocompress.errors import DataError
 from mpocompress.layers import MPOLayer
 from mpocompress.layers.gauges import plain_gauge
 from mpocompress.loading import Batch
@@ -35,7 +36,6 @@ from mpocompress.tuning import (
     LossSweepRecord,
     check_apart,
     distill_,
-    output_errors,
     sweep_on_loss,
 )
 from mpocompress.tuning.healing.loss import OutputLoss
@@ -245,12 +245,10 @@ def _of_trained(
         ours, theirs = model, reference
         if {p.dtype for p in model.parameters()} != {p.dtype for p in reference.parameters()}:
             ours, theirs, calls_seen = in_float32(model, reference, calls_seen)
-        try:
-            change = output_errors(theirs, ours, (), calls_seen).model
-        except OutputsDifferError:
-            note = f"not measured since the model was {trained}: their number depends on values"
-            return found.model_copy(update={"measured": None, "note": note})
+        change, why_not = output_change(theirs, ours, calls_seen)
         note = f"measured on rows that were {trained} on"
+        if change is None:
+            note = f"not measured since the model was {trained}: {why_not}"
         return found.model_copy(update={"measured": change, "note": note})
 
     return [anew(found) for found in report.predictions]

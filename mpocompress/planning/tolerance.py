@@ -82,7 +82,9 @@ def plan_tolerances(
         bond = least_bond(curves[name], tolerances[name])
         bond_dims = part.bond_dims(bond)
         if bond_dims is None:
-            entries[part.site] = keep_entry(part.site, _too_coarse(part, curves[name], why))
+            entries[part.site] = keep_entry(
+                part.site, _too_coarse(part, curves[name], tolerances[name], why)
+            )
         else:
             reason = f"least bond dimension for {why}"
             entries[part.site] = sharing.entry(part, bond_dims, reason)
@@ -103,9 +105,9 @@ def smallest_error(sharing: Sharing, curves: Mapping[str, Tensor]) -> float:
     )
 
 
-def _too_coarse(part: Part, curve_D: Tensor, why: str) -> str:
+def _too_coarse(part: Part, curve_D: Tensor, tolerance: float, why: str) -> str:
     top = part.share.max_bond_dim
     return (
-        f"bond dimension {top}, the largest that pays, has an error of {float(curve_D[top]):.3g}: "
-        f"too much for {why}"
+        f"bond dimension {top}, the largest that pays, has an error of {float(curve_D[top]):.3g} "
+        f"by itself: above the {tolerance:.3g} that the search allowed this layer for {why}"
     )

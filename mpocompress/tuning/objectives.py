@@ -10,6 +10,7 @@ from mpocompress.errors import DataError
 from mpocompress.layers.modes import evaluation_mode
 from mpocompress.tuning.lockstep import Call, floating_outputs, seeded_call
 from mpocompress.tuning.padding import keep_mask, real_rows
+from mpocompress.tuning.ruled_out import both_without_infinite
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """`loss(model, batch)`, a scalar to be minimized; the batch has `args`, `kwargs` and `labels`."""
@@ -135,7 +136,6 @@ class Distillation:
 
     def _term(self, rows: Tensor, target: Tensor) -> Tensor:
         if self._kind == "logits":
-            expected = target.log_softmax(-1)
-            terms = expected.exp() * (expected - rows.log_softmax(-1))
-            return terms.sum(-1).mean()
-        return relative_square(rows, target)
+            found, expected = both_without_infinite(rows.log_softmax(-1), target.log_softmax(-1))
+            return (expected.exp() * (expected - found)).sum(-1).mean()
+        return relative_square(*both_without_infinite(rows, target))

@@ -163,6 +163,8 @@ class _Pass:
                 runner.start()
             while waiting := _layers_waited_at(self._pairs):
                 self._reach(self._first_of(waiting))
+                if len(self._fitted) + len(self._without_rows) == self._total:
+                    break  # what comes after the last layer tells nothing
                 self._go_on()
         if self._without_rows and not self._fitted:
             raise NoRowsError(

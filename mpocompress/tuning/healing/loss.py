@@ -16,6 +16,7 @@ from mpocompress.tuning.healing.blocks import watched_outputs
 from mpocompress.tuning.lockstep import Call, floating_outputs, seeded_call
 from mpocompress.tuning.objectives import relative_square
 from mpocompress.tuning.padding import keep_mask, real_rows
+from mpocompress.tuning.ruled_out import both_without_infinite
 
 OutputLoss = Literal["auto", "kl", "mse", "cosine"]
 
@@ -155,10 +156,9 @@ def normalized_error(ours: Tensor, dense: Tensor, keep: Tensor | None) -> Tensor
     """E|y - y^|^2 / E|y|^2 over the rows that are not padding.
 
     Raises:
-        OutputsDifferError: unlike shapes.
+        OutputsDifferError: unlike shapes, or other answers that are ruled out.
     """
-    ours_NK, dense_NK = _rows(ours, dense, keep)
-    return relative_square(ours_NK, dense_NK)
+    return relative_square(*both_without_infinite(*_rows(ours, dense, keep)))
 
 
 class Distance:
@@ -280,18 +280,17 @@ def _rows(ours: Tensor, dense: Tensor, keep: Tensor | None) -> tuple[Tensor, Ten
 
 def _kl(ours: Tensor, dense: Tensor, keep: Tensor | None) -> Tensor:
     ours_NK, dense_NK = _rows(ours, dense, keep)
-    divergence = nn.functional.kl_div(
-        (ours_NK / TEMPERATURE).log_softmax(-1),
-        (dense_NK / TEMPERATURE).log_softmax(-1),
-        reduction="sum",
-        log_target=True,
+    # What is ruled out has no share in either distribution.
+    ours_NK, dense_NK = both_without_infinite(
+        (ours_NK / TEMPERATURE).log_softmax(-1), (dense_NK / TEMPERATURE).log_softmax(-1)
     )
+    divergence = nn.functional.kl_div(ours_NK, dense_NK, reduction="sum", log_target=True)
     return TEMPERATURE**2 * divergence / max(1, len(dense_NK))
 
 
 # The cosines of pairs are no loss of their own: with their errors added, of pairs in a batch or
 # with a bank of embeddings, cosines and the ranks of MiniLM's pairs were worse after 120 steps.
 def _one_minus_cosine(ours: Tensor, dense: Tensor, keep: Tensor | None) -> Tensor:
-    ours_NK, dense_NK = _rows(ours, dense, keep)
+    ours_NK, dense_NK = both_without_infinite(*_rows(ours, dense, keep))
     lost_N = 1 - nn.functional.cosine_similarity(ours_NK, dense_NK, dim=-1)
     return lost_N.sum() / max(1, len(lost_N))

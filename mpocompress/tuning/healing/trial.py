@@ -14,15 +14,19 @@ from torch import Tensor, nn
 from mpocompress.layers.modes import evaluation_mode
 from mpocompress.mpo import Layout
 from mpocompress.surgery import WeightSite
+from mpocompress.tuning.fitting.dense_layers import shared_parameters
 from mpocompress.tuning.fitting.fitted_model import with_fitted
-from mpocompress.tuning.fitting.plan import FitOptions, SitePlan
+from mpocompress.tuning.fitting.one_layer import fit_layer
+from mpocompress.tuning.fitting.plan import FitOptions, SitePlan, with_output_metric
 from mpocompress.tuning.fitting.sequential import fit_in_sequence
 from mpocompress.tuning.healing.loss import loss_for, output_loss, vocabularies_of
 from mpocompress.tuning.lockstep import Call, floating_outputs, rows_of, seeded_call
 from mpocompress.tuning.padding import keep_mask
-from mpocompress.tuning.statistics.later_calls import LaterCalls
+from mpocompress.tuning.statistics.gradients import LayerMoments
+from mpocompress.tuning.statistics.later_calls import LaterCalls, later_calls
 from mpocompress.tuning.statistics.output_errors import OutputChange
 from mpocompress.tuning.statistics.tables import HeadUse
+from mpocompress.tuning.statistics.upstream import Moments
 
 
 def effect_alone(
@@ -33,7 +37,7 @@ def effect_alone(
     calls: Sequence[Call],
     *,
     output_metrics: Mapping[nn.Module, Tensor],
-    later: Mapping[WeightSite, LaterCalls] | None = None,
+    moments: Mapping[nn.Module, LayerMoments] | None = None,
     sweeps: int = 4,
 ) -> tuple[float, float]:
     """Fit one weight on what the dense model gives it, all else dense, and run the model.
@@ -45,16 +49,32 @@ def effect_alone(
         bond_dims: likewise.
         calls: batches to fit and to measure on.
         output_metrics: as in `fit_in_sequence`.
-        later: likewise.
+        moments: of its modules, from `take_statistics` on the same batches: what nothing before it
+            has changed is then not looked at again.
         sweeps: few: it is a trial.
 
     Returns:
         See `effect_together`.
     """
     plan = SitePlan(site=site, layout=layout, bond_dims=tuple(bond_dims))
-    return effect_together(
-        model, [plan], calls, output_metrics=output_metrics, later=later, sweeps=sweeps
+    moments = moments or {}
+    layer = site.modules[0]
+    later = later_calls([site], moments)
+    known = moments[layer].inputs if layer in moments else None
+    if known is None or not known.rows or later or len(site.modules) > 1:
+        return effect_together(
+            model, [plan], calls, output_metrics=output_metrics, later=later, sweeps=sweeps
+        )
+    fitted = fit_layer(
+        layer,
+        plan,
+        [Moments(inputs=known, cross=known, residual=None)],
+        None,
+        output_metrics.get(layer),
+        with_output_metric(FitOptions(sweeps=sweeps), [plan]),
+        shared_parameters(model),
     )
+    return _effect(model, with_fitted(model, {site: fitted.mpo}, {site: fitted}), calls)
 
 
 def effect_together(
@@ -98,7 +118,11 @@ def effect_together(
     )
     dense = {plan.site for plan in planned if plan.stays_dense}
     weights = {site: found.mpo for site, found in fitted.items() if site not in dense}
-    compressed = with_fitted(model, weights, fitted)
+    return _effect(model, with_fitted(model, weights, fitted), calls)
+
+
+def _effect(model: nn.Module, compressed: nn.Module, calls: Sequence[Call]) -> tuple[float, float]:
+    """See `effect_together`."""
     kind, vocabularies = loss_for("auto", calls), vocabularies_of(model)
     change = OutputChange()
     loss, rows = 0.0, 0

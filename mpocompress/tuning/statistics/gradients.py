@@ -23,6 +23,7 @@ from mpocompress.mpo import linalg
 from mpocompress.tuning.lockstep import Call, floating_outputs, version_of
 from mpocompress.tuning.objectives import is_of_changes_in_place, is_of_function_transforms
 from mpocompress.tuning.padding import keep_mask, real_indices, real_rows
+from mpocompress.tuning.ruled_out import without_infinite
 from mpocompress.tuning.statistics.layer_rows import (
     adapter_of,
     row_pieces,
@@ -115,8 +116,8 @@ def take_statistics(
         inputs_of: layers whose inputs are wanted; of others they are only counted. Default: all.
 
     Raises:
-        DataError: the model has no floating output, its gradients are not finite, or layers are
-            called inside of transforms of torch.func.
+        DataError: the model has no floating output, NaN in its outputs, gradients that are not
+            finite, or layers are called inside of transforms of torch.func.
     """
     try:
         return _statistics(model, layers, calls, seed, all_data, inputs_of)
@@ -221,9 +222,7 @@ def _statistics(
                 in_forward = True
                 rows = _output_rows(model(*call.args, **call.kwargs), keep[0])
                 in_forward = False
-                # Logits of impossible classes may be infinite; no error is relative to these.
-                finite = (part.masked_fill(part.isinf(), 0.0) for part in rows)
-                energy += sum(map(linalg.weight_of, finite))
+                energy += sum(map(linalg.weight_of, rows))
                 loss = _random_projection(rows, generator)
                 if not loss.requires_grad:
                     continue  # no layer of ours was reached, or forward runs without gradients
@@ -262,13 +261,20 @@ def _enough(moments: Mapping[nn.Module, LayerMoments]) -> bool:
 
 
 def _output_rows(outputs: Any, keep: Tensor | None) -> list[Tensor]:
-    """Rows of all floating outputs, without padding."""
+    """Rows of all floating outputs, without padding and what is infinite."""
     found = [
-        real_rows(output, keep) if output.ndim >= 2 else output.reshape(-1, 1)
+        without_infinite(real_rows(output, keep) if output.ndim >= 2 else output.reshape(-1, 1))
         for output in floating_outputs(outputs)
     ]
     if not found:
         raise DataError("the model has no floating output to take gradients of.")
+    count = sum(int(rows.detach().isnan().sum()) for rows in found)
+    if count:
+        total = sum(rows.numel() for rows in found)
+        raise DataError(
+            f"{count} of {total} outputs of the dense model on a batch are NaN, so that nothing "
+            "can be said of what an error does to them. Check the data and the model."
+        )
     return found
 
 

@@ -16,6 +16,7 @@ from mpocompress.errors import DataError, OutputsDifferError
 from mpocompress.layers.modes import evaluation_mode
 from mpocompress.tuning.lockstep import Call, floating_outputs, rows_of, seeded_call
 from mpocompress.tuning.padding import keep_mask, real_rows
+from mpocompress.tuning.ruled_out import both_without_infinite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +53,7 @@ def output_errors(
 
     Raises:
         DataError: no batches.
-        OutputsDifferError: outputs of the models of other shapes.
+        OutputsDifferError: outputs of the models of other shapes, or with other infinite entries.
     """
     sums = {name: OutputChange() for name in layers}
     whole = OutputChange()
@@ -102,7 +103,7 @@ class OutputChange:
 
         Raises:
             OutputsDifferError: of other shapes, or not as many, as a detector has whose threshold
-                decides what it gives.
+                decides what it gives; or see `add`.
         """
         ours, theirs = ([tuple(output.shape) for output in side] for side in (expected, found))
         if ours != theirs:
@@ -115,23 +116,24 @@ class OutputChange:
             self.add(left, right, keep)
 
     def add(self, expected: Tensor, found: Tensor, keep: Tensor | None) -> None:
-        """Add an output of both models, of equal shapes, without padding."""
+        """Add an output of both models, of equal shapes, without padding.
+
+        Raises:
+            OutputsDifferError: other answers are ruled out, by -Inf.
+        """
         if expected.ndim >= 2:
             expected, found = real_rows(expected, keep), real_rows(found, keep)
-        expected, found = expected.double(), found.double()
-        # What both rule out, as logits of impossible classes, says nothing of either.
-        ruled_out = expected.isinf() & (expected == found)
-        expected, found = (side.masked_fill(ruled_out, 0.0) for side in (expected, found))
+        found, expected = both_without_infinite(found.double(), expected.double())
         self.energy += float(expected.square().sum())
         self.difference += float((expected - found).square().sum())
         self.seen = True
 
     @property
     def relative(self) -> float:
-        """Norm of the difference over norm of the outputs."""
-        if self.energy > 0:
-            return sqrt(self.difference / self.energy)
-        return 0.0 if self.difference == 0 else inf
+        """Norm of the difference over norm of the outputs; NaN if some output is."""
+        if self.energy == 0:
+            return 0.0 if self.difference == 0 else inf
+        return sqrt(self.difference / self.energy)
 
 
 def _some(shapes: Sequence[tuple[int, ...]]) -> str:
