@@ -274,6 +274,12 @@ def test_balancing_heeds_ties_and_leaves_zeros():
 # -- the loss
 
 
+def test_cosine_of_rows_of_zeros_loses_nothing():
+    dense = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
+    assert float(output_loss(dense.clone(), dense, None, "cosine")) == pytest.approx(0, abs=1e-6)
+    assert float(output_loss(-dense, dense, None, "cosine")) == pytest.approx(1)
+
+
 def test_auto_loss_adds_kl_where_there_may_be_logits():
     ours, dense = rows(8, 5), rows(8, 5, seed=1)
     both = output_loss(ours, dense, None)

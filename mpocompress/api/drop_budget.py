@@ -83,10 +83,12 @@ def meet_drop(job: Job, max_drop: float, metric: Metric) -> tuple[Built, Met]:
     elsewhere = whole - sharing.dense
     dense = {final: metric.value(job.model, final=final) for final in (False, True)}
     if metric.eval_fn is None and not all(found > 0 for found in dense.values()):
+        name = task_score(job.model, metric.final).name
         raise DataError(
-            f"the dense model itself scores {min(dense.values()):.4g} by these labels, no better "
-            "than chance, so that nothing can be said of a drop. Check that the labels belong to "
-            "its first output, and are in the order of the rows."
+            f"the dense model itself has {min(dense.values()):.4g} of {name} by these labels, no "
+            "better than chance, so that nothing can be said of a drop. Check that the labels "
+            "belong to its first output, and are in the order of the rows; in Python, eval_fn may "
+            "be any other metric."
         )
     builds: dict[float, Built] = {}
 

@@ -293,4 +293,6 @@ def _kl(ours: Tensor, dense: Tensor, keep: Tensor | None) -> Tensor:
 def _one_minus_cosine(ours: Tensor, dense: Tensor, keep: Tensor | None) -> Tensor:
     ours_NK, dense_NK = both_without_infinite(*_rows(ours, dense, keep))
     lost_N = 1 - nn.functional.cosine_similarity(ours_NK, dense_NK, dim=-1)
+    # Of rows of zeros it would be 1.
+    lost_N = lost_N.masked_fill((ours_NK == dense_NK).all(dim=-1), 0.0)
     return lost_N.sum() / max(1, len(lost_N))
