@@ -165,7 +165,7 @@ class TestEvaluation:
         finished = run(
             [
                 *(sys.executable, "-m", "mpocompress", tmp_path / "model.pt"),
-                *("--bond-dim", "16", "-o", result),
+                *("--bond-dim", "16", "--data", tmp_path / "calibration.npz", "-o", result),
             ]
         )
         assert finished.returncode == 0, finished.stderr

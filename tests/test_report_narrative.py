@@ -87,6 +87,21 @@ def test_large_weight_error_asks_to_measure_and_names_the_remedies():
     assert "healing" in caution
 
 
+def test_errors_of_outputs_count_where_they_are_known_and_those_of_weights_do_not():
+    layer = compressed_layer("fc") | {"relative_weight_error": 0.82, "relative_output_error": 0.07}
+    settings = {"rows_of_data": 1000}
+    assert _cautions(report_of(layer, settings=settings)) == []
+    worse = compressed_layer("up") | {"relative_output_error": 0.35}
+    (caution,) = _cautions(report_of(layer, worse, settings=settings))
+    assert caution.startswith(
+        "Outputs of layers moved a lot: the relative output error is above 30 % in 1 of 2 "
+        "compressed layers, the largest 35.0 % in layer up."
+    )
+    change = {"quantity": "", "unit": "", "predicted": 0.2, "measured": 0.04, "note": "on rows"}
+    change["figure"] = "output_change"
+    assert _cautions(report_of(layer, worse, settings=settings, predictions=[change])) == []
+
+
 def test_kept_weights_that_dominate_are_named():
     report = report_of(
         compressed_layer("fc", 1000, 1000, 50), kept_layer("words", 10**6, "embedding")
@@ -135,7 +150,13 @@ def test_after_healing_the_answers_are_spoken_of():
     found = quality_verdict(report_of(layer, settings={"distill": healing}))
     assert found is not None
     assert "did not lower the loss on rows held out from it, 0.49, so" in _plain(found.text)
-    (caution,) = _cautions(report)
+    change |= {"figure": "output_change", "measured": 0.41, "note": "measured on rows fitted on"}
+    (caution,) = _cautions(
+        report_of(layer, settings={"rows_of_data": 100, "distill": healing}, predictions=[change])
+    )
+    assert caution.startswith(
+        "Outputs of the model moved a lot: the relative change is 41.0 %, measured on rows fitted "
+    )
     assert caution.endswith("more steps of healing on more data win back more of what was lost.")
 
 

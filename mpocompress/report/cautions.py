@@ -15,8 +15,8 @@ from mpocompress.report.wording import (
     times,
 )
 
-# Above this, weights have moved so far that nobody should ship without measuring.
-_LARGE_WEIGHT_ERROR = 0.3
+# Above this, weights or outputs have moved so far that nobody should ship without measuring.
+_LARGE_ERROR = 0.3
 # A kept weight is worth a sentence if it holds this share of all that is left.
 _LARGE_KEPT_SHARE = 0.25
 
@@ -24,7 +24,7 @@ _LARGE_KEPT_SHARE = 0.25
 def cautions(report: CompressionReport) -> tuple[Sentence, ...]:
     """What is not better, or not known, and what can be done about it."""
     found: list[Sentence | None] = [
-        _caution_weight_error(report),
+        _caution_large_error(report),
         _caution_not_reached(report),
         _caution_few_rows(report),
         _caution_macs(report),
@@ -34,27 +34,42 @@ def cautions(report: CompressionReport) -> tuple[Sentence, ...]:
     return tuple(sentence for sentence in found if sentence is not None)
 
 
-def _caution_weight_error(report: CompressionReport) -> Sentence | None:
-    errors = {
-        layer.name: layer.relative_weight_error
-        for layer in report.compressed_layers
-        if layer.relative_weight_error is not None
-    }
-    if not errors or max(errors.values()) < _LARGE_WEIGHT_ERROR:
-        return None
-    worst = max(errors, key=lambda name: errors[name])
-    large = sum(error >= _LARGE_WEIGHT_ERROR for error in errors.values())
-    return (
-        "Weights moved a lot: the relative weight error is above "
-        f"{percent(_LARGE_WEIGHT_ERROR)} in {large:,} of "
-        f"{plural(len(errors), 'compressed layer')}, the largest {relative_error(errors[worst])} "
-        "in layer ",
-        Code(worst),
-        ". Some models hardly notice and others break. A larger ",
+def _caution_large_error(report: CompressionReport) -> Sentence | None:
+    """By what tells most: the model's outputs on data, those of its layers, or weights."""
+    remedies = (
+        " A larger ",
         Option("--max-size" if report.rounded_layers else "--bond-dim"),
         " keeps more and ",
         Option("--exclude"),
         f" leaves a layer as it was{_remedies(report)}.",
+    )
+    change = report.output_change
+    if change is not None:
+        if change.measured is None or change.measured < _LARGE_ERROR:
+            return None
+        return (
+            "Outputs of the model moved a lot: the relative change is "
+            f"{relative_error(change.measured)}, {change.note}.",
+            *remedies,
+        )
+    outputs = {layer.name: layer.relative_output_error for layer in report.compressed_layers}
+    weights = {layer.name: layer.relative_weight_error for layer in report.compressed_layers}
+    what, found = "Outputs of layers", outputs
+    if all(error is None for error in outputs.values()):
+        what, found = "Weights", weights
+    errors = {name: error for name, error in found.items() if error is not None}
+    if not errors or max(errors.values()) < _LARGE_ERROR:
+        return None
+    worst = max(errors, key=lambda name: errors[name])
+    large = sum(error >= _LARGE_ERROR for error in errors.values())
+    return (
+        f"{what} moved a lot: the relative {'weight' if found is weights else 'output'} error is "
+        f"above {percent(_LARGE_ERROR)} in {large:,} of "
+        f"{plural(len(errors), 'compressed layer')}, the largest {relative_error(errors[worst])} "
+        "in layer ",
+        Code(worst),
+        ". Some models hardly notice and others break.",
+        *remedies,
     )
 
 

@@ -205,6 +205,18 @@ class CompressionReport(Frozen):
         return [layer for layer in self.layers if layer.status == "kept"]
 
     @property
+    def output_change(self) -> Comparison | None:
+        """The relative change of the model's outputs, if it was measured on data."""
+        return next(
+            (
+                found
+                for found in self.predictions
+                if found.figure == "output_change" and found.measured is not None
+            ),
+            None,
+        )
+
+    @property
     def rounded_layers(self) -> list[LayerReport]:
         """Layers whose numbers a file does not hold as the model does."""
         return [layer for layer in self.compressed_layers if layer.precision is not None]

@@ -144,12 +144,12 @@ def quality_verdict(report: CompressionReport) -> Verdict | None:
 def _of_the_answers(report: CompressionReport) -> str:
     """Sentences on the outputs of the whole model, and on what healing gained; "" without data."""
     found = ""
-    for comparison in report.predictions:
-        if comparison.figure == "output_change" and comparison.measured is not None:
-            found = (
-                f"The outputs of the whole model differ by {relative_error(comparison.measured)}, "
-                f"{comparison.note}. "
-            )
+    change = report.output_change
+    if change is not None:
+        found = (
+            f"The outputs of the whole model differ by {relative_error(change.measured)}, "
+            f"{change.note}. "
+        )
     healing = report.settings.get("distill")
     loss = healing.get("held_out_loss") if isinstance(healing, dict) else None
     if isinstance(healing, dict) and isinstance(loss, dict):
