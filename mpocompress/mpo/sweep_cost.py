@@ -12,7 +12,6 @@ so for two sites and moderate bonds the metric dominates, for large bonds the Ch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import prod
 from operator import mul
 
 from mpocompress.errors import LayoutError
@@ -136,11 +135,7 @@ def _count(layout: Layout, bonds: Sequence[int], cut: int) -> SweepMacs:
     bond = chain[cut + 1]
     # Over two sweeps each half is left and entered once, and each of its sites solved twice, but
     # for the outermost: there the sweep turns.
-    ins = [
-        prod(in_ for _, in_ in pairs)
-        for pairs in (layout.pairs[: cut + 1], layout.pairs[cut + 1 :])
-    ]
-    folded, other = max(ins), min(ins)
+    other, folded = sorted(half[-1].ins * half[-1].in_ for half in halves)
     entering = bond**2 * (folded * (folded + 1) // 2) * other**2
     entering += layout.out_features * layout.in_features * bond
     contractions, factorizations = entering, 0

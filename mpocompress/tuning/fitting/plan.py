@@ -68,9 +68,10 @@ def output_error(moment_II: Tensor, target_OI: Tensor, mpo: MPO) -> float:
     """
     lost_OI = target_OI - mpo.to_dense().to(target_OI)
     # Relative to their largest entries, of which float32 need not hold the products.
-    size, moment_II = target_OI.abs().max(), moment_II / moment_II.diagonal().max()
+    moment_II = (moment_II / moment_II.diagonal().max()).float()
+    size = target_OI.abs().max()
     lost, whole = (
-        float(torch.sum(matrix_OI @ moment_II.float() * matrix_OI))
+        float(torch.sum(matrix_OI @ moment_II * matrix_OI))
         for matrix_OI in ((lost_OI / size).float(), (target_OI / size).float())
     )
     return sqrt(max(lost, 0.0) / whole) if whole > 0 else 0.0
